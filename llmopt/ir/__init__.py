@@ -1,0 +1,1 @@
+"""The Program: what a model is between its source and its artifact."""

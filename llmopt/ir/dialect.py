@@ -1,0 +1,101 @@
+"""The canonical dialect: which operators a Program consists of, and what each must keep.
+
+``docs/dialect.md`` states the same invariants for people; ``verify`` checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+import onnx_ir as ir
+
+from llmopt.ir.graph import attribute, optional, rank, shape, static
+
+OPSET: Final = 25
+IR_VERSION: Final = 11
+
+
+def verify(model: ir.Model) -> list[str]:
+    """Return every way in which ``model`` is not the dialect; nothing means it is.
+
+    Checked: one opset, no vendor domain, no function left, single assignment in topological
+    order, unique names, and the invariants of each operator.
+    """
+    return list(_problems(model))
+
+
+def _problems(model: ir.Model) -> Iterator[str]:
+    version = model.graph.opset_imports.get("")
+    if version != OPSET:
+        yield f"opset {version}, not {OPSET}"
+    if model.functions:
+        yield f"{len(model.functions)} functions that are not inlined"
+    known = {*model.graph.inputs, *model.graph.initializers.values()}
+    for node in model.graph:
+        label = f"{node.op_type} {node.name!r}"
+        if node.domain != "":
+            yield f"{label} is of domain {node.domain!r}"
+        for value in node.inputs:
+            if value is not None and value not in known and value.graph is model.graph:
+                yield f"{label} reads {value.name!r} before it is made"
+        known.update(node.outputs)
+        for problem in INVARIANTS.get(node.op_type, _nothing)(node):
+            yield f"{label}: {problem}"
+    for output in model.graph.outputs:
+        if output not in known:
+            yield f"output {output.name!r} is made by nothing"
+
+
+def _nothing(_: ir.Node) -> Iterator[str]:
+    return iter(())
+
+
+def _attention(node: ir.Node) -> Iterator[str]:
+    """3-D operands with head counts; a cache is [B, G, T, D]; a causal mask only with reason."""
+    q, k = optional(node, 0), optional(node, 1)
+    heads, groups = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
+    if rank(q) not in (None, 3) or rank(k) not in (None, 3):
+        yield "Q and K must be [batch, tokens, heads * width]"
+    if heads < 1 or groups < 1 or heads % groups:
+        yield f"{heads} query heads cannot share {groups} key/value heads"
+    past = optional(node, 4)
+    if rank(past) not in (None, 4):
+        yield "a cache must be [batch, heads, tokens, width]"
+    if past is not None and (optional(node, 5) is None or len(node.outputs) < 3):
+        yield "past key and value, present key and value go together"
+    if attribute(node, "is_causal", 0) and past is None and optional(node, 6) is None:
+        s, t = shape(q), shape(k)
+        if s and t and s[1] != t[1]:
+            yield f"is_causal with {s[1]} queries on {t[1]} keys and no past aligns top-left"
+
+
+def _rotary(node: ir.Node) -> Iterator[str]:
+    """Tables are [positions, width / 2] with position_ids, or have the batch of x."""
+    cos, sin, positions = optional(node, 1), optional(node, 2), optional(node, 3)
+    if rank(optional(node, 0)) == 3 and not attribute(node, "num_heads", 0):
+        yield "num_heads is needed for [batch, tokens, heads * width]"
+    for table in (cos, sin):
+        if positions is not None and rank(table) not in (None, 2):
+            yield "with position_ids the tables must be [positions, width / 2]"
+        x = shape(optional(node, 0))
+        if positions is None and x and rank(table) == 3 and (s := shape(table)) and s[0] != x[0]:
+            yield f"table of batch {s[0]} for x of batch {x[0]}"
+
+
+def _norm(node: ir.Node) -> Iterator[str]:
+    """The last axis only; the scale has one number per channel."""
+    if attribute(node, "axis", -1) not in (-1, (rank(optional(node, 0)) or 0) - 1):
+        yield "axis must be the last"
+    x, scale = optional(node, 0), optional(node, 1)
+    width = static(x, -1)
+    if rank(scale) not in (None, 1) or (width and static(scale, 0) not in (None, width)):
+        yield "the scale must have one number per channel"
+
+
+INVARIANTS: Final[Mapping[str, Callable[[ir.Node], Iterator[str]]]] = {
+    "Attention": _attention,
+    "RotaryEmbedding": _rotary,
+    "RMSNormalization": _norm,
+    "LayerNormalization": _norm,
+}

@@ -1,0 +1,68 @@
+"""What a pass is: a frozen, named value that edits a Program in place and says what it did."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from llmopt.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A place a pass looked at and left alone, and why.
+
+    Args:
+        node: The node's name.
+        reason: What kept the pass from it.
+        kind: What was missed, where the fusion report counts it: ``"attention"``.
+    """
+
+    node: str
+    reason: str
+    kind: str = ""
+
+
+@dataclass
+class Outcome:
+    """What a pass did; and what it did not do, and why.
+
+    Args:
+        applied: How many changes it made.
+        missed: Every candidate it declined.
+    """
+
+    applied: int = 0
+    missed: list[Miss] = field(default_factory=list)
+
+    @property
+    def modified(self) -> bool:
+        """Whether the Program's text changed."""
+        return self.applied > 0
+
+    def hit(self, count: int = 1) -> None:
+        """Count changes."""
+        self.applied += count
+
+    def miss(self, node: ir.Node | str, reason: str, kind: str = "") -> None:
+        """Record that ``node`` was left alone."""
+        name = node if isinstance(node, str) else node.name or node.op_type
+        self.missed.append(Miss(name, reason, kind))
+
+
+class Pass(abc.ABC):
+    """An edit of the Program. Subclasses are frozen dataclasses; their fields are their options.
+
+    A pass takes a valid Program to a valid Program, reports each change it made and each
+    candidate it declined, changes nothing when it is run a second time, and keeps the names,
+    order and types of inputs and outputs.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def run(self, program: Program) -> Outcome:
+        """Edit ``program`` in place and say what was done."""
