@@ -1,0 +1,100 @@
+"""Reading typed fields out of parsed JSON, with errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmopt.errors import ArtifactError
+
+_MISSING = object()
+
+
+class Fields:
+    """One JSON object, read key by key; what is not read is ignored.
+
+    Args:
+        data: The parsed value, which has to be an object.
+        where: The file it came from, for messages.
+        path: Keys that lead to it from the top.
+    """
+
+    def __init__(self, data: object, where: Path, path: str = "") -> None:
+        self._where = where
+        self._path = path
+        if not isinstance(data, dict):
+            raise ArtifactError(where, f"{path or 'the top level'} is not a JSON object")
+        self._data: dict[str, Any] = data
+
+    def bad(self, key: str, wanted: str) -> ArtifactError:
+        """Return the error that says what ``key`` should have been."""
+        return ArtifactError(self._where, f"{self._full(key)} should be {wanted}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Return the string at ``key``; without a ``default`` it has to be there."""
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self.bad(key, "a string")
+        return value
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """Return the whole number at ``key``; without a ``default`` it has to be there."""
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.bad(key, "a whole number")
+        return value
+
+    def maybe_text(self, key: str) -> str | None:
+        """Return the string at ``key``, or None where it is null or absent."""
+        return None if self._data.get(key) is None else self.text(key)
+
+    def maybe_number(self, key: str) -> int | None:
+        """Return the whole number at ``key``, or None where it is null or absent."""
+        return None if self._data.get(key) is None else self.number(key)
+
+    def numbers(self, key: str) -> tuple[int, ...]:
+        """Return the whole numbers at ``key``, none where it is absent."""
+        values = self._list(key)
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+            raise self.bad(key, "a list of whole numbers")
+        return tuple(values)
+
+    def dimensions(self, key: str) -> tuple[str | int, ...]:
+        """Return the shape at ``key``: whole numbers and names."""
+        values = self._list(key)
+        if not all(isinstance(value, str | int) for value in values):
+            raise self.bad(key, "a list of whole numbers and names")
+        return tuple(values)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """Return the object at ``key`` as it is, empty where it is absent."""
+        value: object = self._data.get(key) or {}
+        if not isinstance(value, dict):
+            raise self.bad(key, "an object")
+        return value
+
+    def child(self, key: str) -> Fields:
+        """Return the object at ``key``, empty where it is absent or null."""
+        return Fields(self._data.get(key) or {}, self._where, self._full(key))
+
+    def items(self, key: str) -> list[Fields]:
+        """Return the objects listed at ``key``, none where it is absent."""
+        full = self._full(key)
+        return [Fields(v, self._where, f"{full}[{i}]") for i, v in enumerate(self._list(key))]
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._data.get(key, [])
+        if not isinstance(value, list):
+            raise self.bad(key, "a list")
+        return value
+
+    def _value(self, key: str, default: object) -> object:
+        value = self._data.get(key, _MISSING)
+        if value is not _MISSING:
+            return value
+        if default is None:
+            raise ArtifactError(self._where, f"{self._full(key)} is missing")
+        return default
+
+    def _full(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key

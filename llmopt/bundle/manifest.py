@@ -1,0 +1,344 @@
+"""``manifest.json``: what an artifact is, what it takes and gives, and a digest of every file.
+
+Readers ignore keys they do not know and refuse a schema they do not know. The same manifest is
+always the same bytes: keys are sorted and nothing in it depends on the time or the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal, Self
+
+from llmopt.bundle.fields import Fields
+from llmopt.errors import ArtifactError
+
+SCHEMA: Final = 1
+MANIFEST: Final = "manifest.json"
+REPORT: Final = "build-report.json"
+"""Times and the machine: the one file that no digest covers."""
+
+CacheKind = Literal["shared", "concat", "none"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of the model.
+
+    Args:
+        name: Its name in the model file.
+        role: What it means: ``"tokens"``, ``"mask"``, ``"past_key"``, ``"logits"``, …
+        dtype: Element type as numpy spells it.
+        shape: A number for a fixed dimension, a letter of the glossary for a free one.
+        layer: Which layer's cache it is, for the four cache roles.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[str | int, ...]
+    layer: int | None = None
+
+    @classmethod
+    def read(cls, data: Fields) -> Self:
+        """Return the port written as ``data``."""
+        return cls(
+            data.text("name"),
+            data.text("role"),
+            data.text("dtype"),
+            data.dimensions("shape"),
+            data.maybe_number("layer"),
+        )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Every input and output, in the model's order."""
+
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+
+    @classmethod
+    def read(cls, data: Fields) -> Self:
+        """Return the signature written as ``data``."""
+        ports = {key: tuple(map(Port.read, data.items(key))) for key in ("inputs", "outputs")}
+        return cls(ports["inputs"], ports["outputs"])
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """Where the model came from.
+
+    Args:
+        name: The file or folder's name, without the path to it.
+        kind: ``"huggingface"``, ``"gguf"``, ``"onnx"``, ``"module"``, …
+        digest: sha256 over the source, in hex.
+    """
+
+    name: str = ""
+    kind: str = ""
+    digest: str = ""
+
+    @classmethod
+    def read(cls, data: Fields) -> Self:
+        """Return the record written as ``data``."""
+        return cls(data.text("name", ""), data.text("kind", ""), data.text("digest", ""))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a runner has to know of the model; 0 and None where it does not apply.
+
+    Args:
+        family: The architecture's name.
+        layers: L.
+        heads: H.
+        kv_heads: G.
+        head_width: D.
+        hidden: E.
+        vocabulary: V.
+        max_length: Most tokens in one sequence, prompt included.
+        bos: Token that begins a text.
+        eos: Tokens that end one.
+        pad: Token that fills up short rows.
+        cache: ``"shared"``: past and present may be one buffer of fixed capacity that the model
+            writes in place; ``"concat"``: present is past and the new tokens; ``"none"``.
+        pooling: How hidden states become one embedding, where the model does not do it itself.
+    """
+
+    family: str = ""
+    layers: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_width: int = 0
+    hidden: int = 0
+    vocabulary: int = 0
+    max_length: int = 0
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+    cache: CacheKind = "none"
+    pooling: str | None = None
+
+    @classmethod
+    def read(cls, data: Fields) -> Self:
+        """Return the facts written as ``data``."""
+        return cls(
+            family=data.text("family", ""),
+            layers=data.number("layers", 0),
+            heads=data.number("heads", 0),
+            kv_heads=data.number("kv_heads", 0),
+            head_width=data.number("head_width", 0),
+            hidden=data.number("hidden", 0),
+            vocabulary=data.number("vocabulary", 0),
+            max_length=data.number("max_length", 0),
+            bos=data.maybe_number("bos"),
+            eos=data.numbers("eos"),
+            pad=data.maybe_number("pad"),
+            cache=_cache_kind(data),
+            pooling=data.maybe_text("pooling"),
+        )
+
+
+def _cache_kind(data: Fields) -> CacheKind:
+    match data.text("cache", "none"):
+        case "shared":
+            return "shared"
+        case "concat":
+            return "concat"
+        case "none":
+            return "none"
+        case other:
+            raise data.bad("cache", f"'shared', 'concat' or 'none', not {other!r}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the artifact.
+
+    Args:
+        path: Relative to the artifact, with forward slashes.
+        size_bytes: Its length.
+        sha256: Its digest, in hex.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+    @classmethod
+    def read(cls, data: Fields) -> Self:
+        """Return the record written as ``data``; a path that leaves the artifact is refused."""
+        path = PurePosixPath(data.text("path"))
+        if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+            raise data.bad("path", f"a path inside the artifact, not {str(path)!r}")
+        return cls(str(path), data.number("size_bytes"), data.text("sha256"))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known about an artifact.
+
+    Args:
+        target: The target as text, options included.
+        entry: The model file that a runner opens.
+        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``.
+        versions: Of llmopt, the backend and the opset that made it.
+        source: What it was made from.
+        pipeline: The passes as text.
+        precision: The precision plan.
+        signature: What the model takes and gives.
+        model: What a runner has to know of it.
+        files: Every file but the manifest and the build report.
+        verification: What was checked and how far it was off.
+        quality: What quantization cost, measured.
+        schema: Version of this format.
+    """
+
+    target: str
+    entry: str
+    task: str
+    versions: Mapping[str, str | int] = field(default_factory=dict)
+    source: SourceRecord = SourceRecord()
+    pipeline: str = ""
+    precision: Mapping[str, Any] = field(default_factory=dict)
+    signature: Signature = Signature()
+    model: ModelFacts = ModelFacts()
+    files: tuple[FileRecord, ...] = ()
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Self:
+        """Return the manifest that ``text`` holds.
+
+        Args:
+            text: The contents of a ``manifest.json``.
+            where: The file it came from, for messages.
+
+        Raises:
+            ArtifactError: It is not JSON, lacks a key, or has a schema we do not know.
+        """
+        try:
+            data = Fields(json.loads(text), where)
+        except json.JSONDecodeError as error:
+            raise ArtifactError(where, f"not JSON ({error})") from error
+        schema = data.number("schema")
+        if schema != SCHEMA:
+            raise ArtifactError(where, f"schema {schema}, and this llmopt reads {SCHEMA}")
+        return cls(
+            target=data.text("target"),
+            entry=data.text("entry"),
+            task=data.text("task"),
+            versions=data.mapping("versions"),
+            source=SourceRecord.read(data.child("source")),
+            pipeline=data.text("pipeline", ""),
+            precision=data.mapping("precision"),
+            signature=Signature.read(data.child("signature")),
+            model=ModelFacts.read(data.child("model")),
+            files=tuple(map(FileRecord.read, data.items("files"))),
+            verification=data.mapping("verification"),
+            quality=data.mapping("quality"),
+            schema=schema,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return the manifest of the artifact ``folder``.
+
+        Raises:
+            ArtifactError: There is none, or it cannot be read.
+        """
+        path = folder / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArtifactError(folder, _why_not_an_artifact(folder)) from error
+        except UnicodeDecodeError as error:
+            raise ArtifactError(path, "not UTF-8 text") from error
+        except OSError as error:
+            raise ArtifactError(path, error.strerror or str(error)) from error
+        return cls.from_json(text, path)
+
+    def to_json(self) -> str:
+        """Return the text of ``manifest.json``: sorted keys, two spaces, a final newline."""
+        data = dataclasses.asdict(self)
+        return json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
+        (folder / MANIFEST).write_text(self.to_json(), encoding="utf-8")
+
+    def with_files(self, folder: Path) -> Self:
+        """Return this manifest listing the files that ``folder`` holds now."""
+        return dataclasses.replace(self, files=record_files(folder))
+
+    def check_sizes(self, folder: Path) -> None:
+        """Raise unless every listed file is there with its size. Reads no file.
+
+        Raises:
+            ArtifactError: A file is missing or has another length.
+        """
+        _raise_first(folder, (_size_problem(folder, record) for record in self.files))
+
+    def verify_files(self, folder: Path) -> None:
+        """Raise unless every listed file is there, byte for byte.
+
+        Raises:
+            ArtifactError: A file is missing, or has another length or digest.
+        """
+        _raise_first(folder, (_problem(folder, record) for record in self.files))
+
+
+def record_files(folder: Path) -> tuple[FileRecord, ...]:
+    """Return a record of every file below ``folder``, by path; see ``MANIFEST``, ``REPORT``."""
+    paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return tuple(
+        FileRecord(path, (folder / path).stat().st_size, sha256(folder / path))
+        for path in paths
+        if path not in {MANIFEST, REPORT}
+    )
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _problem(folder: Path, record: FileRecord) -> str | None:
+    if problem := _size_problem(folder, record):
+        return problem
+    found = sha256(folder / record.path)
+    if found == record.sha256:
+        return None
+    return f"{record.path} has sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…"
+
+
+def _size_problem(folder: Path, record: FileRecord) -> str | None:
+    path = folder / record.path
+    if not path.is_file():
+        return f"{record.path} is missing"
+    size = path.stat().st_size
+    if size == record.size_bytes:
+        return None
+    return f"{record.path} has {size} bytes, the manifest says {record.size_bytes}"
+
+
+def _raise_first(folder: Path, problems: Iterable[str | None]) -> None:
+    for problem in problems:
+        if problem is not None:
+            raise ArtifactError(folder, problem)
+
+
+def _why_not_an_artifact(folder: Path) -> str:
+    if not folder.exists():
+        return "not found"
+    if folder.is_dir():
+        return f"not an artifact: it has no {MANIFEST}"
+    return "not an artifact: an artifact is a directory that `llmopt compile` wrote"
