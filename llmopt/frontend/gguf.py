@@ -79,11 +79,14 @@ class GgufCheckpoint:
     def _row_order(self, stored: Stored, tensor: GgufTensor) -> np.ndarray:
         """Return where each stored row goes."""
         rows, _ = _row_shape(tensor)
-        heads = int(self.file.value("attention.head_count", 1))
-        if stored.layout == "unpermute-k":
-            heads = int(self.file.value("attention.head_count_kv", heads))
-        if not stored.layout.startswith("unpermute") or rows % (2 * heads):
+        if not stored.layout.startswith("unpermute"):
             return np.arange(rows)
+        heads = self.file.number("attention.head_count")
+        if stored.layout == "unpermute-k":
+            heads = self.file.number("attention.head_count_kv", heads)
+        if heads <= 0 or rows % (2 * heads):
+            problem = f"{stored.source} has {rows} rows, not {heads} heads of even width"
+            raise SourceError(self.path, problem, "convert it again")
         # ggml stores row (i, half) of a head where Hugging Face has (half, i)
         return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(rows)
 

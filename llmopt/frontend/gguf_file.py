@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.errors import SourceError
+from llmopt.errors import SourceError, UnsupportedModelError
 from llmopt.frontend.checkpoint import unreadable
 
 _AGAIN = "download or convert it again"
-_STRING, _ARRAY = 8, 9
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 # value type -> struct format; Source: the GGUF specification, enum gguf_metadata_value_type
 _SCALARS = {
     0: "<B",
@@ -88,6 +88,27 @@ class GgufFile:
         """Return ``<architecture>.<key>``, or ``default`` where the file has none."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
+    def number(self, key: str, default: float | None = None) -> Any:
+        """Return a number that holds for every layer, from ``<architecture>.<key>``.
+
+        Raises:
+            SourceError: The key is missing (and no default was given), or is no number.
+            UnsupportedModelError: The file gives each layer its own, and they differ.
+        """
+        found = self.value(key, default)
+        values = found if isinstance(found, list) else [found]
+        if len(set(values)) > 1:
+            raise self.unsupported(f"{key} differs from layer to layer: {sorted(set(values))}")
+        if not values or not isinstance(values[0], int | float):
+            problem = f"lacks the number {self.architecture}.{key}"
+            raise SourceError(self.path, problem, "convert it again")
+        return values[0]
+
+    def unsupported(self, problem: str) -> UnsupportedModelError:
+        """Return the error to raise when the file asks for something that we do not do."""
+        hint = "compile the model from its Hugging Face folder instead"
+        return UnsupportedModelError(str(self.path), [problem], hint)
+
 
 def read_gguf(path: Path) -> GgufFile:
     """Return the header of a GGUF file.
@@ -145,7 +166,9 @@ class _Parser:
             return self.array()
         if kind not in _SCALARS:
             raise self.problem(f"unknown value type {kind} at byte {self.at}: damaged")
-        return self.number(_SCALARS[kind])
+        number = self.number(_SCALARS[kind])
+        # the shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06
+        return float(str(np.float32(number))) if kind == _FLOAT32 else number
 
     def array(self) -> list[Any]:
         kind, count = self.number("<I"), self.number("<Q")

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmopt.errors import UnsupportedModelError
 from llmopt.frontend.gguf_file import GgufFile
 
 _LLAMA = {
@@ -128,9 +127,8 @@ def naming(file: GgufFile) -> Naming:
     """
     found = ARCHITECTURES.get(file.architecture)
     if found is None:
-        problem = f"GGUF architecture {file.architecture!r} (known: {', '.join(ARCHITECTURES)})"
-        hint = "compile the model from its Hugging Face folder instead"
-        raise UnsupportedModelError(str(file.path), [problem], hint)
+        known = ", ".join(ARCHITECTURES)
+        raise file.unsupported(f"GGUF architecture {file.architecture!r} (known: {known})")
     return found
 
 
@@ -155,7 +153,10 @@ def huggingface_names(file: GgufFile) -> dict[str, Stored]:
             continue
         name = f"{target.format(layer and layer[1])}.{suffix}"
         result[name] = Stored(source, _layout(how, general, suffix))
-    _refuse(file, strange)
+    if strange:
+        some = ", ".join(strange[:5])
+        what = f"a {file.architecture!r} model"
+        raise file.unsupported(f"{len(strange)} tensors have no place in {what}: {some}")
     return result
 
 
@@ -163,12 +164,3 @@ def _layout(how: Naming, general: str, suffix: str) -> str:
     layout = how.layouts.get(general, "")
     # a bias has rows to permute, but nothing to transpose
     return "" if suffix == "bias" and layout == "transpose" else layout
-
-
-def _refuse(file: GgufFile, strange: list[str]) -> None:
-    if not strange:
-        return
-    some = ", ".join(strange[:5])
-    problem = f"{len(strange)} tensors have no place in a {file.architecture!r} model: {some}"
-    hint = "compile the model from its Hugging Face folder instead"
-    raise UnsupportedModelError(str(file.path), [problem], hint)
