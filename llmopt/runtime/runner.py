@@ -1,0 +1,270 @@
+"""Using an artifact: text, tokens, embeddings and raw tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Unpack, overload
+
+import numpy as np
+
+from llmopt.bundle.manifest import Manifest
+from llmopt.errors import ArtifactError, UsageError
+from llmopt.runtime.embedding import check_embeds, embed_rows
+from llmopt.runtime.feeds import complete_feeds
+from llmopt.runtime.generation import (
+    Generation,
+    Request,
+    TextOptions,
+    TextRow,
+    TokenOptions,
+    check_tokens,
+)
+from llmopt.runtime.session import Array, Session
+from llmopt.runtime.steps import Sequences
+from llmopt.runtime.tokens import Tokenizer
+
+logger = logging.getLogger("llmopt")
+
+CHAT: Final = "chat.json"
+
+Prompts = list[str] | tuple[str, ...]
+
+
+class Runner:
+    """An artifact, opened on this machine.
+
+    Args:
+        folder: The artifact.
+        threads: Threads inside one operator; None for as many as the process may use.
+
+    Raises:
+        ArtifactError: The artifact is damaged, incomplete or from a newer llmopt.
+        BackendUnavailableError: What it needs is not installed here.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads {threads} is below 1")
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self.manifest.check_sizes(folder)
+        self.session = Session(folder, self.manifest, threads)
+        self._warned = False
+
+    @overload
+    def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...
+    @overload
+    def generate(self, prompt: Prompts, **options: Unpack[TextOptions]) -> list[str]: ...
+    def generate(self, prompt: str | Prompts, **options: Unpack[TextOptions]) -> str | list[str]:
+        """Return the text that follows the prompt, without the prompt.
+
+        Args:
+            prompt: A text, or several to be continued together.
+            **options: See `Request`.
+
+        Returns:
+            One text, or one for each prompt.
+
+        Raises:
+            UsageError: An option is out of range, or a prompt empty or too long.
+        """
+        request = _request(options)
+        if isinstance(prompt, str):
+            return "".join(piece for _, piece in self._pieces([prompt], request))
+        texts = [""] * len(prompt)
+        for row, piece in self._pieces(prompt, request):
+            texts[row] += piece
+        return texts
+
+    def stream(self, prompt: str, **options: Unpack[TextOptions]) -> Iterator[str]:
+        """Yield the text that follows the prompt, piece by piece as it is made.
+
+        Args:
+            prompt: A text.
+            **options: See `Request`.
+
+        Yields:
+            Pieces of whole characters; together they are what `generate` returns.
+
+        Raises:
+            UsageError: An option is out of range, or the prompt is empty or too long.
+        """
+        for _, piece in self._pieces([prompt], _request(options)):
+            if piece:
+                yield piece
+
+    def generate_ids(
+        self, ids: Sequence[int] | Sequence[Sequence[int]], **options: Unpack[TokenOptions]
+    ) -> list[Any]:
+        """Return the tokens that follow, the one that ended each row included.
+
+        Args:
+            ids: Tokens of one prompt, or of several.
+            **options: See `Request`.
+
+        Returns:
+            A list of tokens, or one list for each prompt.
+
+        Raises:
+            UsageError: An option is out of range, or a prompt empty or too long.
+        """
+        one = len(ids) == 0 or not isinstance(ids[0], Sequence | np.ndarray)
+        prompts: list[Any] = [ids] if one else list(ids)
+        rows: list[list[int]] = [[] for _ in prompts]
+        for first, generation in self._generations(prompts, _request(options)):
+            for tokens in generation:
+                for row, token in enumerate(tokens):
+                    if token is not None:
+                        rows[first + row].append(token)
+        return rows[0] if one else rows
+
+    def logits(self, ids: Any, prefill: int | None = None, *, mask: Any = None) -> Array:
+        """Return the logits of every position, computed as generation would.
+
+        Args:
+            ids: [B, S] tokens.
+            prefill: How many go in the first step; the rest follow one by one. None for all.
+            mask: [B, S], 0 where a row is padding in front; None where there is none.
+
+        Returns:
+            [B, S, V] float32.
+
+        Raises:
+            UsageError: The tokens are not the model's, or too many.
+        """
+        tokens = np.asarray(ids, np.int64)
+        facts = self.manifest.model
+        self._check_ids(tokens, prefill)
+        batch, length = tokens.shape
+        real = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
+        sequences = Sequences(self.session, batch, length)
+        ends = [prefill or length, *range((prefill or length) + 1, length + 1)]
+        parts: list[Array] = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            step = slice(start, end)
+            part = sequences.extend(tokens[:, step], real[:, step], every=True)
+            if part.shape[1] != end - start:
+                raise UsageError(f"{facts.family}: the model gives logits of its last token only")
+            parts.append(part.astype(np.float32))
+        return np.concatenate(parts, axis=1)
+
+    def embed(self, texts: Sequence[str], batch_size: int = 32) -> Array:
+        """Return one embedding a text.
+
+        Texts longer than the model takes are cut, with a warning that says how many.
+
+        Args:
+            texts: Sentences.
+            batch_size: How many go through the model at once.
+
+        Returns:
+            [N, E] float32, in the order of ``texts``.
+
+        Raises:
+            UsageError: The artifact makes no embeddings.
+        """
+        if isinstance(texts, str):
+            raise UsageError("embed takes a list of texts; put the text in a list")
+        check_embeds(self.session)
+        limit = self.manifest.model.max_length
+        rows, cut = self.tokenizer.encode_all(texts, limit)
+        if cut:
+            logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), limit)
+        return embed_rows(self.session, rows, batch_size)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        """Return every output of the model, by name.
+
+        Args:
+            feeds: Arrays by input name; see `complete_feeds` for what may be left out.
+
+        Raises:
+            UsageError: A name, element type or shape is not what the model takes.
+        """
+        return self.session.run(complete_feeds(self.session, feeds))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer."""
+        return Tokenizer(self.folder)
+
+    def _pieces(self, prompts: Sequence[str], request: Request) -> Iterator[tuple[int, str]]:
+        """Yield (row, text) for each piece of text of each row."""
+        ids = [self._encode(prompt, chat=request.chat) for prompt in prompts]
+        stop_tokens = frozenset(self.manifest.model.eos)
+        for first, generation in self._generations(ids, request):
+            rows = [
+                TextRow(self.tokenizer.decode, () if request.chat else prompt, request.stops)
+                for prompt in generation.prompts
+            ]
+            for tokens in generation:
+                for row, token in enumerate(tokens):
+                    if token is None or token in stop_tokens:
+                        continue
+                    yield first + row, rows[row].push(token)
+                    if rows[row].ended:
+                        generation.end(row)
+            yield from ((first + i, row.finish()) for i, row in enumerate(rows))
+
+    def _generations(
+        self, prompts: Sequence[Sequence[int]], request: Request
+    ) -> Iterator[tuple[int, Generation]]:
+        """Yield (number of its first row, generation): one for all prompts where they can share.
+
+        Without a mask the model cannot tell padding from text, so prompts go one by one.
+        """
+        self._warn_without_cache()
+        together = self.session.find("mask") is not None or len(set(map(len, prompts))) == 1
+        if together or not prompts:
+            if prompts:
+                yield 0, Generation(self.session, prompts, request)
+            return
+        for row, prompt in enumerate(prompts):
+            yield row, Generation(self.session, [prompt], request)
+
+    def _encode(self, prompt: str, *, chat: bool) -> list[int]:
+        if chat:
+            return self.tokenizer.encode(self._render(prompt), special=False)
+        bos = self.manifest.model.bos
+        return self.tokenizer.encode(prompt) or ([] if bos is None else [bos])
+
+    def _render(self, prompt: str) -> str:
+        from llmopt.runtime.chat import ChatFormat
+
+        path = self.folder / CHAT
+        if not path.is_file():
+            raise UsageError(
+                f"{self.folder}: has no chat format ({CHAT}), because the model came without a "
+                "chat template or with one that cannot be taken apart; prompt it without chat"
+            )
+        try:
+            chat = ChatFormat.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(path, f"not a chat format ({error})") from error
+        return chat.render([{"role": "user", "content": prompt}])
+
+    def _check_ids(self, tokens: Array, prefill: int | None) -> None:
+        facts = self.manifest.model
+        if tokens.ndim != 2 or tokens.size == 0:
+            raise UsageError(f"tokens should be [B, S] and not empty, not {list(tokens.shape)}")
+        length = tokens.shape[1]
+        if facts.max_length and length > facts.max_length:
+            raise UsageError(f"{length} tokens are more than the model's {facts.max_length}")
+        if prefill is not None and not 1 <= prefill <= length:
+            raise UsageError(f"prefill {prefill} is not between 1 and {length}")
+        check_tokens(tokens, facts.vocabulary)
+
+    def _warn_without_cache(self) -> None:
+        if self.manifest.model.cache == "none" and not self._warned:
+            self._warned = True
+            logger.warning("the model has no cache: every new token runs its whole prefix again")
+
+
+def _request(options: Mapping[str, Any]) -> Request:
+    try:
+        return Request(**options)
+    except TypeError as error:
+        raise UsageError(f"unknown option: {error}") from error
