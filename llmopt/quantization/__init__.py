@@ -1,0 +1,1 @@
+"""Quantization: schemes, numerics on arrays, packing, precision plans, measured quality."""

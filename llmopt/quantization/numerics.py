@@ -1,0 +1,244 @@
+"""Round-to-nearest quantization in blocks: arrays in, arrays out.
+
+Rounding is half to even. A value outside the range takes the code at its end. A scale is found
+in float64 from the extremes of its block and rounded *away from zero* to the type it is stored
+in, codes are found in float32 from the scale as stored: the block's largest value is then inside
+the range whatever the type.
+
+Work goes by chunks of rows that stay in a core's cache, so no temporary exceeds a few MB: a
+weight of 128256 x 2048 takes about a second on one core, in 4 bits or 8, packed or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmopt.errors import UnsupportedModelError
+from llmopt.quantization.schemes import Blockwise
+
+Floats = NDArray[np.floating[Any]]
+Codes = NDArray[np.uint8]
+
+_CHUNK: Final = 1 << 17  # elements: 0.5 MB of float32, so that a chunk and its codes fit in L2
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A weight in blocks, codes unpacked.
+
+    Args:
+        codes: [N, K'] uint8, K' = K rounded up to whole blocks; padding holds the zero point.
+        scale: [N, K'/block] float32 or float16; not 0; negative where that fits a block better.
+        zero_point: [N, K'/block] uint8, or None where it is ``scheme.middle`` everywhere.
+        scheme: How it was quantized.
+        columns: K.
+    """
+
+    codes: Codes
+    scale: Floats
+    zero_point: Codes | None
+    scheme: Blockwise
+    columns: int
+
+    def rows(self, part: slice) -> Quantized:
+        """Return the same for some rows, sharing memory."""
+        points = None if self.zero_point is None else self.zero_point[part]
+        return Quantized(self.codes[part], self.scale[part], points, self.scheme, self.columns)
+
+
+def empty(rows: int, columns: int, scheme: Blockwise, scale_dtype: type = np.float32) -> Quantized:
+    """Return arrays for `quantize_blockwise` to fill.
+
+    >>> like = empty(3, 40, Blockwise(bits=4, block=16, symmetric=False))
+    >>> like.codes.shape, like.scale.shape, like.zero_point.shape
+    ((3, 48), (3, 3), (3, 3))
+    """
+    blocks = scheme.blocks(columns)
+    points = None if scheme.symmetric else np.empty((rows, blocks), np.uint8)
+    codes = np.empty((rows, scheme.padded(columns)), np.uint8)
+    return Quantized(codes, np.empty((rows, blocks), scale_dtype), points, scheme, columns)
+
+
+def quantize_blockwise(
+    weight: Floats,
+    scheme: Blockwise,
+    *,
+    scale_dtype: type = np.float32,
+    out: Quantized | None = None,
+    first_row: int = 0,
+) -> Quantized:
+    """Return ``weight`` in codes, to the nearest.
+
+    Symmetric: ``scale = -extreme / 2**(bits - 1)``, where ``extreme`` is the value of largest
+    magnitude with its sign. It gets code 0, the one code whose magnitude has no opposite, and
+    is exact (as in ggml's Q4_0). The usual ``max|x| / 7`` leaves that code unused. Measured on
+    10**6 values and every block (``test_negative_scales_beat_the_usual_ones`` does it again), its
+    mean squared error in 4 bits is 1.26 to 1.30 times this one's for normal values, 1.28 to 1.29
+    times for Laplace's, 1.10 times for uniform ones; in 8 bits 1.003 to 1.02 times. It is never
+    lower over a weight; it can be for *one block*, because a value opposite to the extreme and
+    nearly as large saturates at 7/8 of it.
+
+    >>> row = np.zeros((1, 16), np.float32)
+    >>> row[0, :4] = [8.0, 1.0, -7.0, 2.5]
+    >>> one = quantize_blockwise(row, Blockwise(bits=4, block=16))
+    >>> one.scale.tolist(), one.codes[0, :5].tolist()
+    ([[-1.0]], [0, 7, 15, 6, 8])
+
+    Asymmetric: ``scale = (max - min) / (2**bits - 1)`` over the block's values and 0, and
+    ``zero_point = -min / scale`` rounded, so that 0 is exact and every error at most scale / 2.
+
+    >>> one = quantize_blockwise(row, Blockwise(bits=4, block=16, symmetric=False))
+    >>> one.scale.tolist(), one.zero_point.tolist(), one.codes[0, :5].tolist()
+    ([[1.0]], [[7]], [15, 8, 0, 9, 7])
+
+    A block of zeros has scale 1.
+
+    Args:
+        weight: [N, K] float32, float16, bfloat16 or float64; K need not be whole blocks.
+        scheme: Bits, block, symmetry.
+        scale_dtype: ``np.float32`` or ``np.float16``; unused when ``out`` is given.
+        out: Arrays to write into, as `empty` makes them.
+        first_row: What an error calls the first row, when ``weight`` is a part of a larger one.
+
+    Raises:
+        UnsupportedModelError: a value is NaN or infinite, or too large for a float16 scale.
+        ValueError: the weight is not a matrix, or ``out`` was made for another one.
+    """
+    if weight.ndim != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight {weight.shape}: a matrix [N, K], K > 0, was expected")
+    like = empty(*weight.shape, scheme, scale_dtype) if out is None else out
+    _check_fits(like, weight, scheme)
+    for part in row_chunks(*weight.shape):
+        _quantize_chunk(weight[part], like.rows(part), first_row + part.start)
+    return like
+
+
+def dequantize(quantized: Quantized, out: Floats | None = None) -> Floats:
+    """Return ``(codes - zero_point) * scale`` as [N, K] float32, without the padding.
+
+    Args:
+        quantized: A weight in codes.
+        out: An array [N, K] of any float type to write into.
+    """
+    rows, columns = quantized.codes.shape[0], quantized.columns
+    values = np.empty((rows, columns), np.float32) if out is None else out
+    for part in row_chunks(rows, quantized.codes.shape[1]):
+        values[part] = _decode(quantized.rows(part))[:, :columns]
+    return values
+
+
+def fake_quantize(
+    weight: Floats,
+    scheme: Blockwise,
+    *,
+    scale_dtype: type = np.float32,
+    out: Floats | None = None,
+) -> Floats:
+    """Return ``dequantize(quantize_blockwise(weight))`` with no full copy of the codes.
+
+    >>> fake_quantize(np.array([[0.8, 0.12, -0.31]]), Blockwise(block=16)).round(4).tolist()
+    [[0.800000011920929, 0.10000000149011612, -0.30000001192092896]]
+
+    ``out`` may be ``weight`` itself.
+    """
+    values = np.empty(weight.shape, np.float32) if out is None else out
+    for part in row_chunks(*weight.shape):
+        values[part] = dequantize(
+            quantize_blockwise(weight[part], scheme, scale_dtype=scale_dtype, first_row=part.start)
+        )
+    return values
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows that together are all of them, each small enough for the cache.
+
+    >>> [part.stop for part in row_chunks(100, 4096)]
+    [32, 64, 96, 100]
+    """
+    step = max(1, _CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def _check_fits(like: Quantized, weight: Floats, scheme: Blockwise) -> None:
+    shape = (weight.shape[0], scheme.padded(weight.shape[1]))
+    if like.scheme != scheme or like.codes.shape != shape or like.columns != weight.shape[1]:
+        raise ValueError(f"out is for {like.scheme} {like.codes.shape}, not {scheme} {shape}")
+
+
+def _quantize_chunk(weight: Floats, out: Quantized, first_row: int) -> None:
+    scheme = out.scheme
+    values = np.zeros(out.codes.shape, np.float32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 turns infinite and is refused
+        values[:, : out.columns] = weight
+    low, high = _extremes(values, scheme.block)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise _unusable(values, first_row)
+    if out.zero_point is None:
+        scale = np.where(high > -low, high, low) / -scheme.middle
+    else:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        scale = (high - low) / (scheme.levels - 1)
+    out.scale[:] = _stored(scale, out.scale.dtype).reshape(out.scale.shape)
+    if not np.isfinite(out.scale).all():
+        raise _unusable(values, first_row)
+    steps = np.float32(out.scale)[..., None]
+    zero: NDArray[np.float32] | np.float32 = np.float32(scheme.middle)
+    if out.zero_point is not None:
+        zero = np.rint(-low.reshape(out.scale.shape) / out.scale).astype(np.float32)
+        zero = np.minimum(zero, scheme.levels - 1)
+        out.zero_point[:] = zero
+        zero = zero[..., None]
+    blocks = values.reshape(*out.scale.shape, scheme.block)
+    np.divide(blocks, steps, out=blocks)
+    np.rint(blocks, out=blocks)
+    np.add(blocks, zero, out=blocks)
+    np.clip(values, 0, scheme.levels - 1, out=values)
+    np.copyto(out.codes, values, casting="unsafe")
+
+
+def _extremes(
+    values: NDArray[np.float32], block: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the least and the largest value of each block; NaN where one is NaN.
+
+    The transpose lets numpy compare whole rows of blocks at once: twice as fast as reducing
+    along 32 columns, and the time no longer depends on the block.
+    """
+    turned = np.ascontiguousarray(values.reshape(-1, block).T)
+    return turned.min(axis=0).astype(np.float64), turned.max(axis=0).astype(np.float64)
+
+
+def _stored(scale: NDArray[np.float64], dtype: np.dtype[Any]) -> Floats:
+    """Return scales as they are stored: rounded away from zero, and 1 for a block of zeros."""
+    with np.errstate(over="ignore"):  # the caller refuses what turns infinite
+        near = scale.astype(dtype)
+    away = np.nextafter(near, np.copysign(np.array(np.inf, dtype), near), dtype=dtype)
+    rounded = np.where(np.abs(near.astype(np.float64)) < np.abs(scale), away, near)
+    return np.where(rounded == 0, np.ones((), dtype), rounded)
+
+
+def _decode(quantized: Quantized) -> NDArray[np.float32]:
+    scheme, scale = quantized.scheme, quantized.scale
+    values = quantized.codes.astype(np.float32).reshape(*scale.shape, scheme.block)
+    points = quantized.zero_point
+    np.subtract(values, scheme.middle if points is None else points[..., None], out=values)
+    np.multiply(values, scale[..., None].astype(np.float32), out=values)
+    return values.reshape(quantized.codes.shape)
+
+
+def _unusable(values: NDArray[np.float32], first_row: int) -> UnsupportedModelError:
+    bad = np.argwhere(~np.isfinite(values))
+    row, problem = (
+        (int(bad[0, 0]), f"column {int(bad[0, 1])} is {values[tuple(bad[0])]}")
+        if len(bad)
+        else (int(np.abs(values).max(axis=1).argmax()), "its scale does not fit into float16")
+    )
+    return UnsupportedModelError(
+        "weight", [f"row {first_row + row}: {problem}"], "leave it in float, or repair the source"
+    )

@@ -1,0 +1,216 @@
+"""Quantization schemes: frozen values, and the text that names them.
+
+``w4`` is a scheme, ``w4{block=64,symmetric=false}`` one with options. The text of a scheme is
+the same on the command line, in precision plans and in manifests.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from typing_extensions import override
+
+from llmopt.errors import UnknownNameError, UsageError
+
+BLOCKS: Final = (16, 32, 64, 128, 256)
+_BITS: Final = (2, 4, 8)
+_TEXT: Final = re.compile(r"(?P<name>[^{}]+)(?:\{(?P<options>[^{}]*)\})?\Z")
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """Weights in unsigned codes, one scale for each block of one row; activations stay float.
+
+    Range: ``(code - zero_point) * scale``, ``code`` in 0 … 2**bits - 1. Without a zero point
+    (``symmetric``) it is 2**(bits - 1), and the scale may be negative.
+
+    A head of N = 49152 rows and K = 576 columns, in 4 bits and blocks of 32:
+
+    >>> w4 = Blockwise(bits=4, block=32)
+    >>> w4.blocks(576), w4.levels, w4.middle
+    (18, 16, 8)
+    >>> w4.size_bytes(49152, 576, scale_bytes=4)
+    17694720
+    >>> w4.size_bytes(49152, 576, scale_bytes=4) * 8 / (49152 * 576)
+    5.0
+
+    The last block is padded when K is not a multiple of the block:
+
+    >>> w4.blocks(100), w4.padded(100)
+    (4, 128)
+
+    Args:
+        bits: Width of a code: 4 or 8; 2 is for experiments and has no name in `SCHEMES`.
+        block: Columns that share a scale: 16, 32, 64, 128 or 256.
+        symmetric: Whether the zero point is the middle code instead of one stored per block.
+
+    Raises:
+        UsageError: another width or block.
+    """
+
+    bits: int = 4
+    block: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no kernel has."""
+        if self.bits not in _BITS:
+            raise UsageError(f"bits={self.bits}: a code has 2, 4 or 8 bits")
+        if self.block not in BLOCKS:
+            raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, BLOCKS))}")
+
+    @property
+    def levels(self) -> int:
+        """How many codes there are."""
+        return 1 << self.bits
+
+    @property
+    def middle(self) -> int:
+        """The zero point where none is stored."""
+        return 1 << (self.bits - 1)
+
+    def blocks(self, columns: int) -> int:
+        """Return how many blocks a row of ``columns`` has."""
+        return -(-columns // self.block)
+
+    def padded(self, columns: int) -> int:
+        """Return how many codes a row of ``columns`` has, padding included."""
+        return self.blocks(columns) * self.block
+
+    def size_bytes(self, rows: int, columns: int, scale_bytes: int) -> int:
+        """Return the size of codes, scales and zero points as `packing` stores them."""
+        blocks = self.blocks(columns)
+        points = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return rows * (blocks * (self.block * self.bits // 8 + scale_bytes) + points)
+
+    @override
+    def __str__(self) -> str:
+        default = Blockwise()
+        changed = [f"block={self.block}"] if self.block != default.block else []
+        changed += [] if self.symmetric else ["symmetric=false"]
+        return f"w{self.bits}" + (f"{{{','.join(changed)}}}" if changed else "")
+
+
+@dataclass(frozen=True)
+class DynamicInt8:
+    """Weights in int8, one scale per output channel; activations in int8, one scale per row.
+
+    A row is one token: its scale is found when it arrives (*dynamic*) and depends on nothing
+    else in the batch. Both are symmetric, -127 … 127, so zero is exact and no sum of codes has
+    to be corrected.
+
+    An FFN of E = 384 → F = 1536 on 1024 tokens has 1536 weight scales and 1024 activation
+    scales, and saves three quarters of the weights' bytes:
+
+    >>> scheme = DynamicInt8()
+    >>> str(scheme), scheme.size_bytes(384, 1536), 384 * 1536 * 4
+    ('w8a8-dynamic', 595968, 2359296)
+    """
+
+    def size_bytes(self, rows: int, columns: int) -> int:
+        """Return the size of a weight [rows = K, columns = N]: int8 codes, float32 scales."""
+        return rows * columns + 4 * columns
+
+    @override
+    def __str__(self) -> str:
+        return "w8a8-dynamic"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Weights and activations in a narrower float: no scales.
+
+    >>> str(Cast("float16")), Cast("bfloat16").size_bytes(49152, 576)
+    ('fp16', 56623104)
+
+    Args:
+        dtype: ``"float16"`` or ``"bfloat16"``.
+    """
+
+    dtype: Literal["float16", "bfloat16"]
+
+    def size_bytes(self, rows: int, columns: int) -> int:
+        """Return the size of a weight [rows, columns]."""
+        return 2 * rows * columns
+
+    @override
+    def __str__(self) -> str:
+        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
+
+
+Scheme = Blockwise | DynamicInt8 | Cast
+
+_NAMED: Final[dict[str, Scheme]] = {
+    "w8": Blockwise(bits=8),
+    "w4": Blockwise(bits=4),
+    "w8a8-dynamic": DynamicInt8(),
+    "fp16": Cast("float16"),
+    "bf16": Cast("bfloat16"),
+}
+
+SCHEMES: Final[dict[str, str]] = {
+    "w8": "weights in 8 bits, a scale per block of 32 columns; activations stay float",
+    "w4": "weights in 4 bits, a scale per block of 32 columns; activations stay float",
+    "w8a8-dynamic": "int8 weights per output channel, int8 activations scaled per token; encoders",
+    "fp16": "weights and activations in IEEE half precision",
+    "bf16": "weights and activations in bfloat16",
+}
+
+
+def parse_scheme(text: str) -> Scheme:
+    """Return the scheme that ``text`` names.
+
+    >>> parse_scheme("w4{block=64,symmetric=false}")
+    Blockwise(bits=4, block=64, symmetric=False)
+    >>> str(parse_scheme("w8{symmetric=true,block=128}"))
+    'w8{block=128}'
+
+    Args:
+        text: A name of `SCHEMES`, options in braces.
+
+    Raises:
+        UnknownNameError: no such scheme, or no such option of it.
+        UsageError: the text is not of this form, an option's value is none it can take, or
+            schemes are joined by ``+``.
+    """
+    if "+" in text:
+        raise UsageError(f"{text!r} joins schemes with '+', which is not possible yet: name one")
+    match = _TEXT.match(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a scheme: write name or name{{option=value,...}}")
+    if match["name"] not in _NAMED:
+        raise UnknownNameError("scheme", match["name"], _NAMED, "`llmopt compile --help` shows use")
+    scheme = _NAMED[match["name"]]
+    pairs = [item.strip() for item in (match["options"] or "").split(",") if item.strip()]
+    if not pairs:
+        return scheme
+    if not isinstance(scheme, Blockwise):
+        raise UsageError(f"scheme {match['name']!r} takes no options; {text!r} gives some")
+    return _with_options(scheme, pairs)
+
+
+def _with_options(scheme: Blockwise, pairs: list[str]) -> Blockwise:
+    block, symmetric = scheme.block, scheme.symmetric
+    for pair in pairs:
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if key == "block":
+            block = _integer(value)
+        elif key == "symmetric":
+            symmetric = _boolean(value)
+        else:
+            raise UnknownNameError(f"option of scheme w{scheme.bits}", key, ("block", "symmetric"))
+    return Blockwise(scheme.bits, block, symmetric)
+
+
+def _integer(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise UsageError(f"block={value}: choose one of {', '.join(map(str, BLOCKS))}")
+    return int(value)
+
+
+def _boolean(value: str) -> bool:
+    if value not in {"true", "false"}:
+        raise UsageError(f"symmetric={value}: write true or false")
+    return value == "true"
