@@ -68,6 +68,15 @@ class Signature:
         ports = {key: tuple(map(Port.read, data.items(key))) for key in ("inputs", "outputs")}
         return cls(ports["inputs"], ports["outputs"])
 
+    def find(self, role: str) -> Port | None:
+        """Return the first input, else output, that has ``role``."""
+        return next((p for p in (*self.inputs, *self.outputs) if p.role == role), None)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values of past tokens go in and come out."""
+        return self.find("past_key") is not None
+
 
 @dataclass(frozen=True)
 class SourceRecord:

@@ -17,15 +17,23 @@ IR_VERSION: Final = 11
 
 
 def verify(model: ir.Model) -> list[str]:
-    """Return every way in which ``model`` is not the dialect; nothing means it is.
+    """Return every way in which ``model`` is not a well-formed Program; nothing means it is.
 
-    Checked: one opset, no vendor domain, no function left, single assignment in topological
-    order, unique names, and the invariants of each operator.
+    Checked: one opset, no vendor domain, no function left, topological order, outputs made.
     """
-    return list(_problems(model))
+    return list(_malformed(model))
 
 
-def _problems(model: ir.Model) -> Iterator[str]:
+def invariants(model: ir.Model) -> list[str]:
+    """Return every operator that breaks its invariant, which canonicalization establishes."""
+    return [
+        f"{node.op_type} {node.name!r}: {problem}"
+        for node in model.graph
+        for problem in INVARIANTS.get(node.op_type, _nothing)(node)
+    ]
+
+
+def _malformed(model: ir.Model) -> Iterator[str]:
     version = model.graph.opset_imports.get("")
     if version != OPSET:
         yield f"opset {version}, not {OPSET}"
@@ -40,8 +48,6 @@ def _problems(model: ir.Model) -> Iterator[str]:
             if value is not None and value not in known and value.graph is model.graph:
                 yield f"{label} reads {value.name!r} before it is made"
         known.update(node.outputs)
-        for problem in INVARIANTS.get(node.op_type, _nothing)(node):
-            yield f"{label}: {problem}"
     for output in model.graph.outputs:
         if output not in known:
             yield f"output {output.name!r} is made by nothing"

@@ -107,6 +107,17 @@ def static(value: ir.Value | None, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def broadcast(*values: ir.Value) -> ir.Shape | None:
+    """Return the shape that ``values`` broadcast to, where all their ranks are known."""
+    sizes = [shape(value) for value in values]
+    if any(size is None for size in sizes):
+        return None
+    known = [size for size in sizes if size is not None]
+    depth = max(len(size) for size in known)
+    columns = zip(*([1] * (depth - len(size)) + size for size in known), strict=True)
+    return ir.Shape([next((d for d in column if d != 1), 1) for column in columns])
+
+
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """Return an attribute's plain value, or ``default`` where it is not set."""
     attr = node.attributes.get(name)

@@ -9,6 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from llmopt.bundle.manifest import ModelFacts, Port, Signature, SourceRecord
+
 
 class Role(enum.StrEnum):
     """What a graph input or output means. The names are those of the artifact's manifest."""
@@ -29,63 +31,28 @@ class Role(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Port:
-    """One input or output of a Program.
-
-    Args:
-        name: The graph value's name.
-        role: What it means.
-        dtype: Element type as numpy names it.
-        shape: Sizes; a string is a symbolic dimension.
-        layer: The layer, for a cache.
-    """
-
-    name: str
-    role: Role
-    dtype: str
-    shape: tuple[int | str, ...]
-    layer: int | None = None
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The inputs and outputs of a Program, in graph order."""
-
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-
-    def find(self, role: Role) -> Port | None:
-        """Return the first input, else output, that has ``role``."""
-        return next((p for p in (*self.inputs, *self.outputs) if p.role is role), None)
-
-    @property
-    def has_cache(self) -> bool:
-        """Whether keys and values of past tokens go in and come out."""
-        return self.find(Role.PAST_KEY) is not None
-
-
-@dataclass(frozen=True)
 class Facts:
     """What is known about a model beside its graph.
 
     Args:
         task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``.
-        family: The architecture's name, or ``"custom"``.
-        source: ``{"name", "kind", "digest"}`` of where it came from.
-        model: Heads, widths, limits and special tokens, as the manifest's ``model`` shows them.
+        model: Heads, widths, limits and special tokens.
+        source: Where it came from.
         expected: How many of each fusible thing the source has, counted from its config or its
             module tree and never by a pass: ``{"attention": 30, "norm": 61, "rotary": 30}``.
-        max_length: The most tokens, past and new, that one sequence may have.
-        files: Tokenizer, chat and generation files to ship: name → content.
+        files: Tokenizer, chat and generation files to ship: name to content.
     """
 
-    task: str
-    family: str = "custom"
-    source: Mapping[str, str] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "raw"
+    model: ModelFacts = ModelFacts()
+    source: SourceRecord = SourceRecord()
     expected: Mapping[str, int] = field(default_factory=dict)
-    max_length: int = 512
     files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens, past and new, that one sequence may have."""
+        return self.model.max_length
 
 
 class Program:
@@ -128,5 +95,5 @@ class Program:
 def _value(
     values: Iterable[ir.Value], ports: Iterable[Port], role: Role, layer: int | None
 ) -> ir.Value | None:
-    names = {p.name for p in ports if p.role is role and layer in (None, p.layer)}
+    names = {p.name for p in ports if p.role == role and layer in (None, p.layer)}
     return next((value for value in values if value.name in names), None)

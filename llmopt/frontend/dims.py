@@ -1,0 +1,46 @@
+"""Give the free dimensions of a traced graph the names of the glossary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from llmopt.ir import graph as g
+
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_TOTALS = ("P + S", "S + P")
+
+
+def name_dims(graph: ir.Graph, inputs: Mapping[str, Sequence[int | str]]) -> None:
+    """Rename every symbol in ``graph`` by what the inputs' dimensions are called.
+
+    Args:
+        graph: The graph; its inputs carry the exporter's symbols.
+        inputs: Input name to dimensions as they shall be: ``{"input_ids": ("B", "S")}``.
+    """
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for found, wanted in zip(
+            g.shape(value) or [], inputs.get(str(value.name), ()), strict=False
+        ):
+            if isinstance(found, str) and isinstance(wanted, str):
+                names.setdefault(found, wanted)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    made = [value for node in graph for value in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *made]
+
+
+def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    if dim.value is None:
+        return None
+    text = _SYMBOL.sub(lambda m: names.get(m[0], m[0]), str(dim.value))
+    return "T" if text in _TOTALS else text

@@ -1,0 +1,246 @@
+"""Recognize scaled dot-product attention that is written out.
+
+Rewrites::
+
+    Softmax(scale * Q @ K^T  [softcap]  [+ mask, or Where(mask, ., -inf)]) @ V
+    into    Attention(Q, K, V, mask)  on [batch, heads, tokens, width]
+
+``raise-attention`` then gives it the dialect's form, whichever way it was spelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final
+
+import numpy as np
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program
+from llmopt.passes.base import Outcome, Pass
+
+FORBIDDEN: Final = -1e4  # a score this low has no weight after softmax: a mask, not a bias
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a softmax is taken of: ``cap * tanh(scale * Q @ K^T / cap) + masks``.
+
+    Args:
+        q: [B, H, S, D].
+        kt: K transposed, [B, G, D, T].
+        scale: Factor of the products.
+        softcap: Bound of the scores; 0 is none.
+        masks: What is added or selected afterwards; each a value and how it is meant:
+            ``"keep"`` (bool, True attends), ``"drop"`` (bool, True does not) or ``"add"``.
+    """
+
+    q: ir.Value
+    kt: ir.Value
+    scale: float = 1.0
+    softcap: float = 0.0
+    masks: tuple[tuple[str, ir.Value], ...] = ()
+
+
+@dataclass(frozen=True)
+class FuseAttention(Pass):
+    """Fuse written-out attention into one Attention operator.
+
+    Numerics: the same formula; within 1e-5 relative in float32. A query that may attend to
+    nothing gives zeros, where the written-out form gives NaN or an average.
+    Scope: the graph. Leaves: scores that are not rank 4, weights that are read elsewhere, and
+    whatever else stands between the product and the softmax, by name.
+    """
+
+    name: ClassVar[str] = "fuse-attention"
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        for softmax in g.nodes(program.graph, "Softmax"):
+            scores = find_scores(g.operand(softmax, 0))
+            product = _weighted_sum(softmax)
+            reason = scores if isinstance(scores, str) else product
+            if isinstance(reason, str):
+                outcome.miss(softmax, reason, "attention")
+                continue
+            assert isinstance(scores, Scores)
+            assert isinstance(product, ir.Node)
+            _fuse(scores, product, softmax)
+            outcome.hit()
+        if outcome.modified:
+            g.remove_dead(program.model)
+        return outcome
+
+
+def find_scores(value: ir.Value) -> Scores | str:
+    """Return what the scores ``value`` are made of, or why they are not attention scores."""
+    node = value.producer()
+    if node is None:
+        return f"its scores {value.name!r} are an input"
+    step = _STEPS.get(node.op_type)
+    if step is None:
+        return f"its scores pass through {node.op_type} {node.name!r}"
+    return step(node)
+
+
+def _product(node: ir.Node) -> Scores | str:
+    q, kt = g.operand(node, 0), g.operand(node, 1)
+    if g.rank(q) != 4 or g.rank(kt) != 4:
+        return f"its scores {node.name!r} are of rank {g.rank(q)}, not [batch, heads, S, T]"
+    q, q_factor = _peel(q)
+    kt, k_factor = _peel(kt)
+    return Scores(q, kt, q_factor * k_factor)
+
+
+def _peel(value: ir.Value) -> tuple[ir.Value, float]:
+    """Take a constant factor off Q or K: torch multiplies both by the root of the scale."""
+    node = g.producer(value, "Mul", "Div")
+    if node is None:
+        return value, 1.0
+    factor = g.scalar(node.inputs[1])
+    if factor is not None:
+        return g.operand(node, 0), factor if node.op_type == "Mul" else 1.0 / factor
+    factor = g.scalar(node.inputs[0])
+    return (g.operand(node, 1), factor) if factor is not None and node.op_type == "Mul" else (value, 1.0)
+
+
+def _scaled(node: ir.Node) -> Scores | str:
+    factor = g.scalar(node.inputs[1])
+    inner = g.operand(node, 0)
+    if factor is None and node.op_type == "Mul":
+        factor, inner = g.scalar(node.inputs[0]), g.operand(node, 1)
+    if factor is None or factor == 0.0:
+        return f"its scores are scaled by no constant in {node.name!r}"
+    factor = factor if node.op_type == "Mul" else 1.0 / factor
+    if (tanh := g.producer(inner, "Tanh")) is not None:
+        return _capped(tanh, factor)
+    scores = find_scores(inner)
+    if isinstance(scores, str):
+        return scores
+    if scores.masks or scores.softcap:
+        return f"its scores are scaled in {node.name!r} after they are masked or capped"
+    return replace(scores, scale=scores.scale * factor)
+
+
+def _capped(tanh: ir.Node, cap: float) -> Scores | str:
+    scores = find_scores(g.operand(tanh, 0))
+    if isinstance(scores, str):
+        return scores
+    if scores.masks or scores.softcap:
+        return f"its scores are capped in {tanh.name!r} after they are masked or capped"
+    return replace(scores, scale=scores.scale * cap, softcap=cap)
+
+
+def _masked_by_add(node: ir.Node) -> Scores | str:
+    reasons = []
+    for mine, other in ((0, 1), (1, 0)):
+        scores = find_scores(g.operand(node, mine))
+        if isinstance(scores, Scores):
+            masks = (*scores.masks, ("add", g.operand(node, other)))
+            return replace(scores, masks=masks)
+        reasons.append(scores)
+    return reasons[0]
+
+
+def _masked_by_where(node: ir.Node) -> Scores | str:
+    condition = g.operand(node, 0)
+    for kind, mine, other in (("keep", 1, 2), ("drop", 2, 1)):
+        fill = g.constant(node.inputs[other], 1 << 20)
+        if fill is None:
+            continue
+        if not np.all(fill <= FORBIDDEN):
+            return f"it is masked with {float(np.max(fill)):g} in {node.name!r}"
+        scores = find_scores(g.operand(node, mine))
+        if isinstance(scores, str):
+            return scores
+        return replace(scores, masks=(*scores.masks, (kind, condition)))
+    return f"it is masked with no constant in {node.name!r}"
+
+
+def _through(node: ir.Node) -> Scores | str:
+    return find_scores(g.operand(node, 0))
+
+
+_STEPS: Final[Mapping[str, Callable[[ir.Node], Scores | str]]] = {
+    "MatMul": _product,
+    "Mul": _scaled,
+    "Div": _scaled,
+    "Add": _masked_by_add,
+    "Where": _masked_by_where,
+    "Cast": _through,
+    "Identity": _through,
+}
+
+
+def _weighted_sum(softmax: ir.Node) -> ir.Node | str:
+    """Return the MatMul of the weights with V, or why there is none."""
+    axis = g.attribute(softmax, "axis", -1)
+    if axis not in (-1, (g.rank(softmax.outputs[0]) or 0) - 1):
+        return f"its softmax is over axis {axis}, not the last"
+    value = softmax.outputs[0]
+    while True:
+        if value.is_graph_output():
+            return "its weights are a graph output"
+        readers = [n for n in g.users(value) if n.op_type != "IsNaN"]
+        if len(readers) != 1:
+            return f"its weights are read by {len(readers)} nodes"
+        node = readers[0]
+        if g.is_op(node, "MatMul") and node.inputs[0] is value:
+            return node
+        if not g.is_op(node, "Cast", "Dropout", "Identity", "Where"):
+            return f"its weights go to {node.op_type} {node.name!r}, not to a product with V"
+        value = node.outputs[0]
+
+
+def _fuse(scores: Scores, product: ir.Node, softmax: ir.Node) -> None:
+    build = g.Builder(product)
+    k = build.op("Transpose", [scores.kt], {"perm": [0, 1, 3, 2]})
+    sizes = g.shape(scores.kt)
+    k.shape = ir.Shape([*sizes[:2], sizes[3], sizes[2]]) if sizes else None
+    k.type = scores.kt.type
+    attributes = {"scale": scores.scale}
+    if scores.softcap:
+        attributes["softcap"] = scores.softcap
+    inputs = [scores.q, k, g.operand(product, 1), combine(build, scores.masks, scores.q)]
+    out = build.op("Attention", inputs, attributes, name=softmax.name)
+    out.shape, out.type = product.outputs[0].shape, product.outputs[0].type
+    g.replace(product.outputs[0], out)
+
+
+def combine(
+    build: g.Builder, masks: tuple[tuple[str, ir.Value], ...], like: ir.Value
+) -> ir.Value | None:
+    """Return one mask that does what all of ``masks`` do: boolean if it can be."""
+    booleans = [_not(build, value) if kind == "drop" else value for kind, value in masks
+                if kind != "add"]
+    mask: ir.Value | None = None
+    for value in booleans:
+        mask = value if mask is None else _both(build, "And", mask, value)
+    added = [value for kind, value in masks if kind == "add"]
+    if not added or like.dtype is None:
+        return mask
+    total = added[0]
+    for value in added[1:]:
+        total = _both(build, "Add", total, value)
+    if mask is None:
+        return total
+    forbidden = build.constant(np.asarray(-np.inf, like.dtype.numpy()))
+    result = build.op("Where", [mask, total, forbidden])
+    result.type, result.shape = like.type, g.broadcast(mask, total)
+    return result
+
+
+def _not(build: g.Builder, value: ir.Value) -> ir.Value:
+    result = build.op("Not", [value])
+    result.type, result.shape = value.type, value.shape
+    return result
+
+
+def _both(build: g.Builder, op_type: str, a: ir.Value, b: ir.Value) -> ir.Value:
+    result = build.op(op_type, [a, b])
+    result.type, result.shape = a.type, g.broadcast(a, b)
+    return result

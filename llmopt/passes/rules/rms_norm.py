@@ -1,0 +1,53 @@
+"""Fuse root-mean-square normalization of the last axis into the operator for it.
+
+Rewrites::
+
+    x / sqrt(mean(x ** 2) + epsilon) * scale    into    RMSNormalization(x, scale)
+
+Needs: a floating-point ``x`` [..., d]; the mean over the last axis; ``scale`` [d].
+Numerics: the same formula; within 1e-6 relative in float32.
+Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import onnx_ir as ir
+
+from llmopt.ir import graph as g
+from llmopt.ir.match import Bound, const, either, op
+from llmopt.passes.rules import Rule
+from llmopt.passes.rules.axes import last_axis, per_channel
+
+_SQUARE: Final = either(op("Pow", "x", const(2.0)), op("Mul", "x", "x"))
+_DEVIATION: Final = op("Sqrt", op("Add", op("ReduceMean", _SQUARE, "axes"), const("epsilon")))
+_NORMAL: Final = either(
+    op("Div", "x", _DEVIATION),
+    op("Mul", "x", op("Reciprocal", _DEVIATION)),
+    op("Mul", "x", op("Div", const(1.0), _DEVIATION)),
+    op(
+        "Mul",
+        "x",
+        op("Pow", op("Add", op("ReduceMean", _SQUARE, "axes"), const("epsilon")), const(-0.5)),
+    ),
+)
+
+
+def check(bound: Bound) -> str | None:
+    """Refuse what the operator would compute differently."""
+    x, scale = bound["x"], bound["scale"]
+    if x.dtype is None or not x.dtype.is_floating_point():
+        return f"x is {x.dtype}, not floating point"
+    if not last_axis(bound["axes"], x):
+        return "the mean is not over the last axis"
+    return per_channel(scale, x, "scale")
+
+
+def rewrite(build: g.Builder, bound: Bound) -> ir.Value:
+    """Build the operator."""
+    attributes = {"axis": -1, "epsilon": bound["epsilon"]}
+    return build.op("RMSNormalization", [bound["x"], bound["scale"]], attributes)
+
+
+RULE: Final = Rule((op("Mul", _NORMAL, "scale"),), check, rewrite)
