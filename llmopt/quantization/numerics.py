@@ -111,9 +111,10 @@ def quantize_blockwise(
     """
     if weight.ndim != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight {weight.shape}: a matrix [N, K], K > 0, was expected")
-    like = empty(*weight.shape, scheme, scale_dtype) if out is None else out
+    rows, columns = weight.shape
+    like = empty(rows, columns, scheme, scale_dtype) if out is None else out
     _check_fits(like, weight, scheme)
-    for part in row_chunks(*weight.shape):
+    for part in row_chunks(rows, columns):
         _quantize_chunk(weight[part], like.rows(part), first_row + part.start)
     return like
 
@@ -176,30 +177,38 @@ def _quantize_chunk(weight: Floats, out: Quantized, first_row: int) -> None:
     values = np.zeros(out.codes.shape, np.float32)
     with np.errstate(over="ignore"):  # a float64 beyond float32 turns infinite and is refused
         values[:, : out.columns] = weight
-    low, high = _extremes(values, scheme.block)
+    low, high = (part.reshape(out.scale.shape) for part in _extremes(values, scheme.block))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise _unusable(values, first_row)
-    if out.zero_point is None:
+    if scheme.symmetric:
         scale = np.where(high > -low, high, low) / -scheme.middle
     else:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         scale = (high - low) / (scheme.levels - 1)
-    out.scale[:] = _stored(scale, out.scale.dtype).reshape(out.scale.shape)
+    out.scale[:] = _stored(scale, out.scale.dtype)
     if not np.isfinite(out.scale).all():
         raise _unusable(values, first_row)
-    steps = np.float32(out.scale)[..., None]
-    zero: NDArray[np.float32] | np.float32 = np.float32(scheme.middle)
     if out.zero_point is not None:
-        zero = np.rint(-low.reshape(out.scale.shape) / out.scale).astype(np.float32)
-        zero = np.minimum(zero, scheme.levels - 1)
-        out.zero_point[:] = zero
-        zero = zero[..., None]
-    blocks = values.reshape(*out.scale.shape, scheme.block)
-    np.divide(blocks, steps, out=blocks)
+        out.zero_point[:] = np.minimum(np.rint(-low / out.scale), scheme.levels - 1)
+    _encode(values, out)
+
+
+def _encode(values: NDArray[np.float32], out: Quantized) -> None:
+    """Write the codes of ``values``, which are lost: every step is done in place."""
+    blocks = values.reshape(*out.scale.shape, out.scheme.block)
+    np.divide(blocks, out.scale.astype(np.float32)[..., None], out=blocks)
     np.rint(blocks, out=blocks)
-    np.add(blocks, zero, out=blocks)
-    np.clip(values, 0, scheme.levels - 1, out=values)
+    np.add(blocks, _zero(out), out=blocks)
+    np.clip(values, 0, out.scheme.levels - 1, out=values)
     np.copyto(out.codes, values, casting="unsafe")
+
+
+def _zero(quantized: Quantized) -> NDArray[np.float32]:
+    """Return the code that means 0 in each block, to be broadcast over its columns."""
+    points = quantized.zero_point
+    if points is None:
+        return np.array(quantized.scheme.middle, np.float32)
+    return points.astype(np.float32)[..., None]
 
 
 def _extremes(
@@ -224,10 +233,9 @@ def _stored(scale: NDArray[np.float64], dtype: np.dtype[Any]) -> Floats:
 
 
 def _decode(quantized: Quantized) -> NDArray[np.float32]:
-    scheme, scale = quantized.scheme, quantized.scale
-    values = quantized.codes.astype(np.float32).reshape(*scale.shape, scheme.block)
-    points = quantized.zero_point
-    np.subtract(values, scheme.middle if points is None else points[..., None], out=values)
+    scale = quantized.scale
+    values = quantized.codes.astype(np.float32).reshape(*scale.shape, quantized.scheme.block)
+    np.subtract(values, _zero(quantized), out=values)
     np.multiply(values, scale[..., None].astype(np.float32), out=values)
     return values.reshape(quantized.codes.shape)
 

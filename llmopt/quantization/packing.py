@@ -96,10 +96,11 @@ def quantize_packed(
     """
     if weight.ndim != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight {weight.shape}: a matrix [N, K], K > 0, was expected")
-    like = empty(*weight.shape, scheme, scale_dtype) if out is None else out
+    rows, columns = weight.shape
+    like = empty(rows, columns, scheme, scale_dtype) if out is None else out
     if like.scheme != scheme or (len(like.data), like.columns) != weight.shape:
         raise ValueError(f"out is for {like.scheme}, not {scheme} of {weight.shape}")
-    for part in row_chunks(*weight.shape):
+    for part in row_chunks(rows, columns):
         codes = quantize_blockwise(
             weight[part], scheme, scale_dtype=like.scale.dtype.type, first_row=part.start
         )
