@@ -202,6 +202,9 @@ class Builder:
         name: str | None = None,
     ) -> Sequence[ir.Value]:
         """Add a node and return its outputs."""
+        if name is None:
+            scope = "" if isinstance(self.anchor, ir.Graph) else scope_of(self.anchor)
+            name = f"{scope}/{op_type}" if scope else op_type
         node = ir.node(
             op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name
         )
@@ -209,7 +212,6 @@ class Builder:
             self.graph.append(node)
         else:
             self.graph.insert_before(self.anchor, node)
-            node.metadata_props.update(self.anchor.metadata_props)
         return node.outputs
 
     def constant(self, array: npt.ArrayLike, dtype: Any = None) -> ir.Value:
@@ -227,6 +229,11 @@ class Builder:
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Return a new initializer of this name."""
         return add_initializer(self.graph, name, tensor)
+
+
+def scope_of(node: ir.Node) -> str:
+    """Return the module that a node came from: ``layers.0.attention`` of its name's path."""
+    return (node.name or "").rpartition("/")[0]
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

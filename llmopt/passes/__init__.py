@@ -1,0 +1,56 @@
+"""The passes, by the names that the command line knows them by."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Final
+
+from llmopt.passes.base import Miss, Outcome, Pass
+
+__all__ = ["DEFAULT", "PASSES", "Miss", "Outcome", "Pass", "known_passes"]
+
+PASSES: Final[Mapping[str, str]] = {
+    "canonicalize": "llmopt.passes.canonicalize:Canonicalize",
+    "cancel-transposes": "llmopt.passes.cancel_transposes:CancelTransposes",
+    "fold-weights": "llmopt.passes.fold_weights:FoldWeights",
+    "fuse-activations": "llmopt.passes.fuse_activations:FuseActivations",
+    "fuse-attention": "llmopt.passes.fuse_attention:FuseAttention",
+    "fuse-norms": "llmopt.passes.fuse_norms:FuseNorms",
+    "fuse-rotary": "llmopt.passes.fuse_rotary:FuseRotary",
+    "merge-gate-up": "llmopt.passes.merge_projections:MergeGateUp",
+    "merge-qkv": "llmopt.passes.merge_projections:MergeQkv",
+    "raise-attention": "llmopt.passes.raise_attention:RaiseAttention",
+    "remove-dead": "llmopt.passes.remove_dead:RemoveDead",
+}
+
+DEFAULT: Final[tuple[str, ...]] = (
+    "canonicalize",  # one spelling of reshapes and affine maps for all that follow
+    "fold-weights",  # projections become MatMul with a weight
+    "fuse-norms",
+    "fuse-activations",
+    "fuse-attention",  # written-out attention joins what torch already fused
+    "fuse-rotary",  # before attention loses its [B, H, S, D] operands
+    "raise-attention",  # cache, mask and heads in the dialect's form
+    "cancel-transposes",  # what the forms above brought to cancel
+    "canonicalize",  # reshapes that came together
+    "merge-qkv",
+    "merge-gate-up",
+    "remove-dead",
+)
+
+
+def known_passes() -> dict[str, type[Pass]]:
+    """Return every pass by name: the built-in ones and those of installed plugins."""
+    from importlib.metadata import entry_points
+
+    found = {name: _load(where) for name, where in PASSES.items()}
+    for entry in entry_points(group="llmopt.passes"):
+        found[entry.name] = entry.load()
+    return found
+
+
+def _load(where: str) -> type[Pass]:
+    module, _, name = where.partition(":")
+    cls: type[Pass] = getattr(importlib.import_module(module), name)
+    return cls

@@ -98,6 +98,8 @@ def _reshape(node: ir.Node) -> ir.Value | None:
         return x
     inner = g.producer(x, "Reshape")
     source = g.operand(inner, 0) if inner is not None else x
+    if g.shape(source) == after and not out.is_graph_output():
+        return source
     target = reshape_target(g.shape(source) or [], after)
     if target is None:
         source, target = x, reshape_target(before, after)

@@ -78,7 +78,7 @@ class FuseRotary(Pass):
         assert heads is not None
         assert width is not None
         inputs = [tokens_first(build, x), *looked_up, positions(program)]
-        out = build.op("RotaryEmbedding", inputs, {"num_heads": heads}, name=node.name)
+        out = build.op("RotaryEmbedding", inputs, {"num_heads": heads})
         g.replace(node.outputs[0], tokens_last(build, out, x, width))
         return None
 

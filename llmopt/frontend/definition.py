@@ -1,0 +1,329 @@
+"""A definition from ``models/`` and a checkpoint become a Program.
+
+One layer of each kind is traced, the rest repeat it with their own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmopt.bundle.manifest import ModelFacts, Port, Signature
+from llmopt.frontend.assemble import Assembly
+from llmopt.frontend.checkpoint import Checkpoint
+from llmopt.frontend.dims import name_dims
+from llmopt.frontend.trace import Read, trace_module
+from llmopt.ir import graph as g
+from llmopt.ir.program import Facts, Program, Role
+from llmopt.models import Definition
+from llmopt.models.config import DecoderConfig, EncoderConfig
+from llmopt.models.decoder import Context, Decoder
+from llmopt.models.encoder import Encoder
+
+# Sizes to trace with: all different, so that no two dimensions are taken for one.
+_B, _S, _P = 2, 5, 3
+_DYNAMIC = torch.export.Dim.DYNAMIC
+Dims = Sequence[int | str]
+
+
+def read_parameters(definition: Definition, checkpoint: Checkpoint) -> Read:
+    """Return a function that reads a parameter of the definition's module, as float32."""
+    recipes = definition.recipes()
+
+    def read(name: str) -> npt.NDArray[Any]:
+        return recipes[name].apply(checkpoint.read).astype(np.float32, copy=False)
+
+    return read
+
+
+def trace_definition(
+    definition: Definition, read: Read, facts: Facts
+) -> Program:
+    """Return the Program of a definition, its weights unread.
+
+    Args:
+        definition: The model.
+        read: Returns a parameter's numbers by name.
+        facts: What is known beside the graph.
+    """
+    if isinstance(definition.config, DecoderConfig):
+        return _decoder(definition, definition.config, read, facts)
+    return _encoder(definition, definition.config, read, facts)
+
+
+def decoder_facts(definition: Definition, config: DecoderConfig, **more: Any) -> ModelFacts:
+    """Return what a runner has to know of a decoder."""
+    layer = config.layers[0]
+    return ModelFacts(
+        family=definition.family,
+        layers=len(config.layers),
+        heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_width=layer.head_width,
+        hidden=config.hidden,
+        vocabulary=config.vocabulary,
+        cache="concat",
+        **more,
+    )
+
+
+def encoder_facts(definition: Definition, config: EncoderConfig, **more: Any) -> ModelFacts:
+    """Return what a runner has to know of an encoder."""
+    layer = config.layers[0]
+    return ModelFacts(
+        family=definition.family,
+        layers=len(config.layers),
+        heads=layer.heads,
+        kv_heads=layer.heads,
+        head_width=layer.head_width,
+        hidden=config.hidden,
+        vocabulary=config.vocabulary,
+        **more,
+    )
+
+
+class _Part(nn.Module):
+    """A piece of a model as a module of its own, with the whole's parameter names.
+
+    Args:
+        whole: The model that the piece is of.
+        compute: The piece's function.
+    """
+
+    def __init__(self, whole: nn.Module, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        for name, child in whole.named_children():
+            self.add_module(name, child)
+        for name, buffer in whole.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=False)
+        self._compute = compute
+
+    @override
+    def forward(self, *tensors: Tensor) -> Any:
+        """Return what the piece computes."""
+        return self._compute(*tensors)
+
+
+def _trace(
+    whole: nn.Module,
+    compute: Callable[..., Any],
+    inputs: Mapping[str, tuple[Dims, torch.dtype]],
+) -> ir.Graph:
+    """Return the graph of a piece, its inputs and dimensions named."""
+    sizes = {"B": _B, "S": _S, "P": _P, "T": _S + _P, "K": _S}
+    examples, dynamic = [], []
+    for dims, dtype in inputs.values():
+        examples.append(torch.ones([sizes.get(str(d), d) for d in dims], dtype=dtype))  # type: ignore[misc]
+        dynamic.append({i: _DYNAMIC for i, d in enumerate(dims) if isinstance(d, str)})
+    traced = trace_module(_Part(whole, compute), examples, (tuple(dynamic),), read=_unread)
+    graph = traced.model.graph
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        value.name = name
+    name_dims(graph, {name: dims for name, (dims, _) in inputs.items()})
+    return graph
+
+
+def _unread(name: str) -> npt.NDArray[Any]:
+    raise AssertionError(f"{name} was read while tracing")
+
+
+def _decoder(
+    definition: Definition, config: DecoderConfig, read: Read, facts: Facts
+) -> Program:
+    kinds = {kind: config.layers.index(kind) for kind in dict.fromkeys(config.layers)}
+    module = definition.module(layers=list(kinds.values()))
+    assert isinstance(module, Decoder)
+    module.eval()
+    whole = Assembly(read)
+    int64 = ir.DataType.INT64
+    tokens = [
+        whole.input("input_ids", int64, ["B", "S"]),
+        whole.input("attention_mask", int64, ["B", "T"]),
+        whole.input("position_ids", int64, ["B", "S"]),
+    ]
+    ports = [
+        Port("input_ids", Role.TOKENS, "int64", ("B", "S")),
+        Port("attention_mask", Role.MASK, "int64", ("B", "T")),
+        Port("position_ids", Role.POSITIONS, "int64", ("B", "S")),
+    ]
+    windows, ropes = _context_keys(module)
+    hidden, *context = whole.add(_prelude(module), tokens)
+    masks = dict(zip(windows, context, strict=False))
+    rotary = {
+        rope: (context[len(windows) + 2 * i], context[len(windows) + 2 * i + 1])
+        for i, rope in enumerate(ropes)
+    }
+    graphs = {kind: _layer(module, index, config) for kind, index in kinds.items()}
+    presents: list[tuple[str, ir.Value]] = []
+    for index, kind in enumerate(config.layers):
+        past = []
+        for part in ("key", "value"):
+            name = f"past_key_values.{index}.{part}"
+            shape = ("B", kind.kv_heads, "P", kind.head_width)
+            past.append(whole.input(name, ir.DataType.FLOAT, shape))
+            role = Role.PAST_KEY if part == "key" else Role.PAST_VALUE
+            ports.append(Port(name, role, "float32", shape, index))
+        shared = [masks[kind.window], *(rotary[kind.rope] if kind.rope else ())]
+        old = f"layers.{kinds[kind]}"
+        hidden, key, value = whole.add(
+            graphs[kind],
+            [hidden, *shared, *past],
+            _renamer(old, f"layers.{index}"),
+            prefix=f"layers.{index}.",
+        )
+        presents += [(f"present.{index}.key", key), (f"present.{index}.value", value)]
+    hidden = _keep_last(whole, hidden, ports)
+    (logits,) = whole.add(_head(module, config), [hidden])
+    whole.output(logits, "logits")
+    logits.shape = ir.Shape(["B", "K", config.vocabulary])
+    outputs = [Port("logits", Role.LOGITS, "float32", ("B", "K", config.vocabulary))]
+    for name, present in presents:
+        whole.output(present, name)
+        layer = int(name.split(".")[1])
+        role = Role.PRESENT_KEY if name.endswith("key") else Role.PRESENT_VALUE
+        kind = config.layers[layer]
+        outputs.append(
+            Port(name, role, "float32", ("B", kind.kv_heads, "T", kind.head_width), layer)
+        )
+    return Program(whole.model(), Signature(tuple(ports), tuple(outputs)), facts)
+
+
+def _context_keys(module: Decoder) -> tuple[list[Any], list[Any]]:
+    kinds = [module.config.layers[int(i)] for i in module.layers]
+    windows = list(dict.fromkeys(kind.window for kind in kinds))
+    ropes = list(dict.fromkeys(kind.rope for kind in kinds if kind.rope is not None))
+    return windows, ropes
+
+
+def _prelude(module: Decoder) -> ir.Graph:
+    windows, ropes = _context_keys(module)
+
+    def compute(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
+        context = module.context(attention_mask, position_ids, ())
+        flat = [context.masks[window] for window in windows]
+        for rope in ropes:
+            flat.extend(context.rotary[rope])
+        return module.embed(input_ids, position_ids), *flat
+
+    int64 = torch.int64
+    inputs: dict[str, tuple[Dims, torch.dtype]] = {
+        "input_ids": (("B", "S"), int64),
+        "attention_mask": (("B", "T"), int64),
+        "position_ids": (("B", "S"), int64),
+    }
+    return _trace(module, compute, inputs)
+
+
+def _layer(module: Decoder, index: int, config: DecoderConfig) -> ir.Graph:
+    kind = config.layers[index]
+    layer = module.layers[str(index)]
+
+    def compute(hidden: Tensor, mask: Tensor, *rest: Tensor) -> Any:
+        rotary = {kind.rope: (rest[0], rest[1])} if kind.rope is not None else {}
+        context = Context({kind.window: mask}, rotary)
+        out, present = layer(hidden, context, (rest[-2], rest[-1]))
+        return out, *present
+
+    real = torch.float32
+    inputs: dict[str, tuple[Dims, torch.dtype]] = {
+        "hidden": (("B", "S", config.hidden), real),
+        "mask": (("B", 1, "S", "T"), torch.bool),
+    }
+    if kind.rope is not None:
+        inputs["cos"] = (("B", "S", kind.rope.width), real)
+        inputs["sin"] = (("B", "S", kind.rope.width), real)
+    inputs["past_key"] = (("B", kind.kv_heads, "P", kind.head_width), real)
+    inputs["past_value"] = (("B", kind.kv_heads, "P", kind.head_width), real)
+    return _trace(module, compute, inputs)
+
+
+def _head(module: Decoder, config: DecoderConfig) -> ir.Graph:
+    def compute(hidden: Tensor) -> Tensor:
+        return module.head(module.finish(hidden))
+
+    return _trace(module, compute, {"hidden": (("B", "K", config.hidden), torch.float32)})
+
+
+def _keep_last(whole: Assembly, hidden: ir.Value, ports: list[Port]) -> ir.Value:
+    """Slice the last ``logits_to_keep`` tokens, all for 0: an overridable initializer."""
+    keep = g.add_initializer(whole.graph, Role.LOGITS_TO_KEEP, ir.tensor(np.asarray(1, np.int64)))
+    whole.graph.inputs.append(keep)
+    ports.append(Port(Role.LOGITS_TO_KEEP, Role.LOGITS_TO_KEEP, "int64", ()))
+    build = g.Builder(whole.graph)
+    start = build.op("Neg", [build.op("Reshape", [keep, build.constant([1], "int64")])])
+    end = build.constant([np.iinfo(np.int64).max], "int64")
+    axis = build.constant([1], "int64")
+    last = build.op("Slice", [hidden, start, end, axis], name="logits_to_keep/Slice")
+    sizes = g.shape(hidden) or []
+    last.shape, last.type = ir.Shape(["B", "K", *sizes[2:]]), hidden.type
+    return last
+
+
+def _renamer(old: str, new: str) -> Callable[[str], str]:
+    def rename(name: str) -> str:
+        return new + name[len(old) :] if name.startswith((f"{old}.", f"{old}/")) else name
+
+    return rename
+
+
+def _encoder(
+    definition: Definition, config: EncoderConfig, read: Read, facts: Facts
+) -> Program:
+    kinds = {kind: config.layers.index(kind) for kind in dict.fromkeys(config.layers)}
+    module = definition.module(layers=list(kinds.values()))
+    assert isinstance(module, Encoder)
+    module.eval()
+    whole = Assembly(read)
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bool(config.token_types)
+    roles = {"input_ids": Role.TOKENS, "attention_mask": Role.MASK}
+    values = {name: whole.input(name, ir.DataType.INT64, ["B", "S"]) for name in names}
+    ports = [
+        Port(name, roles.get(name, Role.TOKEN_TYPES), "int64", ("B", "S")) for name in names
+    ]
+    hidden, mask = whole.add(_encoder_prelude(module, names), list(values.values()))
+    graphs = {kind: _encoder_layer(module, index, mask) for kind, index in kinds.items()}
+    for index, kind in enumerate(config.layers):
+        rename = _renamer(f"layers.{kinds[kind]}", f"layers.{index}")
+        (hidden,) = whole.add(graphs[kind], [hidden, mask], rename, prefix=f"layers.{index}.")
+    outputs = [Port("last_hidden_state", Role.HIDDEN, "float32", ("B", "S", config.hidden))]
+    if config.pooling is not None:
+        (pooled,) = whole.add(_pool(module, config), [hidden, values["attention_mask"]])
+        whole.output(hidden, "last_hidden_state")
+        whole.output(pooled, "sentence_embedding")
+        outputs.append(Port("sentence_embedding", Role.EMBEDDING, "float32", ("B", config.hidden)))
+    else:
+        whole.output(hidden, "last_hidden_state")
+    return Program(whole.model(), Signature(tuple(ports), tuple(outputs)), facts)
+
+
+def _encoder_prelude(module: Encoder, names: Sequence[str]) -> ir.Graph:
+    def compute(input_ids: Tensor, attention_mask: Tensor, *types: Tensor) -> Any:
+        return module.embed(input_ids, *types), module.context(attention_mask)
+
+    return _trace(module, compute, {name: (("B", "S"), torch.int64) for name in names})
+
+
+def _encoder_layer(module: Encoder, index: int, mask: ir.Value) -> ir.Graph:
+    layer = module.layers[str(index)]
+    dims: Dims = tuple(g.shape(mask) or ())
+    dtype = torch.bool if mask.dtype == ir.DataType.BOOL else torch.float32
+    inputs: dict[str, tuple[Dims, torch.dtype]] = {
+        "hidden": (("B", "S", module.config.hidden), torch.float32),
+        "mask": (dims, dtype),
+    }
+    return _trace(module, layer, inputs)
+
+
+def _pool(module: Encoder, config: EncoderConfig) -> ir.Graph:
+    inputs: dict[str, tuple[Dims, torch.dtype]] = {
+        "hidden": (("B", "S", config.hidden), torch.float32),
+        "attention_mask": (("B", "S"), torch.int64),
+    }
+    return _trace(module, module.pool, inputs)

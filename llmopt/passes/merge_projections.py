@@ -1,0 +1,183 @@
+"""Multiply once where several projections of the same input are multiplied apart.
+
+Rewrites::
+
+    q = MatMul(x, Wq)  [+ bq]
+    k = MatMul(x, Wk)  [+ bk]    into    q, k, v = Split(MatMul(x, [Wq Wk Wv])  [+ [bq bk bv]])
+    v = MatMul(x, Wv)  [+ bv]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.ir import graph as g
+from llmopt.ir import weights
+from llmopt.ir.program import Program
+from llmopt.passes.base import Outcome, Pass
+
+
+@dataclass(frozen=True)
+class Projection:
+    """``MatMul(x, weight) [+ bias]``.
+
+    Args:
+        product: The MatMul.
+        weight: Its weight, [in, out].
+        bias: [out], or None.
+        result: Where the projection is read.
+    """
+
+    product: ir.Node
+    weight: ir.TensorProtocol
+    bias: ir.TensorProtocol | None
+    result: ir.Value
+
+
+def projection(value: ir.Value | None) -> Projection | str:
+    """Return the projection that makes ``value``, or why it is none."""
+    if value is None:
+        return "an operand is absent"
+    node, bias = value.producer(), None
+    if g.is_op(node, "Add"):
+        assert node is not None
+        sides = [g.operand(node, 0), g.operand(node, 1)]
+        biases = [(g.weight(s), o) for s, o in (sides, sides[::-1]) if g.rank(s) == 1]
+        if not biases or biases[0][0] is None:
+            return f"{node.name!r} adds something other than a bias"
+        bias, inner = biases[0]
+        node = inner.producer()
+    if not g.is_op(node, "MatMul"):
+        return f"{value.name!r} is made by {node.op_type if node else 'an input'}, not by MatMul"
+    assert node is not None
+    weight = g.weight(node.inputs[1])
+    if weight is None or len(weight.shape) != 2:
+        return f"{node.name!r} multiplies by no matrix of weights"
+    if bias is not None and g.sole_user(node.outputs[0]) is None:
+        return f"{node.name!r} is read before its bias is added"
+    return Projection(node, weight, bias, value)
+
+
+def merge(parts: Sequence[Projection], name: str) -> str | None:
+    """Replace ``parts`` by one product and a Split; return why not, if not."""
+    first = parts[0]
+    if len({part.product for part in parts}) != len(parts):
+        return "two of the projections are the same"
+    if any(part.product.inputs[0] is not first.product.inputs[0] for part in parts):
+        return "the projections read different inputs"
+    if len({part.weight.dtype for part in parts}) != 1:
+        return "the weights differ in type"
+    x = g.operand(first.product, 0)
+    sizes = [int(part.weight.shape[1]) for part in parts]
+    build = g.Builder(_earliest([part.product for part in parts]))
+    tensor = weights.concatenated([part.weight for part in parts], 1)
+    stem = f"{name}.weight"
+    merged = build.op("MatMul", [x, build.initializer(stem, tensor)], name=f"{name}/MatMul")
+    batch = (g.shape(x) or [])[:-1]
+    merged.shape, merged.type = ir.Shape([*batch, sum(sizes)]), first.result.type
+    if any(part.bias is not None for part in parts):
+        biases = [part.bias or _zeros(part) for part in parts]
+        bias = build.initializer(f"{name}.bias", weights.concatenated(biases, 0))
+        shape = merged.shape
+        merged = build.op("Add", [merged, bias], name=f"{name}/Add")
+        merged.shape, merged.type = shape, first.result.type
+    split = build.constant(sizes, "int64")
+    pieces = build.ops("Split", [merged, split], {"axis": -1}, outputs=len(parts))
+    for part, piece in zip(parts, pieces, strict=True):
+        g.replace(part.result, piece)
+    return None
+
+
+def _zeros(part: Projection) -> ir.TensorProtocol:
+    return ir.tensor(np.zeros(int(part.weight.shape[1]), part.weight.dtype.numpy()))
+
+
+def _earliest(nodes: Sequence[ir.Node]) -> ir.Node:
+    graph = nodes[0].graph
+    assert graph is not None
+    return next(node for node in graph if node in nodes)
+
+
+def _shared_prefix(parts: Sequence[Projection]) -> str:
+    """Return the module path that the projections have in common."""
+    paths = [str(part.product.name).split("/")[0].split(".")[:-1] for part in parts]
+    common = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
+    return ".".join(common)
+
+
+@dataclass(frozen=True)
+class MergeQkv(Pass):
+    """Merge the query, key and value projections of each self-attention.
+
+    Numerics: exact; each output is the same sum of the same products.
+    Scope: Attention whose Q, K and V are projections of one value, through rotary or not.
+    Leaves: cross-attention, and projections that are normalized or reshaped first.
+    """
+
+    name: ClassVar[str] = "merge-qkv"
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        for node in g.nodes(program.graph, "Attention"):
+            sources = [_origin(g.operand(node, index)) for index in range(3)]
+            if all(g.producer(source, "Split") for source in sources):
+                continue
+            parts = [projection(source) for source in sources]
+            reasons = [part for part in parts if isinstance(part, str)]
+            found = [part for part in parts if isinstance(part, Projection)]
+            prefix = _shared_prefix(found) if found else ""
+            reason = reasons[0] if reasons else merge(found, f"{prefix}.qkv".lstrip("."))
+            if reason:
+                outcome.miss(node, reason)
+            else:
+                outcome.hit()
+        if outcome.modified:
+            g.remove_dead(program.model)
+        return outcome
+
+
+def _origin(value: ir.Value) -> ir.Value:
+    """Look past what is done to each head on its own: rotary, and norms between reshapes."""
+    node = g.producer(value, "RotaryEmbedding", "Reshape", "RMSNormalization", "LayerNormalization")
+    return value if node is None else _origin(g.operand(node, 0))
+
+
+@dataclass(frozen=True)
+class MergeGateUp(Pass):
+    """Merge the gate and up projections of each gated feed-forward.
+
+    Numerics: exact; each output is the same sum of the same products.
+    Scope: ``Mul(act(x @ G), x @ U)`` with act one of Swish, Gelu, Relu, Sigmoid.
+    Leaves: a gate that is no projection of the same input.
+    """
+
+    name: ClassVar[str] = "merge-gate-up"
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        for node in g.nodes(program.graph, "Swish", "Gelu", "Relu", "Sigmoid"):
+            product = g.sole_user(node.outputs[0], "Mul")
+            if product is None:
+                continue
+            gate = projection(node.inputs[0])
+            other = next((v for v in product.inputs if v is not node.outputs[0]), None)
+            up = projection(other)
+            if isinstance(gate, str) or isinstance(up, str):
+                continue
+            prefix = _shared_prefix([gate, up])
+            reason = merge([gate, up], f"{prefix}.gate_up".lstrip("."))
+            if reason:
+                outcome.miss(node, reason)
+            else:
+                outcome.hit()
+        if outcome.modified:
+            g.remove_dead(program.model)
+        return outcome
