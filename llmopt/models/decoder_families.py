@@ -1,0 +1,361 @@
+"""The decoders: one row each, by the ``model_type`` of its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, NamedTuple
+
+from llmopt.models.config import DecoderConfig, LayerConfig, Rope
+from llmopt.models.family import Family, Fields, Weight, activation, need
+from llmopt.models.rope_config import parse_rope, refused
+
+_LLAMA: Final = {
+    "embed_tokens": Weight("embed_tokens"),
+    "layers.{}.attention_norm": Weight("layers.{}.input_layernorm"),
+    "layers.{}.attention.q_proj": Weight("layers.{}.self_attn.q_proj"),
+    "layers.{}.attention.k_proj": Weight("layers.{}.self_attn.k_proj"),
+    "layers.{}.attention.v_proj": Weight("layers.{}.self_attn.v_proj"),
+    "layers.{}.attention.o_proj": Weight("layers.{}.self_attn.o_proj"),
+    "layers.{}.attention.q_norm": Weight("layers.{}.self_attn.q_norm"),
+    "layers.{}.attention.k_norm": Weight("layers.{}.self_attn.k_norm"),
+    "layers.{}.feed_forward_norm": Weight("layers.{}.post_attention_layernorm"),
+    "layers.{}.feed_forward.gate_proj": Weight("layers.{}.mlp.gate_proj"),
+    "layers.{}.feed_forward.up_proj": Weight("layers.{}.mlp.up_proj"),
+    "layers.{}.feed_forward.down_proj": Weight("layers.{}.mlp.down_proj"),
+    "norm": Weight("norm"),
+    "lm_head": Weight("lm_head", rooted=True),
+}
+_PHI3: Final = _LLAMA | {
+    "layers.{}.attention.q_proj": Weight("layers.{}.self_attn.qkv_proj", part="q"),
+    "layers.{}.attention.k_proj": Weight("layers.{}.self_attn.qkv_proj", part="k"),
+    "layers.{}.attention.v_proj": Weight("layers.{}.self_attn.qkv_proj", part="v"),
+    "layers.{}.feed_forward.gate_proj": Weight("layers.{}.mlp.gate_up_proj", part="gate"),
+    "layers.{}.feed_forward.up_proj": Weight("layers.{}.mlp.gate_up_proj", part="up"),
+}
+_GEMMA: Final = _LLAMA | {  # its norms multiply by 1 + weight
+    "layers.{}.attention_norm": Weight("layers.{}.input_layernorm", "add-one"),
+    "layers.{}.attention.q_norm": Weight("layers.{}.self_attn.q_norm", "add-one"),
+    "layers.{}.attention.k_norm": Weight("layers.{}.self_attn.k_norm", "add-one"),
+    "layers.{}.attention_post_norm": Weight("layers.{}.post_attention_layernorm", "add-one"),
+    "layers.{}.feed_forward_norm": Weight("layers.{}.pre_feedforward_layernorm", "add-one"),
+    "layers.{}.feed_forward_post_norm": Weight("layers.{}.post_feedforward_layernorm", "add-one"),
+    "norm": Weight("norm", "add-one"),
+}
+_GPT2: Final = {  # its projections are stored [in, out]
+    "embed_tokens": Weight("wte"),
+    "embed_positions": Weight("wpe"),
+    "layers.{}.attention_norm": Weight("h.{}.ln_1"),
+    "layers.{}.attention.q_proj": Weight("h.{}.attn.c_attn", "transpose", "q"),
+    "layers.{}.attention.k_proj": Weight("h.{}.attn.c_attn", "transpose", "k"),
+    "layers.{}.attention.v_proj": Weight("h.{}.attn.c_attn", "transpose", "v"),
+    "layers.{}.attention.o_proj": Weight("h.{}.attn.c_proj", "transpose"),
+    "layers.{}.feed_forward_norm": Weight("h.{}.ln_2"),
+    "layers.{}.feed_forward.up_proj": Weight("h.{}.mlp.c_fc", "transpose"),
+    "layers.{}.feed_forward.down_proj": Weight("h.{}.mlp.c_proj", "transpose"),
+    "norm": Weight("ln_f"),
+    "lm_head": Weight("lm_head", rooted=True),
+}
+
+
+def _depth(config: Fields) -> range:
+    return range(int(need(config, "num_hidden_layers")))
+
+
+def _no_windows(config: Fields) -> Sequence[int | None]:
+    return [None for _ in _depth(config)]
+
+
+def _all_windows(config: Fields) -> Sequence[int | None]:
+    """Mistral: in every layer, of 4096 where the config does not say."""
+    return _given_windows({"sliding_window": 4096} | dict(config))
+
+
+def _given_windows(config: Fields) -> Sequence[int | None]:
+    """Phi-3: in every layer, where the config has one."""
+    return [config.get("sliding_window") for _ in _depth(config)]
+
+
+def _late_windows(config: Fields) -> Sequence[int | None]:
+    """Qwen: none by default, else in the layers from ``max_window_layers`` on."""
+    first = int(config.get("max_window_layers", 28))
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    sliding = [layer >= first for layer in _depth(config)]
+    return _typed_windows(config, sliding, window)
+
+
+def _nope_windows(config: Fields) -> Sequence[int | None]:
+    """SmolLM3: none by default, else in the layers without rotary."""
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    return _typed_windows(config, [not rotates for rotates in _rotating(config)], window)
+
+
+def _patterned_windows(config: Fields, every: int) -> Sequence[int | None]:
+    """Gemma: in all layers but each ``every``-th."""
+    sliding = [(layer + 1) % every != 0 for layer in _depth(config)]
+    return _typed_windows(config, sliding, config.get("sliding_window", 4096))
+
+
+def _gemma2_windows(config: Fields) -> Sequence[int | None]:
+    return _patterned_windows(config, 2)
+
+
+def _gemma3_windows(config: Fields) -> Sequence[int | None]:
+    return _patterned_windows(config, int(config.get("sliding_window_pattern", 6)))
+
+
+def _typed_windows(
+    config: Fields, sliding: Sequence[bool], window: int | None
+) -> Sequence[int | None]:
+    """Return the window of each layer: ``layer_types`` decides where the config has them."""
+    if (types := config.get("layer_types")) is not None:
+        if set(types) - {"sliding_attention", "full_attention"} or len(types) != len(sliding):
+            raise refused(config, f"layer_types {sorted(set(types))} of {len(types)} layers")
+        sliding = [each == "sliding_attention" for each in types]
+    return [window if each else None for each in sliding]
+
+
+def _params(config: Fields) -> Fields:
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _theta(config: Fields, default: float) -> float:
+    return float(config.get("rope_theta") or default)
+
+
+def _one_rope(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
+    params = _params(config)
+    if params.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in {None, 1.0}:
+        raise refused(config, "rotary over a part of each head")
+    rope = parse_rope(config, params, width, _theta(config, theta))
+    return [rope for _ in _depth(config)]
+
+
+def _phi3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
+    params = dict(_params(config))
+    share = params.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if params.get("rope_type", params.get("type")) in {"su", "yarn"}:  # its first names
+        params["rope_type"] = "longrope"
+    lengths = {"original_max_position_embeddings": 4096, "max_position_embeddings": 4096}
+    rope = parse_rope(lengths | dict(config), params, int(width * share), _theta(config, theta))
+    return [rope for _ in _depth(config)]
+
+
+def _smollm3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
+    ropes = _one_rope(config, width, theta)
+    return [rope if on else None for rope, on in zip(ropes, _rotating(config), strict=True)]
+
+
+def _rotating(config: Fields) -> Sequence[bool]:
+    interval = int(config.get("no_rope_layer_interval", 4))
+    flags = config.get("no_rope_layers")  # 1 where there is rotary, whatever the name says
+    if flags is None:
+        return [(layer + 1) % interval != 0 for layer in _depth(config)]
+    if len(flags) != len(_depth(config)):
+        raise refused(config, f"no_rope_layers of {len(flags)} layers, not {len(_depth(config))}")
+    return [bool(flag) for flag in flags]
+
+
+def _gemma3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
+    """One setting for the layers with a window, one for those without."""
+    params = dict(_params(config))
+    local = params.pop("sliding_attention", None) or {}
+    full = params.pop("full_attention", None) or params
+    narrow = float(config.get("rope_local_base_freq") or 10000.0)
+    near = parse_rope(config, local, width, narrow)
+    far = parse_rope(config, full, width, _theta(config, theta))
+    return [far if window is None else near for window in _gemma3_windows(config)]
+
+
+def _head_scale(config: Fields, width: int) -> float:
+    del config
+    return float(width**-0.5)
+
+
+def _query_scale(config: Fields, width: int) -> float:
+    del width
+    return float(config.get("query_pre_attn_scalar", 256) ** -0.5)
+
+
+def _granite_scale(config: Fields, width: int) -> float:
+    del width
+    return float(config.get("attention_multiplier", 1.0))
+
+
+class _Multipliers(NamedTuple):
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits_divisor: float = 1.0
+
+
+def _gemma_multipliers(config: Fields) -> _Multipliers:
+    return _Multipliers(embedding=float(need(config, "hidden_size") ** 0.5))
+
+
+def _granite_multipliers(config: Fields) -> _Multipliers:
+    keys = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    return _Multipliers(*(float(config.get(key, 1.0)) for key in keys))
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What a decoder with rotary positions and RMS norms does differently from Llama.
+
+    Args:
+        head_width: Where the config names none; None: the hidden size over the heads.
+        theta: Where the config names none.
+        epsilon: Where the config names none.
+        tied: Where the config does not say.
+        biases: Whether the config's ``attention_bias`` and ``mlp_bias`` are obeyed.
+        qkv_bias: Whether queries, keys and values have a bias in any case.
+        qk_norm: Whether query and key heads are normalized.
+        post_norms: Whether the results of both parts are normalized.
+        activation: The config's key for it.
+        softcaps: The caps of scores and of logits, by config key and default.
+        multipliers: Those of the config.
+        windows: The window of each layer.
+        ropes: The rotary setting of each layer, from config, head width and default theta.
+        scale: What scores are multiplied by, from config and head width.
+    """
+
+    head_width: int | None = None
+    theta: float = 10000.0
+    epsilon: float = 1e-6
+    tied: bool = False
+    biases: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "hidden_act"
+    softcaps: tuple[tuple[str, float | None], tuple[str, float | None]] = (("", None), ("", None))
+    multipliers: Callable[[Fields], _Multipliers] = lambda _: _Multipliers()
+    windows: Callable[[Fields], Sequence[int | None]] = _no_windows
+    ropes: Callable[[Fields, int, float], Sequence[Rope | None]] = _one_rope
+    scale: Callable[[Fields, int], float] = _head_scale
+
+
+def _decoder(config: Fields, traits: _Traits) -> DecoderConfig:
+    if config.get("use_bidirectional_attention"):
+        raise refused(config, "use_bidirectional_attention: this definition is causal")
+    multipliers = traits.multipliers(config)
+    return DecoderConfig(
+        vocabulary=int(need(config, "vocab_size")),
+        hidden=int(need(config, "hidden_size")),
+        layers=_layers(config, traits),
+        max_length=int(need(config, "max_position_embeddings")),
+        norm="rms",
+        norm_epsilon=float(config.get("rms_norm_eps", traits.epsilon)),
+        tied=bool(config.get("tie_word_embeddings", traits.tied)),
+        embedding_multiplier=multipliers.embedding,
+        logits_divisor=multipliers.logits_divisor,
+        logits_softcap=config.get(*traits.softcaps[1]),
+    )
+
+
+def _layers(config: Fields, traits: _Traits) -> tuple[LayerConfig, ...]:
+    heads = int(need(config, "num_attention_heads"))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise refused(config, f"{heads} query heads do not share {kv_heads} key heads evenly")
+    narrow = traits.head_width or int(need(config, "hidden_size")) // heads
+    width = int(config.get("head_dim") or narrow)
+    bias = traits.biases and bool(config.get("attention_bias", False))
+    like = LayerConfig(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=width,
+        feed_forward=int(need(config, "intermediate_size")),
+        scale=traits.scale(config, width),
+        softcap=config.get(*traits.softcaps[0]),
+        qkv_bias=traits.qkv_bias or bias,
+        output_bias=bias,
+        feed_forward_bias=traits.biases and bool(config.get("mlp_bias", False)),
+        qk_norm=traits.qk_norm,
+        post_norms=traits.post_norms,
+        activation=activation(config, traits.activation),
+        residual=traits.multipliers(config).residual,
+    )
+    ropes, windows = traits.ropes(config, width, traits.theta), traits.windows(config)
+    settings = zip(ropes, windows, strict=True)
+    return tuple(replace(like, rope=rope, window=window) for rope, window in settings)
+
+
+def _gpt2(config: Fields) -> DecoderConfig:
+    hidden, heads = int(need(config, "n_embd")), int(need(config, "n_head"))
+    if config.get("add_cross_attention"):
+        raise refused(config, "add_cross_attention: no encoder feeds this definition")
+    width = hidden // heads
+    like = LayerConfig(
+        heads=heads,
+        kv_heads=heads,
+        head_width=width,
+        feed_forward=int(config.get("n_inner") or 4 * hidden),
+        scale=width**-0.5 if config.get("scale_attn_weights", True) else 1.0,
+        qkv_bias=True,
+        output_bias=True,
+        feed_forward_bias=True,
+        gated=False,
+        activation=activation({"activation_function": "gelu_new", **config}, "activation_function"),
+    )
+    by_depth = bool(config.get("scale_attn_by_inverse_layer_idx", False))
+    depths = range(1, int(need(config, "n_layer")) + 1)
+    positions = int(config.get("n_positions") or 1024)
+    return DecoderConfig(
+        vocabulary=int(need(config, "vocab_size")),
+        hidden=hidden,
+        layers=tuple(replace(like, scale=like.scale / (d if by_depth else 1)) for d in depths),
+        max_length=positions,
+        norm="layer",
+        norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        positions=positions,
+    )
+
+
+def _row(weights: Mapping[str, Weight], traits: _Traits) -> Family:
+    return Family(partial(_decoder, traits=traits), weights, ("ForCausalLM", "Model"))
+
+
+_GEMMA_TRAITS: Final = _Traits(
+    head_width=256,
+    tied=True,
+    post_norms=True,
+    activation="hidden_activation",
+    multipliers=_gemma_multipliers,
+    scale=_query_scale,
+)
+
+DECODERS: Final[Mapping[str, Family]] = {
+    "llama": _row(_LLAMA, _Traits()),
+    "mistral": _row(_LLAMA, _Traits(biases=False, windows=_all_windows)),
+    "qwen2": _row(_LLAMA, _Traits(biases=False, qkv_bias=True, windows=_late_windows)),
+    "qwen3": _row(_LLAMA, _Traits(head_width=128, qk_norm=True, windows=_late_windows)),
+    "smollm3": _row(
+        _LLAMA, _Traits(theta=2e6, tied=True, windows=_nope_windows, ropes=_smollm3_ropes)
+    ),
+    "gemma2": _row(
+        _GEMMA,
+        replace(
+            _GEMMA_TRAITS,
+            softcaps=(("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)),
+            windows=_gemma2_windows,
+        ),
+    ),
+    "gemma3_text": _row(
+        _GEMMA,
+        replace(
+            _GEMMA_TRAITS,
+            theta=1e6,
+            qk_norm=True,
+            softcaps=(("", None), ("final_logit_softcapping", None)),
+            windows=_gemma3_windows,
+            ropes=_gemma3_ropes,
+        ),
+    ),
+    "phi3": _row(
+        _PHI3, _Traits(epsilon=1e-5, biases=False, windows=_given_windows, ropes=_phi3_ropes)
+    ),
+    "granite": _row(_LLAMA, _Traits(multipliers=_granite_multipliers, scale=_granite_scale)),
+    "gpt2": Family(_gpt2, _GPT2, ("LMHeadModel", "Model")),
+}

@@ -1,0 +1,86 @@
+"""What sets one family of checkpoints apart from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llmopt.models.config import Activation, DecoderConfig, EncoderConfig, LayerConfig
+from llmopt.models.recipe import Op
+from llmopt.models.rope_config import refused
+
+Fields = Mapping[str, Any]
+
+# gelu_new, gelu_fast and gelu_pytorch_tanh spell one formula in three ways
+ACTIVATIONS: Final[Mapping[str, Activation]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a module's parameters are in a checkpoint.
+
+    Args:
+        path: The module there, ``{}`` standing for the layer; its parameters keep their names.
+        op: What is done to its weight (and to nothing else).
+        part: Which rows of a fused projection: ``q`` ``k`` ``v`` ``gate`` ``up``; all where empty.
+        rooted: Whether ``path`` starts at the root, not below the checkpoint's prefix.
+    """
+
+    path: str
+    op: Op = "copy"
+    part: str = ""
+    rooted: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table of families.
+
+    Args:
+        parse: Returns our config of a Hugging Face one.
+        weights: Our modules to the checkpoint's; ``layers.{}`` stands for every layer.
+        classes: Endings of the ``architectures`` that this definition computes.
+    """
+
+    parse: Callable[[Fields], DecoderConfig | EncoderConfig]
+    weights: Mapping[str, Weight]
+    classes: Sequence[str]
+
+
+def need(config: Fields, key: str) -> Any:
+    """Return a value that a config cannot do without."""
+    if config.get(key) is None:
+        raise refused(config, f"config.json lacks {key!r}")
+    return config[key]
+
+
+def activation(config: Fields, key: str) -> Activation:
+    """Return the activation that a config names."""
+    name = str(need(config, key))
+    if name not in ACTIVATIONS:
+        raise refused(config, f"activation {name!r} (known: {', '.join(ACTIVATIONS)})")
+    return ACTIVATIONS[name]
+
+
+def rows(kind: LayerConfig, part: str) -> tuple[int, int] | None:
+    """Return which rows of a fused projection are ``part``: q, k, v or gate, up in that order."""
+    query, shared = kind.heads * kind.head_width, kind.kv_heads * kind.head_width
+    inner = kind.feed_forward
+    return {
+        "": None,
+        "q": (0, query),
+        "k": (query, query + shared),
+        "v": (query + shared, query + 2 * shared),
+        "gate": (0, inner),
+        "up": (inner, 2 * inner),
+    }[part]

@@ -1,0 +1,53 @@
+"""How a module's parameter is made of a checkpoint's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Op = Literal["copy", "transpose", "add-one"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One parameter: a tensor of the checkpoint, changed by ``op``, then cut to ``rows``.
+
+    Args:
+        sources: The checkpoint's tensors that are read; one today.
+        op: ``copy`` takes it as it is, ``transpose`` swaps its two axes (GPT-2 stores
+            [in, out]), ``add-one`` adds 1 (Gemma stores a norm's weight less 1).
+        rows: The first row taken and the one after the last; None takes all.
+    """
+
+    sources: tuple[str, ...]
+    op: Op = "copy"
+    rows: tuple[int, int] | None = None
+
+    def apply(self, read: Callable[[str], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Return the parameter, of the dtype that ``read`` gives.
+
+        ``add-one`` gives float32: 1 + w has more digits than the bfloat16 or float16 that w
+        is stored in.
+        """
+        (source,) = self.sources
+        tensor = read(source)
+        if self.op == "transpose":
+            tensor = tensor.T
+        if self.op == "add-one":
+            tensor = tensor.astype(np.float32) + np.float32(1)
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
+
+    def shape(self, stored: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the shape that ``apply`` gives, from the shapes that are stored."""
+        (source,) = self.sources
+        shape = stored(source)
+        if self.op == "transpose":
+            shape = shape[::-1]
+        if self.rows is None or not shape:
+            return shape
+        start, stop = (min(row, shape[0]) for row in self.rows)
+        return (stop - start, *shape[1:])
