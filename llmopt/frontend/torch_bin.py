@@ -149,11 +149,14 @@ def _mappable(file: Path) -> bool:
     """Return whether the file is torch's zip archive; the older format has no storages to map.
 
     Raises:
-        SourceError: It is a TorchScript program, or a zip archive cut short.
+        SourceError: It is neither, a TorchScript program, or a zip archive cut short.
     """
     with file.open("rb") as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"
-    if not zipped:
+        start = stream.read(4)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        problem = f"not a PyTorch checkpoint ({file.stat().st_size} bytes that start {start!r})"
+        raise SourceError(file, problem, _AGAIN)
+    if start.startswith(b"\x80"):
         return False
     try:
         with zipfile.ZipFile(file) as archive:
