@@ -22,13 +22,13 @@ def embed_rows(session: Session, rows: Sequence[Sequence[int]], batch_size: int)
     if batch_size < 1:
         raise UsageError(f"batch_size {batch_size} is below 1")
     check_embeds(session)
-    found = np.zeros((len(rows), session.manifest.model.hidden), np.float32)
+    found: list[Array] = [np.empty(0)] * len(rows)
     for numbers in batches([len(row) for row in rows], batch_size):
         part = _embed(session, [rows[i] for i in numbers])
-        if found.shape[1] != part.shape[1]:  # the embedding may be narrower than the model
-            found = np.zeros((len(rows), part.shape[1]), np.float32)
-        found[numbers] = part
-    return found
+        for i, row in zip(numbers, part, strict=True):
+            found[i] = row
+    width = session.manifest.model.hidden
+    return np.stack(found) if found else np.zeros((0, width), np.float32)
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Unpack, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 
 from llmopt.bundle.manifest import Manifest
-from llmopt.errors import ArtifactError, UsageError
+from llmopt.errors import UsageError
 from llmopt.runtime.embedding import check_embeds, embed_rows
 from llmopt.runtime.feeds import complete_feeds
 from llmopt.runtime.generation import (
@@ -22,15 +22,12 @@ from llmopt.runtime.generation import (
     TokenOptions,
     check_tokens,
 )
+from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
 from llmopt.runtime.session import Array, Session
 from llmopt.runtime.steps import Sequences
 from llmopt.runtime.tokens import Tokenizer
 
 logger = logging.getLogger("llmopt")
-
-CHAT: Final = "chat.json"
-
-Prompts = list[str] | tuple[str, ...]
 
 
 class Runner:
@@ -55,14 +52,19 @@ class Runner:
         self._warned = False
 
     @overload
-    def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...
+    def generate(self, prompt: str | Conversation, **options: Unpack[TextOptions]) -> str: ...
     @overload
-    def generate(self, prompt: Prompts, **options: Unpack[TextOptions]) -> list[str]: ...
-    def generate(self, prompt: str | Prompts, **options: Unpack[TextOptions]) -> str | list[str]:
+    def generate(
+        self, prompt: list[str] | list[Conversation], **options: Unpack[TextOptions]
+    ) -> list[str]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[TextOptions]
+    ) -> str | list[str]:
         """Return the text that follows the prompt, without the prompt.
 
         Args:
-            prompt: A text, or several to be continued together.
+            prompt: A text, or several to be continued together. With ``chat=True`` each may be
+                a conversation: ``{"role": …, "content": …}`` for each message.
             **options: See `Request`.
 
         Returns:
@@ -71,19 +73,18 @@ class Runner:
         Raises:
             UsageError: An option is out of range, or a prompt empty or too long.
         """
-        request = _request(options)
-        if isinstance(prompt, str):
-            return "".join(piece for _, piece in self._pieces([prompt], request))
-        texts = [""] * len(prompt)
-        for row, piece in self._pieces(prompt, request):
+        one = is_one(prompt)
+        prompts: Any = [prompt] if one else prompt
+        texts = [""] * len(prompts)
+        for row, piece in self._pieces(prompts, _request(options)):
             texts[row] += piece
-        return texts
+        return texts[0] if one else texts
 
-    def stream(self, prompt: str, **options: Unpack[TextOptions]) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Iterator[str]:
         """Yield the text that follows the prompt, piece by piece as it is made.
 
         Args:
-            prompt: A text.
+            prompt: A text; with ``chat=True`` perhaps a conversation.
             **options: See `Request`.
 
         Yields:
@@ -97,7 +98,7 @@ class Runner:
                 yield piece
 
     def generate_ids(
-        self, ids: Sequence[int] | Sequence[Sequence[int]], **options: Unpack[TokenOptions]
+        self, ids: Sequence[int] | Sequence[Sequence[int]] | Array, **options: Unpack[TokenOptions]
     ) -> list[Any]:
         """Return the tokens that follow, the one that ended each row included.
 
@@ -136,7 +137,6 @@ class Runner:
             UsageError: The tokens are not the model's, or too many.
         """
         tokens = np.asarray(ids, np.int64)
-        facts = self.manifest.model
         self._check_ids(tokens, prefill)
         batch, length = tokens.shape
         real = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
@@ -147,7 +147,7 @@ class Runner:
             step = slice(start, end)
             part = sequences.extend(tokens[:, step], real[:, step], every=True)
             if part.shape[1] != end - start:
-                raise UsageError(f"{facts.family}: the model gives logits of its last token only")
+                raise UsageError("the model gives logits of its last token only; pass prefill=1")
             parts.append(part.astype(np.float32))
         return np.concatenate(parts, axis=1)
 
@@ -191,7 +191,7 @@ class Runner:
         """The artifact's tokenizer."""
         return Tokenizer(self.folder)
 
-    def _pieces(self, prompts: Sequence[str], request: Request) -> Iterator[tuple[int, str]]:
+    def _pieces(self, prompts: Sequence[Prompt], request: Request) -> Iterator[tuple[int, str]]:
         """Yield (row, text) for each piece of text of each row."""
         ids = [self._encode(prompt, chat=request.chat) for prompt in prompts]
         stop_tokens = frozenset(self.manifest.model.eos)
@@ -225,26 +225,13 @@ class Runner:
         for row, prompt in enumerate(prompts):
             yield row, Generation(self.session, [prompt], request)
 
-    def _encode(self, prompt: str, *, chat: bool) -> list[int]:
+    def _encode(self, prompt: Prompt, *, chat: bool) -> list[int]:
         if chat:
-            return self.tokenizer.encode(self._render(prompt), special=False)
+            return self.tokenizer.encode(render_chat(self.folder, prompt), special=False)
+        if not isinstance(prompt, str):
+            raise UsageError("a conversation needs chat=True")
         bos = self.manifest.model.bos
         return self.tokenizer.encode(prompt) or ([] if bos is None else [bos])
-
-    def _render(self, prompt: str) -> str:
-        from llmopt.runtime.chat import ChatFormat
-
-        path = self.folder / CHAT
-        if not path.is_file():
-            raise UsageError(
-                f"{self.folder}: has no chat format ({CHAT}), because the model came without a "
-                "chat template or with one that cannot be taken apart; prompt it without chat"
-            )
-        try:
-            chat = ChatFormat.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(path, f"not a chat format ({error})") from error
-        return chat.render([{"role": "user", "content": prompt}])
 
     def _check_ids(self, tokens: Array, prefill: int | None) -> None:
         facts = self.manifest.model

@@ -91,29 +91,32 @@ class Sampler:
 
 def draw(logits: Array, sampling: Sampling, random: np.random.Generator) -> int:
     """Return a token drawn from ``logits`` [V]."""
-    cumulative = probabilities(logits, sampling).cumsum()
+    tokens, chances = shortlist(logits, sampling)
+    cumulative = chances.cumsum()
     # A uniform number below the last value never lands on a token of probability 0 behind it.
-    return int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
+    place = np.searchsorted(cumulative, random.random() * cumulative[-1], side="right")
+    return int(tokens[place])
 
 
-def probabilities(logits: Array, sampling: Sampling) -> Array:
-    """Return the distribution [V] that is drawn from: temperature, then top-k, then top-p.
+def shortlist(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """Return the tokens that may be drawn, ascending, and their probabilities.
 
-    Tokens as likely as the k-th are all kept, as transformers does it.
+    Temperature comes first, then top-k, then top-p. Tokens as likely as the k-th are all kept, as
+    transformers does it.
 
     >>> import numpy as np
-    >>> probabilities(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, top_k=2)).round(3).tolist()
-    [0.625, 0.375, 0.0]
+    >>> tokens, chances = shortlist(np.log([0.5, 0.2, 0.3]), Sampling(temperature=1, top_k=2))
+    >>> tokens.tolist(), chances.round(3).tolist()
+    ([0, 2], [0.625, 0.375])
     """
-    scores: Array = logits.astype(np.float64) / sampling.temperature
-    if 0 < sampling.top_k < scores.size:
-        kth = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        scores[scores < kth] = -np.inf
-    kept = softmax(scores)
+    tokens = np.arange(logits.size)
+    if 0 < sampling.top_k < logits.size:
+        tokens = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
+    chances = softmax(logits[tokens].astype(np.float64) / sampling.temperature)
     if sampling.top_p < 1:
-        scores[_outside_nucleus(kept, sampling.top_p)] = -np.inf
-        kept = softmax(scores)
-    return kept
+        kept = _nucleus(chances, sampling.top_p)
+        tokens, chances = tokens[kept], chances[kept] / chances[kept].sum()
+    return tokens, chances
 
 
 def softmax(scores: Array) -> Array:
@@ -123,9 +126,11 @@ def softmax(scores: Array) -> Array:
     return total
 
 
-def _outside_nucleus(kept: Array, top_p: float) -> Array:
-    """Return the tokens to drop: the likeliest ones before each already come to ``top_p``."""
-    order = np.argsort(-kept, kind="stable")
-    before = np.concatenate([[0.0], kept[order].cumsum()[:-1]])
-    dropped: Array = order[before >= top_p]
-    return dropped
+def _nucleus(chances: Array, top_p: float) -> Array:
+    """Return the places of the fewest likeliest values that come to ``top_p``, ascending."""
+    # Values below this come to less than 1 - top_p together: they need no sorting.
+    worth = np.flatnonzero(chances >= (1 - top_p) / chances.size)
+    order = worth[np.argsort(-chances[worth], kind="stable")]
+    before = np.concatenate([[0.0], chances[order].cumsum()[:-1]])
+    kept: Array = np.sort(order[before < top_p])
+    return kept

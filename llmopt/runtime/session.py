@@ -102,7 +102,8 @@ class Session:
     def _failures(self) -> tuple[type[Exception], ...]:
         state = self._ort.capi.onnxruntime_pybind11_state
         names = ("Fail", "InvalidArgument", "NotImplemented", "RuntimeException", "EPFail")
-        return tuple(getattr(state, name) for name in names)
+        # Bound runs raise plain RuntimeError for all of these.
+        return (RuntimeError, *(getattr(state, name) for name in names))
 
     def _failed(self, error: Exception) -> LlmoptError:
         return LlmoptError(f"onnxruntime could not run the model: {_first_line(error)}")

@@ -93,8 +93,7 @@ class SharedCache:
         self._fast.tokens[...] = step.tokens
         if self._fast.positions is not None:
             self._fast.positions[...] = step.positions
-        if self._fast.mask_name is not None:
-            self._binding.feed(self._fast.mask_name, mask)
+        self._binding.feed(self._fast.mask_name, mask)
         self._binding.run()
         return self._fast.logits
 
@@ -104,10 +103,15 @@ class SharedCache:
 
     def _fetch_logits(self, step: Step) -> Array:
         batch, new = step.tokens.shape
-        kept = new if step.every or self._session.find("logits_to_keep") is None else 1
-        last = self._logits.shape[2]
-        width = last if isinstance(last, int) else self._session.manifest.model.vocabulary
-        logits = aligned_zeros((batch, kept, width), self._logits.dtype)
+        free = new if step.every or self._session.find("logits_to_keep") is None else 1
+        _, kept, width = self._logits.shape
+        vocabulary = self._session.manifest.model.vocabulary
+        shape = (
+            batch,
+            kept if isinstance(kept, int) else free,
+            width if isinstance(width, int) else vocabulary,
+        )
+        logits = aligned_zeros(shape, self._logits.dtype)
         self._binding.fetch(self._logits.name, logits)
         return logits
 
@@ -118,16 +122,17 @@ class _OneToken:
 
     tokens: Array
     positions: Array | None
-    mask_name: str | None
+    mask_name: str
     logits: Array
 
     @classmethod
     def of(cls, session: Session, feeds: dict[str, Array], logits: Array) -> _OneToken:
-        mask, positions = session.find("mask"), session.find("positions")
+        positions = session.find("positions")
         return cls(
             tokens=feeds[session.need("tokens").name],
             positions=None if positions is None else feeds[positions.name],
-            mask_name=None if mask is None else mask.name,
+            # Without a mask the model could not tell how much of the buffer is in use.
+            mask_name=session.need("mask").name,
             logits=logits,
         )
 
