@@ -1,0 +1,48 @@
+"""The backends, by the target names that the command line knows them by."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Final
+
+from llmopt.backends.base import Backend, refuse_options, split_target
+from llmopt.errors import UnknownNameError
+
+__all__ = ["ALIASES", "BACKENDS", "Backend", "find_backend", "known_backends"]
+
+BACKENDS: Final[Mapping[str, str]] = {
+    "onnxruntime-cpu": "llmopt.backends.onnxruntime:OnnxRuntimeCpu",
+}
+ALIASES: Final[Mapping[str, str]] = {"cpu": "onnxruntime-cpu"}
+
+
+def known_backends() -> dict[str, type[Backend]]:
+    """Return every backend by target name: the built-in ones and those of plugins."""
+    from importlib.metadata import entry_points
+
+    found = {name: _load(where) for name, where in BACKENDS.items()}
+    for entry in entry_points(group="llmopt.backends"):
+        found[entry.name] = entry.load()
+    return found
+
+
+def find_backend(target: str) -> Backend:
+    """Return the backend of ``name{option=value,...}``.
+
+    Raises:
+        UnknownNameError: no such target, or no such option of it.
+    """
+    name, options = split_target(target)
+    known = known_backends()
+    found = known.get(ALIASES.get(name, name))
+    if found is None:
+        raise UnknownNameError("target", name, [*known, *ALIASES], "`llmopt targets` lists them")
+    refuse_options(name, options)
+    return found()
+
+
+def _load(where: str) -> type[Backend]:
+    module, _, name = where.partition(":")
+    cls: type[Backend] = getattr(importlib.import_module(module), name)
+    return cls

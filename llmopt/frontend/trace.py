@@ -143,7 +143,7 @@ def _label(graph: ir.Graph) -> None:
     taken: dict[str, int] = {}
     for node in graph:
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
-        scope = scopes[-2] if len(scopes) > 1 else ""
+        scope = scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_empty") else ""
         label = f"{scope}/{node.op_type}" if scope else node.op_type
         taken[label] = taken.get(label, 0) + 1
         node.name = label if taken[label] == 1 else f"{label}_{taken[label]}"

@@ -79,6 +79,10 @@ class Program:
         """The graph of ``model``."""
         return self.model.graph
 
+    def clone(self) -> Program:
+        """Return a Program of its own that shares the unread weights."""
+        return Program(self.model.clone(), self.signature, self.facts)
+
     def learn(self, **facts: Any) -> None:
         """Replace some facts."""
         self.facts = replace(self.facts, **facts)

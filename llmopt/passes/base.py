@@ -59,9 +59,16 @@ class Pass(abc.ABC):
     A pass takes a valid Program to a valid Program, reports each change it made and each
     candidate it declined, changes nothing when it is run a second time, and keeps the names,
     order and types of inputs and outputs.
+
+    Attributes:
+        name: What pipelines call it.
+        changes_signature: Whether it may change inputs and outputs.
+        lowers: Whether it belongs to a backend and leaves the dialect for vendor operators.
     """
 
     name: ClassVar[str]
+    changes_signature: ClassVar[bool] = False
+    lowers: ClassVar[bool] = False
 
     @abc.abstractmethod
     def run(self, program: Program) -> Outcome:

@@ -1,0 +1,257 @@
+"""Lower Attention to ONNX Runtime's fused attention operators.
+
+Rewrites::
+
+    RotaryEmbedding on Q and K, causal Attention with a cache
+        into  GroupQueryAttention, rotary inside, packed QKV, cache written in place
+    Attention without a cache
+        into  MultiHeadAttention
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program, Role
+from llmopt.passes.base import Outcome, Pass
+
+MICROSOFT: Final = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class LowerAttention(Pass):
+    """Lower Attention to GroupQueryAttention or MultiHeadAttention.
+
+    A batch may be padded on either side: padding is an additive bias, positions are explicit and
+    every row's length is the full one, because GroupQueryAttention takes per-row lengths as
+    right padding.
+
+    Numerics: within 1e-5 relative in float32.
+    Scope: the graph. Leaves: Attention as the standard operator, which ONNX Runtime also runs,
+    where no fused one does the same; the cache is then concatenated, not written in place.
+    """
+
+    name: ClassVar[str] = "lower-attention"
+    lowers: ClassVar[bool] = True
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        for node in g.nodes(program.graph, "Attention"):
+            cached = g.optional(node, 4) is not None
+            reason = _not_grouped(node) if cached else _not_multi_head(node)
+            if reason is not None:
+                outcome.miss(node, reason)
+                continue
+            (_grouped if cached else _multi_head)(program, node)
+            outcome.hit()
+        _remember_cache(program)
+        if outcome.modified:
+            g.remove_dead(program.model)
+            program.graph.sort()
+        return outcome
+
+
+def _remember_cache(program: Program) -> None:
+    """Note whether past and present may be one buffer."""
+    if program.signature.has_cache:
+        plain = g.nodes(program.graph, "Attention")
+        model = replace(program.facts.model, cache="concat" if plain else "shared")
+        program.learn(model=model)
+
+
+def _not_grouped(node: ir.Node) -> str | None:
+    """Return why GroupQueryAttention would compute something else, or None."""
+    if not g.attribute(node, "is_causal", 0):
+        return "GroupQueryAttention is causal, this is not"
+    mask = g.optional(node, 3)
+    if mask is not None and (g.shape(mask) or [0, 0, 0])[1:3] != [1, 1]:
+        return "its mask is not padding alone"
+    if g.attribute(node, "right_window_size", -1) >= 0:
+        return "it has a window to the right"
+    return None
+
+
+def _not_multi_head(node: ir.Node) -> str | None:
+    """Return why MultiHeadAttention would compute something else, or None."""
+    if g.attribute(node, "q_num_heads", 0) != g.attribute(node, "kv_num_heads", 0):
+        return "MultiHeadAttention has as many key heads as query heads"
+    if g.attribute(node, "softcap", 0.0):
+        return "MultiHeadAttention has no softcap"
+    for side in ("left", "right"):
+        if g.attribute(node, f"{side}_window_size", -1) >= 0:
+            return "MultiHeadAttention has no window"
+    mask = g.optional(node, 3)
+    if mask is not None and g.rank(mask) != 4 and mask.dtype != ir.DataType.BOOL:
+        return f"its explicit mask is of rank {g.rank(mask)}"
+    return None
+
+
+def _grouped(program: Program, node: ir.Node) -> None:
+    build = g.Builder(node)
+    q, k, v = (g.operand(node, i) for i in range(3))
+    attributes: dict[str, Any] = {
+        "num_heads": g.attribute(node, "q_num_heads", 0),
+        "kv_num_heads": g.attribute(node, "kv_num_heads", 0),
+        "scale": g.attribute(node, "scale", 1.0),
+    }
+    if softcap := g.attribute(node, "softcap", 0.0):
+        attributes["softcap"] = softcap
+    if (left := g.attribute(node, "left_window_size", -1)) >= 0:
+        attributes["local_window_size"] = left + 1
+    tables: list[ir.Value | None] = [None, None, None]
+    turned = _rotary(q, k)
+    if turned is not None:
+        attributes["do_rotary"] = 1
+        q, k, tables = turned
+    packed = _packed(q, k, v)
+    qkv = [packed, None, None] if packed is not None else [q, k, v]
+    last, total = _lengths(program)
+    bias = _bias(program) if g.optional(node, 3) is not None else None
+    inputs = [*qkv, node.inputs[4], node.inputs[5], last, total, *tables, bias]
+    outputs = build.ops(
+        "GroupQueryAttention",
+        _trimmed(inputs),
+        attributes,
+        outputs=3,
+        domain=MICROSOFT,
+        name=node.name,
+    )
+    for old, new in zip(node.outputs, outputs, strict=True):
+        g.replace(old, new)
+
+
+def _rotary(
+    q: ir.Value, k: ir.Value
+) -> tuple[ir.Value, ir.Value, list[ir.Value | None]] | None:
+    """Return Q, K and the tables before rotation, if both are rotated by the same tables."""
+    first, second = g.producer(q, "RotaryEmbedding"), g.producer(k, "RotaryEmbedding")
+    if first is None or second is None or len(first.inputs) < 4:
+        return None
+    tables = list(first.inputs[1:4])
+    if tables != list(second.inputs[1:4]) or g.attribute(first, "interleaved", 0):
+        return None
+    return g.operand(first, 0), g.operand(second, 0), tables
+
+
+def _packed(q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value | None:
+    """Return [Q K V] in one value, if a Split made the three and nothing else."""
+    split = g.producer(q, "Split")
+    if split is None or list(split.outputs) != [q, k, v]:
+        return None
+    return g.operand(split, 0)
+
+
+def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+    while inputs and inputs[-1] is None:
+        inputs.pop()
+    return inputs
+
+
+def _named(program: Program, name: str) -> ir.Value | None:
+    """Return the output of the prelude node of this name, if it was made already."""
+    return next((n.outputs[0] for n in program.graph if n.name == name), None)
+
+
+def _lengths(program: Program) -> tuple[ir.Value, ir.Value]:
+    """Return the index of each row's last key [B] and the number of keys, both int32."""
+    last, total = _named(program, "last_key"), _named(program, "total_keys")
+    if last is not None and total is not None:
+        return last, total
+    build = g.Builder(program.graph[0])
+    mask = program.input(Role.MASK)
+    keys = mask if mask is not None else _keys_without_mask(program, build)
+    count = build.op("Shape", [keys], {"start": 1, "end": 2})
+    count32 = build.op("Cast", [count], {"to": int(ir.DataType.INT32)})
+    total = build.op("Squeeze", [count32], name="total_keys")
+    batch = build.op("Shape", [keys], {"start": 0, "end": 1})
+    less = build.op("Sub", [count32, build.constant([1], "int32")])
+    last = build.op("Expand", [less, batch], name="last_key")
+    return last, total
+
+
+def _keys_without_mask(program: Program, build: g.Builder) -> ir.Value:
+    """Return a value [B, T] where the model has no mask: its past and its tokens together."""
+    past, tokens = program.input(Role.PAST_KEY, 0), program.graph.inputs[0]
+    assert past is not None
+    batch = build.op("Shape", [tokens], {"start": 0, "end": 1})
+    before = build.op("Shape", [past], {"start": 2, "end": 3})
+    new = build.op("Shape", [tokens], {"start": 1, "end": 2})
+    sizes = build.op("Concat", [batch, build.op("Add", [before, new])], {"axis": 0})
+    return build.op("Expand", [build.constant(1, "int64"), sizes])
+
+
+def _bias(program: Program) -> ir.Value:
+    """Return the padding mask as a bias [B, 1, S, T] float32: 0, or the lowest number."""
+    known = _named(program, "padding_bias")
+    if known is not None:
+        return known
+    mask, tokens = program.input(Role.MASK), program.input(Role.TOKENS)
+    assert mask is not None
+    tokens = tokens if tokens is not None else program.graph.inputs[0]
+    build = g.Builder(program.graph[0])
+    present = build.op("Cast", [mask], {"to": int(ir.DataType.BOOL)})
+    # the lowest finite number, not -inf: a row of padding alone must not become NaN
+    low = build.constant(np.finfo(np.float32).min, "float32")
+    row = build.op("Where", [present, build.constant(0.0, "float32"), low])
+    square = build.op("Unsqueeze", [row, build.constant([1, 2], "int64")])
+    new = build.op("Shape", [tokens], {"start": 1, "end": 2})
+    ones = build.constant([1, 1], "int64")
+    sizes = build.op("Concat", [ones, new, build.constant([1], "int64")], {"axis": 0})
+    return build.op("Expand", [square, sizes], name="padding_bias")
+
+
+def _multi_head(program: Program, node: ir.Node) -> None:
+    build = g.Builder(node)
+    attributes: dict[str, Any] = {
+        "num_heads": g.attribute(node, "q_num_heads", 0),
+        "scale": g.attribute(node, "scale", 1.0),
+    }
+    if g.attribute(node, "is_causal", 0):
+        attributes["unidirectional"] = 1
+    padding, bias = _masks(program, node, build)
+    inputs = [*node.inputs[:3], None, padding, bias]
+    out = build.op(
+        "MultiHeadAttention", _trimmed(inputs), attributes, domain=MICROSOFT, name=node.name
+    )
+    g.replace(node.outputs[0], out)
+
+
+def _masks(
+    program: Program, node: ir.Node, build: g.Builder
+) -> tuple[ir.Value | None, ir.Value | None]:
+    """Return (key padding [B, T] int32, bias [B or 1, H or 1, S, T]) for what is masked."""
+    mask = g.optional(node, 3)
+    if mask is None:
+        return None, None
+    if mask.dtype != ir.DataType.BOOL:
+        return None, mask
+    given = program.input(Role.MASK)
+    if given is not None and node.inputs[3] is _padding(program):
+        known = _named(program, "key_padding")
+        if known is None:
+            first = g.Builder(program.graph[0])
+            known = first.op("Cast", [given], {"to": int(ir.DataType.INT32)}, name="key_padding")
+        return known, None
+    low = build.constant(np.finfo(np.float32).min, "float32")
+    bias = build.op("Where", [mask, build.constant(0.0, "float32"), low])
+    q, k = g.operand(node, 0), g.operand(node, 1)
+    new = build.op("Shape", [q], {"start": 1, "end": 2})
+    keys = build.op("Shape", [k], {"start": 1, "end": 2})
+    ones = build.constant([1, 1], "int64")
+    sizes = build.op("Concat", [ones, new, keys], {"axis": 0})
+    return None, build.op("Expand", [bias, sizes])
+
+
+def _padding(program: Program) -> ir.Value | None:
+    from llmopt.passes.raise_attention import PADDING_MASK
+
+    return _named(program, PADDING_MASK)
+
+

@@ -1,0 +1,112 @@
+"""Quantize weights to blocks of few bits, as standard DequantizeLinear.
+
+Rewrites::
+
+    MatMul(x, W)         into    MatMul(x, Transpose(DequantizeLinear(codes, scale, zero_point)))
+    Gather(E, ids)       into    Gather(DequantizeLinear(codes, scale, zero_point), ids)
+
+``codes`` [N, K] hold W transposed, one row per output, blocks along K; an embedding and the head
+tied to it share one DequantizeLinear. Backends lower the pattern to their own kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.ir import graph as g
+from llmopt.ir import weights
+from llmopt.ir.program import Program, Role
+from llmopt.passes.base import Outcome, Pass
+from llmopt.quantization.lazy import QuantizedWeight
+from llmopt.quantization.schemes import Blockwise
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Round the weights of projections and of the token embedding to the nearest code.
+
+    Numerics: each weight moves by at most half a scale (symmetric: the one opposite to the
+    block's extreme by up to one); what that does to the outputs is measured, not bounded.
+    Scope: MatMul with a matrix of weights; Gather of the token embedding.
+    Leaves: other tables, vectors, and matrices with fewer than 16 inputs.
+    Source: the layout of ONNX DequantizeLinear with ``block_size``, opset 21.
+
+    Args:
+        bits: Width of a code: 4 or 8.
+        block: Weights that share a scale: 16 to 256.
+        symmetric: Whether the zero point is the middle code.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    bits: int = 4
+    block: int = 32
+    symmetric: bool = True
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        scheme = Blockwise(self.bits, self.block, self.symmetric)
+        made: dict[object, ir.Value] = {}
+        for node, value, base in list(candidates(program)):
+            if int(base.shape[1]) < 16:
+                outcome.miss(node, f"its weight has {base.shape[1]} inputs, fewer than 16")
+                continue
+            key = weights.identity(base)
+            if key not in made:
+                made[key] = _dequantized(program.graph, value, base, scheme)
+            rows = made[key]
+            if g.is_op(node, "Gather"):
+                node.replace_input_with(0, rows)
+            else:
+                turned = g.Builder(node).op("Transpose", [rows], {"perm": [1, 0]})
+                turned.shape, turned.type = value.shape, value.type
+                node.replace_input_with(1, turned)
+            outcome.hit()
+        if outcome.modified:
+            g.remove_dead(program.model)
+        return outcome
+
+
+def candidates(program: Program) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorProtocol]]:
+    """Yield (node, weight value, weight as [N, K]) of all that can be quantized."""
+    tokens = program.input(Role.TOKENS)
+    for node in g.nodes(program.graph, "MatMul", "Gather"):
+        index = 1 if node.op_type == "MatMul" else 0
+        tensor = g.weight(node.inputs[index])
+        if tensor is None or len(tensor.shape) != 2 or not tensor.dtype.is_floating_point():
+            continue
+        if not any(weights.leaves(tensor)):
+            continue  # computed by the model itself: a table, not a weight
+        if node.op_type == "MatMul":
+            yield node, g.operand(node, 1), weights.transposed(tensor)
+        elif node.inputs[1] is tokens and g.attribute(node, "axis", 0) == 0:
+            yield node, g.operand(node, 0), tensor
+
+
+def _dequantized(
+    graph: ir.Graph, value: ir.Value, base: ir.TensorProtocol, scheme: Blockwise
+) -> ir.Value:
+    """Return the value of ``base`` [N, K] read from codes."""
+    weight = QuantizedWeight(base, scheme)
+    build = g.Builder(graph[0])
+    stem = str(value.name).removesuffix(".transpose")
+    operands = [
+        build.initializer(f"{stem}.codes", weight.codes()),
+        build.initializer(f"{stem}.scale", weight.scale()),
+        build.initializer(f"{stem}.zero_point", weight.zero_point()),
+    ]
+    attributes = {"axis": 1, "block_size": scheme.block}
+    rows = build.op("DequantizeLinear", operands, attributes, name=f"{stem}/DequantizeLinear")
+    padded = scheme.padded(weight.columns)
+    rows.shape, rows.type = ir.Shape([weight.rows, padded]), ir.TensorType(ir.DataType.FLOAT)
+    if padded == weight.columns:
+        return rows
+    bounds = [build.constant([n], "int64") for n in (0, weight.columns, 1)]
+    cut = build.op("Slice", [rows, *bounds])
+    cut.shape, cut.type = ir.Shape([weight.rows, weight.columns]), rows.type
+    return cut

@@ -1,0 +1,122 @@
+"""Quantized weights that are computed when a writer reads them, once for all of their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from llmopt.quantization.packing import Packed, quantize_packed
+from llmopt.quantization.schemes import Blockwise
+
+Array = npt.NDArray[Any]
+_CODES: Final = {
+    2: ir.DataType.UINT2,
+    4: ir.DataType.UINT4,
+    8: ir.DataType.UINT8,
+}
+_UNPACKED: Final = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
+
+
+class QuantizedWeight:
+    """A weight [N, K] and how it is quantized; nothing is read before a part is.
+
+    Args:
+        base: The weight, rows are outputs.
+        scheme: Bits, block and symmetry.
+    """
+
+    _latest: QuantizedWeight | None = None  # only the weight being written is held in memory
+
+    def __init__(self, base: ir.TensorProtocol, scheme: Blockwise) -> None:
+        self.base = base
+        self.scheme = scheme
+        self.rows, self.columns = (int(size) for size in base.shape)
+        self._packed: Packed | None = None
+
+    def packed(self) -> Packed:
+        """Return codes, scales and zero points; kept until another weight is asked for."""
+        if self._packed is None:
+            if QuantizedWeight._latest is not None:
+                QuantizedWeight._latest._packed = None  # noqa: SLF001: one class
+            self._packed = quantize_packed(self.base.numpy(), self.scheme)
+            QuantizedWeight._latest = self
+        return self._packed
+
+    def codes(self) -> QuantizedPart:
+        """Return the codes [N, K'] in their own bits, for DequantizeLinear."""
+        shape = (self.rows, self.scheme.padded(self.columns))
+        return QuantizedPart(self, "codes", self._unpacked_codes, _CODES[self.scheme.bits], shape)
+
+    def scale(self) -> QuantizedPart:
+        """Return the scales [N, K'/block] float32."""
+        return QuantizedPart(
+            self, "scale", lambda: self.packed().scale, ir.DataType.FLOAT, self._blocks()
+        )
+
+    def zero_point(self) -> QuantizedPart:
+        """Return the zero points [N, K'/block], the middle code where the scheme is symmetric."""
+        return QuantizedPart(
+            self, "zero_point", self._zero_points, _CODES[self.scheme.bits], self._blocks()
+        )
+
+    def bytes(self) -> QuantizedPart:
+        """Return the codes as MatMulNBits reads them: [N, K'/block, block*bits/8] uint8."""
+        shape = (*self._blocks(), self.scheme.block * self.scheme.bits // 8)
+        return QuantizedPart(self, "bytes", lambda: self.packed().data, ir.DataType.UINT8, shape)
+
+    def zero_bytes(self) -> QuantizedPart:
+        """Return the zero points as MatMulNBits reads them: [N, ceil(K'/block*bits/8)] uint8."""
+        shape = (self.rows, -(-self._blocks()[1] * self.scheme.bits // 8))
+
+        def read() -> Array:
+            points = self.packed().zero_point
+            assert points is not None
+            return points
+
+        return QuantizedPart(self, "zero_bytes", read, ir.DataType.UINT8, shape)
+
+    def _blocks(self) -> tuple[int, int]:
+        return self.rows, self.scheme.blocks(self.columns)
+
+    def _unpacked_codes(self) -> Array:
+        from llmopt.quantization.packing import unpack
+
+        return unpack(self.packed()).codes.astype(_UNPACKED[self.scheme.bits])
+
+    def _zero_points(self) -> Array:
+        from llmopt.quantization.packing import unpack
+
+        dtype = _UNPACKED[self.scheme.bits]
+        points = None if self.scheme.symmetric else unpack(self.packed()).zero_point
+        if points is None:
+            return np.full(self._blocks(), self.scheme.middle, np.uint8).astype(dtype)
+        return points.astype(dtype)
+
+
+class QuantizedPart(ir.LazyTensor):
+    """One tensor of a quantized weight.
+
+    Args:
+        of: The weight.
+        which: Which of its tensors.
+        read: Computes it.
+        dtype: Element type.
+        shape: Sizes.
+    """
+
+    def __init__(
+        self,
+        of: QuantizedWeight,
+        which: str,
+        read: Callable[[], Array],
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+    ) -> None:
+        super().__init__(lambda: ir.tensor(read(), dtype), dtype, ir.Shape(shape))
+        self.of = of
+        self.which = which
