@@ -34,10 +34,10 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     config = _FAMILIES[file.architecture](file)
     config["vocab_size"] = _rows(file, "token_embd.weight")
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    config |= {key: file.metadata[name] for key, name in _TOKENS.items() if name in file.metadata}
+    # absent ones are null: left out, a config class would put another checkpoint's id there
+    config |= {key: file.metadata.get(name) for key, name in _TOKENS.items()}
     ends = list(dict.fromkeys(file.metadata[name] for name in _ENDS if name in file.metadata))
-    if ends:
-        config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     return config
 
 
