@@ -8,9 +8,9 @@ How ``w8a8-dynamic`` computes ``y = x @ w`` for x [M, K] and w [K, N]::
     y[m, n]    = sum over k of (xq - 128) * wq  *  scale[n] * largest[m] / 127
 
 A row's result depends on that row alone, so a sentence's embedding is the same alone and in a
-batch. In ONNX it is Abs, ReduceMax, Max with a tiny number, Div, QuantizeLinear with scale 1/127 and
-zero point 128, ``com.microsoft.MatMulIntegerToFloat`` with that scale and zero point, and Mul by
-the maximum. In onnxruntime 1.32 on a Zen 4 core that is 2.0 to 2.9 times as fast as a float32
+batch. In ONNX it is Abs, ReduceMax, Max with a tiny number, Div, QuantizeLinear with scale 1/127
+and zero point 128, ``com.microsoft.MatMulIntegerToFloat`` with that scale and zero point, and Mul
+by the maximum. In onnxruntime 1.32 on a Zen 4 core that is 2.0 to 2.9 times as fast as a float32
 MatMul (M 128 and 1024, K and N 384 and 1536); int8 x int8 is eight times slower than uint8 x
 int8, uint8 x uint8 twice.
 

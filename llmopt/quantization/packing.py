@@ -124,7 +124,10 @@ def pack(quantized: Quantized) -> Packed:
 
 
 def unpack(packed: Packed) -> Quantized:
-    """Return the same weight with a byte for each code: the inverse of `pack`."""
+    """Return the same weight with a byte for each code: the inverse of `pack`.
+
+    Scales are shared with ``packed``, and so are codes of 8 bits.
+    """
     bits, blocks = packed.scheme.bits, packed.scale.shape[1]
     codes = _spread(packed.table, bits, packed.scheme.padded(packed.columns))
     points = None if packed.zero_point is None else _spread(packed.zero_point, bits, blocks)
@@ -151,7 +154,8 @@ def _squeeze(codes: Codes, bits: int) -> Codes:
 
 def _spread(data: Codes, bits: int, width: int) -> Codes:
     """Return bytes [N, W] as codes [N, width], one byte each."""
-    per_byte = 8 // bits
-    shifts = (np.arange(per_byte) * bits).astype(np.uint8)
+    if bits == 8:
+        return data[:, :width]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (data[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(len(data), -1)[:, :width].copy() if per_byte > 1 else data[:, :width]
+    return codes.reshape(len(data), -1)[:, :width]

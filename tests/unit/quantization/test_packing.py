@@ -1,0 +1,131 @@
+"""Packed weights, as onnxruntime's own kernels read them."""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from llmopt.quantization.numerics import dequantize, quantize_blockwise
+from llmopt.quantization.packing import Packed, empty, pack, quantize_packed, unpack
+from llmopt.quantization.schemes import BLOCKS, Blockwise
+
+ROWS = 7
+
+
+def packed_weight(bits: int, block: int, columns: int, *, symmetric: bool) -> Packed:
+    weight = np.random.default_rng(bits + block + columns).standard_normal((ROWS, columns))
+    weight[3] = 0
+    weight[4] = np.abs(weight[4])
+    return quantize_packed(weight, Blockwise(bits, block, symmetric))
+
+
+def initializers(packed: Packed) -> dict[str, NDArray[np.generic]]:
+    stored: dict[str, NDArray[np.generic]] = {"data": packed.data, "scale": packed.scale}
+    return stored if packed.zero_point is None else {**stored, "zero": packed.zero_point}
+
+
+def attributes(packed: Packed) -> dict[str, Any]:
+    return {
+        "domain": "com.microsoft",
+        "bits": packed.scheme.bits,
+        "block_size": packed.scheme.block,
+    }
+
+
+def session(nodes: list[NodeProto], stored: dict[str, NDArray[np.generic]]) -> ort.InferenceSession:
+    graph = helper.make_graph(
+        nodes,
+        "one",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", None]),
+            helper.make_tensor_value_info("ids", TensorProto.INT64, [None, None]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def multiply(packed: Packed, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    stored = initializers(packed)
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", *stored],
+        ["y"],
+        K=packed.columns,
+        N=len(packed.data),
+        accuracy_level=0,
+        **attributes(packed),
+    )
+    feeds = {"x": x, "ids": np.zeros((1, 1), np.int64)}
+    result: NDArray[np.float32] = session([node], stored).run(None, feeds)[0]
+    return result
+
+
+def gather(packed: Packed, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    stored = {**initializers(packed), "shape": np.array([0, -1])}
+    reshape = helper.make_node("Reshape", ["data", "shape"], ["table"])
+    inputs = ["table", "ids", "scale", *(["zero"] if "zero" in stored else [])]
+    axes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1}
+    node = helper.make_node("GatherBlockQuantized", inputs, ["y"], **axes, **attributes(packed))
+    feeds = {"x": np.zeros((1, 1), np.float32), "ids": ids}
+    result: NDArray[np.float32] = session([reshape, node], stored).run(None, feeds)[0]
+    return result
+
+
+@pytest.mark.parametrize("columns", [40, 64, 100, 256])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_kernels_read_what_was_packed(
+    bits: int, block: int, columns: int, *, symmetric: bool
+) -> None:
+    """One stored weight serves the head's MatMulNBits and the embedding's gather."""
+    packed = packed_weight(bits, block, columns, symmetric=symmetric)
+    want = dequantize(unpack(packed))
+    x = np.random.default_rng(0).standard_normal((3, columns), dtype=np.float32)
+    np.testing.assert_allclose(multiply(packed, x), x @ want.T, atol=1e-4)
+    np.testing.assert_allclose(multiply(packed, x[:1]), x[:1] @ want.T, atol=1e-4)
+    ids = np.array([[0, 3, 6], [4, 4, 5]])
+    rows = gather(packed, ids)
+    assert rows.shape == (2, 3, packed.scheme.padded(columns))
+    np.testing.assert_array_equal(rows[..., :columns], want[ids])
+    assert not rows[..., columns:].any()
+
+
+def test_weights_are_packed_low_nibble_first() -> None:
+    packed = packed_weight(4, 16, 40, symmetric=False)
+    codes = unpack(packed).codes
+    assert packed.zero_point is not None
+    np.testing.assert_array_equal(packed.data[2, 1] & 15, codes[2, 16:32:2])
+    np.testing.assert_array_equal(packed.data[2, 1] >> 4, codes[2, 17:32:2])
+    assert (packed.zero_point[:, -1] >> 4 == 0).all()  # 3 blocks: half a byte is unused
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packing_chunk_by_chunk_equals_packing_the_whole(
+    scale_dtype: type, *, symmetric: bool
+) -> None:
+    weight = np.random.default_rng(5).standard_normal((3000, 100), dtype=np.float32)
+    scheme = Blockwise(4, 16, symmetric)
+    out = empty(3000, 100, scheme, scale_dtype)
+    assert quantize_packed(weight, scheme, out=out) is out
+    whole = pack(quantize_blockwise(weight, scheme, scale_dtype=scale_dtype))
+    for name, array in initializers(whole).items():
+        np.testing.assert_array_equal(initializers(out)[name], array, strict=True)
+
+
+def test_arrays_made_for_another_weight_are_refused() -> None:
+    weight = np.ones((4, 32), np.float32)
+    for out in (empty(4, 33, Blockwise()), empty(5, 32, Blockwise()), empty(4, 32, Blockwise(8))):
+        with pytest.raises(ValueError, match="out is for"):
+            quantize_packed(weight, Blockwise(), out=out)
