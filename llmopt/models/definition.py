@@ -11,7 +11,7 @@ from llmopt.errors import UnsupportedModelError
 from llmopt.models.config import DecoderConfig, EncoderConfig, LayerConfig
 from llmopt.models.decoder_families import DECODERS
 from llmopt.models.encoder_families import ENCODERS
-from llmopt.models.family import Family, Fields, Weight, rows
+from llmopt.models.family import Family, Fields, Weight, need, rows
 from llmopt.models.recipe import Recipe
 from llmopt.models.rope_config import refused
 
@@ -125,7 +125,7 @@ def build(
 
 
 def _family(config: Fields) -> Family:
-    kind = str(config.get("model_type"))
+    kind = str(need(config, "model_type"))
     classes = [str(each) for each in config.get("architectures") or []]
     if kind not in FAMILIES:
         raise UnsupportedModelError(

@@ -49,5 +49,4 @@ class Recipe:
             shape = shape[::-1]
         if self.rows is None or not shape:
             return shape
-        start, stop = (min(row, shape[0]) for row in self.rows)
-        return (stop - start, *shape[1:])
+        return (len(range(shape[0])[slice(*self.rows)]), *shape[1:])

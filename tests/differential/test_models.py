@@ -78,6 +78,7 @@ class Case:
 DECODERS = [
     Case("llama"),
     Case("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}, "llama biases"),
+    Case("llama", {"hidden_act": "relu"}, "llama relu"),
     Case("llama", {"tie_word_embeddings": True}, "llama tied"),
     Case("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "llama linear"),
     Case("llama", {"rope_scaling": _LLAMA3, "rope_theta": 500000.0}, "llama llama3"),
