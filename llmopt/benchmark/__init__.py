@@ -1,0 +1,23 @@
+"""Measuring artifacts: load, first token, each token after it, encoding, memory.
+
+>>> from llmopt.benchmark import parse_workload
+>>> parse_workload("prefill=128,decode=64")
+Generate(prefill=128, decode=64, batch=1)
+"""
+
+from llmopt.benchmark.measuring import Plan, measure
+from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
+from llmopt.benchmark.workload import Encode, Generate, Workload, default_workload, parse_workload
+
+__all__ = [
+    "ArtifactResult",
+    "BenchmarkResult",
+    "Encode",
+    "Generate",
+    "Metric",
+    "Plan",
+    "Workload",
+    "default_workload",
+    "measure",
+    "parse_workload",
+]

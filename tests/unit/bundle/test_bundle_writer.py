@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,8 @@ from typing import Never
 
 import pytest
 
-from llmopt.bundle.writer import check_destination, staged_file, staged_folder
+from llmopt.bundle.manifest import Manifest
+from llmopt.bundle.writer import check_destination, seal, staged_file, staged_folder
 from llmopt.errors import OutputExistsError, StorageError, UsageError
 
 
@@ -37,6 +39,19 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
         assert staging.name.startswith(".")
     assert names(out.parent) == ["out"]
     assert (out / "a").read_text() == "1"
+
+
+def test_a_sealed_artifact_is_the_same_whenever_it_is_built(tmp_path: Path) -> None:
+    for name, seconds in (("a", 1.5), ("b", 2.5)):
+        with staged_folder(tmp_path / name) as staging:
+            (staging / "model.onnx").write_bytes(b"abc")
+            sealed = seal(staging, Manifest("onnxruntime-cpu", "model.onnx", "raw"), {"s": seconds})
+        assert [record.path for record in sealed.files] == ["model.onnx"]
+        assert Manifest.read(tmp_path / name) == sealed
+        sealed.verify_files(tmp_path / name)
+    first, second = ((tmp_path / name / "manifest.json").read_bytes() for name in "ab")
+    assert first == second
+    assert json.loads((tmp_path / "b/build-report.json").read_text()) == {"s": 2.5}
 
 
 def test_a_folder_has_the_usual_permissions(tmp_path: Path) -> None:

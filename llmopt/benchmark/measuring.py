@@ -1,0 +1,204 @@
+"""Measuring artifacts in turns, so that what slows the machine down slows them all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from llmopt.benchmark.machine import this_machine
+from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
+from llmopt.benchmark.workload import Encode, Generate, Workload
+from llmopt.errors import LlmoptError, UsageError
+from llmopt.runtime import Runner, load
+from llmopt.runtime.generation import capacity_for
+from llmopt.runtime.session import Array
+from llmopt.runtime.steps import Sequences
+
+Sample = dict[str, list[float]]
+"""Measurements of one repetition, by metric."""
+
+_PROBE: Final = "llmopt.benchmark.probe"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure.
+
+    Args:
+        workload: What.
+        threads: Threads inside one operator; None for as many as the process may use.
+        repetitions: Of the workload, each with fresh tokens.
+        warmups: Repetitions before the first that counts.
+        processes: Fresh processes that each load the artifact and run the workload once, for
+            the time to load and the peak of memory.
+        seed: Of the tokens.
+
+    Raises:
+        UsageError: A number is too small.
+    """
+
+    workload: Workload
+    threads: int | None = None
+    repetitions: int = 10
+    warmups: int = 2
+    processes: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.repetitions < 1 or self.warmups < 0 or self.processes < 0:
+            raise UsageError("repetitions have to be 1 or more, warmups and processes 0 or more")
+
+
+def measure(
+    artifacts: Sequence[Path], plan: Plan, progress: Callable[[str], None] = lambda _: None
+) -> BenchmarkResult:
+    """Return what running ``plan`` on each artifact took.
+
+    Args:
+        artifacts: Paths; they are measured in turns.
+        plan: How.
+        progress: Told what is being done.
+
+    Raises:
+        ArtifactError: One is not an artifact, or damaged.
+        UsageError: None is given, or the workload does not fit one.
+    """
+    if not artifacts:
+        raise UsageError("no artifact to measure")
+    runners = [load(path, threads=plan.threads) for path in artifacts]
+    for runner in runners:
+        check_fits(runner, plan.workload)
+    probed = [_probe_all(path, plan, progress) for path in artifacts]
+    found = [dict(sample) for sample in probed]
+    for turn in range(-plan.warmups, plan.repetitions):
+        progress(f"repetition {turn + 1} of {plan.repetitions}" if turn >= 0 else "warm-up")
+        # Forwards and backwards by turns: no artifact is always the one after another.
+        for number in range(len(runners))[:: 1 if turn % 2 else -1]:
+            random = np.random.default_rng([plan.seed, turn + plan.warmups])
+            sample = run_once(runners[number], plan.workload, random)
+            if turn >= 0:
+                _extend(found[number], sample)
+    return BenchmarkResult(
+        workload=str(plan.workload),
+        threads=runners[0].session.threads,
+        machine=this_machine(),
+        artifacts=tuple(map(_result, artifacts, runners, found)),
+        warmups=plan.warmups,
+    )
+
+
+def check_fits(runner: Runner, workload: Workload) -> None:
+    """Raise unless the artifact can run the workload.
+
+    Raises:
+        UsageError: It is of another kind, or too short.
+    """
+    facts = runner.manifest.model
+    wanted = "logits" if isinstance(workload, Generate) else "tokens"
+    fitting = runner.session.find(wanted) is not None
+    if isinstance(workload, Encode):
+        fitting = fitting and runner.manifest.task in {"embed", "encode"}
+        length = workload.length
+    else:
+        length = workload.prefill + workload.decode
+    if not fitting:
+        raise UsageError(f"{runner.folder}: task {runner.manifest.task!r} cannot run {workload}")
+    if facts.max_length and length > facts.max_length:
+        raise UsageError(
+            f"{runner.folder}: takes {facts.max_length} tokens, {workload} needs {length}"
+        )
+
+
+def run_once(runner: Runner, workload: Workload, random: np.random.Generator) -> Sample:
+    """Return the measurements of one repetition with tokens from ``random``."""
+    if isinstance(workload, Encode):
+        return _encode_once(runner, workload, random)
+    return _generate_once(runner, workload, random)
+
+
+def _generate_once(runner: Runner, workload: Generate, random: np.random.Generator) -> Sample:
+    batch, total = workload.batch, workload.prefill + workload.decode
+    tokens = _tokens(runner, (batch, workload.prefill), random)
+    capacity = capacity_for(total, runner.manifest.model.max_length)
+    start = time.perf_counter()
+    sequences = Sequences(runner.session, batch, capacity)
+    chosen = sequences.extend(tokens)[:, -1].argmax(axis=-1)
+    first = time.perf_counter()
+    steps = []
+    for _ in range(workload.decode - 1):
+        before = time.perf_counter()
+        chosen = sequences.extend(chosen[:, None])[:, -1].argmax(axis=-1)
+        steps.append(time.perf_counter() - before)
+    sample = {
+        "ttft_s": [first - start],
+        "prefill_tokens_per_s": [batch * workload.prefill / (first - start)],
+    }
+    if steps:
+        sample["time_per_output_token_s"] = [sum(steps) / len(steps)]
+        sample["decode_tokens_per_s"] = [batch * len(steps) / sum(steps)]
+    return sample
+
+
+def _encode_once(runner: Runner, workload: Encode, random: np.random.Generator) -> Sample:
+    tokens_port = runner.session.need("tokens")
+    tokens = _tokens(runner, (workload.batch, workload.length), random)
+    feeds = {tokens_port.name: tokens.astype(tokens_port.dtype)}
+    start = time.perf_counter()
+    runner.run(feeds)
+    taken = time.perf_counter() - start
+    return {
+        "encode_latency_s": [taken],
+        "encode_tokens_per_s": [workload.batch * workload.length / taken],
+    }
+
+
+def _tokens(runner: Runner, shape: tuple[int, int], random: np.random.Generator) -> Array:
+    """Return random tokens, none of which is special to the model."""
+    facts = runner.manifest.model
+    special = {facts.bos, facts.pad, *facts.eos}
+    valid = [token for token in range(max(facts.vocabulary, 1)) if token not in special]
+    return random.choice(np.array(valid or [0], np.int64), shape)
+
+
+def _probe_all(path: Path, plan: Plan, progress: Callable[[str], None]) -> Sample:
+    samples: Sample = {}
+    for number in range(plan.processes):
+        progress(f"loading {path} in a fresh process, {number + 1} of {plan.processes}")
+        _extend(samples, _probe(path, plan))
+    return samples
+
+
+def _probe(path: Path, plan: Plan) -> Sample:
+    """Return load time and peak memory of a fresh process that runs the workload once."""
+    request = {"artifact": str(path), "workload": str(plan.workload), "threads": plan.threads}
+    command = [sys.executable, "-m", _PROBE, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LlmoptError(f"{path}: a fresh process could not run {plan.workload}: {last}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return {name: [value] for name, value in found.items()}
+
+
+def _extend(samples: Sample, more: Sample) -> None:
+    for name, values in more.items():
+        samples.setdefault(name, []).extend(values)
+
+
+def _result(path: Path, runner: Runner, samples: Sample) -> ArtifactResult:
+    manifest: Any = runner.manifest
+    return ArtifactResult(
+        path=str(path),
+        target=manifest.target,
+        size_bytes=sum(record.size_bytes for record in manifest.files),
+        metrics=tuple(Metric(name, tuple(values)) for name, values in samples.items()),
+    )

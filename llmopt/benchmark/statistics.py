@@ -1,0 +1,72 @@
+"""Statistics of latencies: the median, how sure it is, and percentiles where there are enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from llmopt.errors import UsageError
+
+NEEDED: Final = {50: 1, 90: 64, 99: 662}
+"""Samples below which a percentile is noise: see docs on the latency gate."""
+
+
+def median(samples: Sequence[float]) -> float:
+    """Return the middle value, or the mean of the two.
+
+    >>> median([3, 1, 2]), median([1, 2, 3, 5])
+    (2, 2.5)
+    """
+    ordered = sorted(samples)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def median_interval(
+    samples: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Return two order statistics between which the true median lies; None for too few samples.
+
+    It holds for any distribution: the number of samples below the median is binomial, so the
+    narrowest symmetric pair of ranks with enough probability between them is an interval.
+    Source: H. A. David, H. N. Nagaraja, Order Statistics, 2003, section 7.1.
+
+    Args:
+        samples: Independent measurements.
+        confidence: Probability that the interval covers the median.
+
+    >>> median_interval([1, 2, 3, 4, 5])  # 5 samples cover the median in 1 - 2/32 = 93.75 %
+    >>> median_interval([1, 2, 3, 4, 5, 6])
+    (1, 6)
+    """
+    ordered = sorted(samples)
+    rank = _rank(len(ordered), (1 - confidence) / 2)
+    return None if rank is None else (ordered[rank], ordered[-1 - rank])
+
+
+def percentile(samples: Sequence[float], percent: int) -> float | None:
+    """Return a percentile (nearest rank), or None where there are too few samples for it.
+
+    Raises:
+        UsageError: ``percent`` is not 50, 90 or 99.
+
+    >>> percentile(range(100), 90), percentile(range(100), 99)
+    (89, None)
+    """
+    if percent not in NEEDED:
+        raise UsageError(f"percentile {percent} is none of {', '.join(map(str, NEEDED))}")
+    if len(samples) < NEEDED[percent]:
+        return None
+    return sorted(samples)[math.ceil(len(samples) * percent / 100) - 1]
+
+
+def _rank(count: int, tail: float) -> int | None:
+    """Return the highest r with P(Binomial(count, 1/2) <= r) <= tail; None if there is none."""
+    best, below = None, 0.0
+    for rank in range(count // 2):
+        below += math.comb(count, rank) / 2.0**count
+        if below > tail:
+            break
+        best = rank
+    return best
