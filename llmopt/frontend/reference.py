@@ -1,0 +1,181 @@
+"""What a Program is compared with: the source itself, run by torch.
+
+A definition's module is run layer by layer, every batch through a layer before the next one's
+weights are read, so that no more than one layer's weights are ever in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from llmopt.frontend.trace import Read
+from llmopt.models import Definition
+from llmopt.models.decoder import Decoder
+from llmopt.models.encoder import Encoder
+
+Arrays = dict[str, npt.NDArray[Any]]
+Transform = Callable[[str, npt.NDArray[Any]], npt.NDArray[Any]]
+"""Returns a parameter as it shall be, from its name and value: quantized and back, say."""
+
+
+class Reference(Protocol):
+    """The source, ready to be run."""
+
+    def run(
+        self, batches: Sequence[Arrays], transform: Transform | None = None
+    ) -> Iterator[Arrays]:
+        """Yield the outputs of each batch, by the Program's output names; no cache is used."""
+
+
+class StreamedReference:
+    """A definition's module with its weights read layer by layer.
+
+    Args:
+        definition: The model.
+        read: Returns a parameter's numbers by name, float32.
+    """
+
+    def __init__(self, definition: Definition, read: Read) -> None:
+        self._definition = definition
+        self._read = read
+
+    def run(
+        self, batches: Sequence[Arrays], transform: Transform | None = None
+    ) -> Iterator[Arrays]:
+        """Yield the outputs of each batch: logits of every token, or hidden states."""
+        module = self._definition.module()
+        load = _Loader(self._read, transform)
+        feeds = [{name: torch.from_numpy(a) for name, a in batch.items()} for batch in batches]
+        with torch.inference_mode():
+            if isinstance(module, Decoder):
+                yield from _decode(module, feeds, load)
+            elif isinstance(module, Encoder):
+                yield from _encode(module, feeds, load)
+
+
+class _Loader:
+    """Puts weights into a part of a module for as long as it is used."""
+
+    def __init__(self, read: Read, transform: Transform | None) -> None:
+        self._read = read
+        self._transform = transform
+
+    @contextlib.contextmanager
+    def __call__(self, module: nn.Module, *prefixes: str) -> Iterator[None]:
+        """Load the parameters whose names begin with one of ``prefixes``."""
+        held: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for name, parameter in list(module.named_parameters()):
+            if name.startswith(prefixes):
+                path, _, leaf = name.rpartition(".")
+                owner = module.get_submodule(path)
+                held.append((owner, leaf, parameter))
+                setattr(owner, leaf, nn.Parameter(self._tensor(name), requires_grad=False))
+        try:
+            yield
+        finally:
+            for owner, leaf, parameter in held:
+                setattr(owner, leaf, parameter)
+
+    def _tensor(self, name: str) -> Tensor:
+        array = self._read(name).astype(np.float32, copy=False)
+        if self._transform is not None:
+            array = self._transform(name, array)
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _decode(
+    module: Decoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader
+) -> Iterator[Arrays]:
+    with load(module, "embed_"):
+        hidden = [module.embed(f["input_ids"], f["position_ids"]) for f in feeds]
+    contexts = [module.context(f["attention_mask"], f["position_ids"], ()) for f in feeds]
+    for index, layer in module.layers.items():
+        kind = module.config.layers[int(index)]
+        with load(module, f"layers.{index}."):
+            for number, state in enumerate(hidden):
+                empty = torch.zeros(len(state), kind.kv_heads, 0, kind.head_width)
+                hidden[number], _ = layer(state, contexts[number], (empty, empty))
+    with load(module, "norm.", *(("embed_tokens.",) if module.config.tied else ("lm_head.",))):
+        for state in hidden:
+            yield {"logits": module.head(module.finish(state)).numpy()}
+
+
+def _encode(
+    module: Encoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader
+) -> Iterator[Arrays]:
+    with load(module, "embed_"):
+        hidden = [module.embed(f["input_ids"], f.get("token_type_ids")) for f in feeds]
+    with load(module, "relative_bias"):
+        contexts = [module.context(f["attention_mask"]) for f in feeds]
+    for index, layer in module.layers.items():
+        with load(module, f"layers.{index}."):
+            for number, state in enumerate(hidden):
+                hidden[number] = layer(state, contexts[number])
+    for state, f in zip(hidden, feeds, strict=True):
+        outputs = {"last_hidden_state": module.finish(state).numpy()}
+        if module.config.pooling is not None:
+            pooled = module.pool(state, f["attention_mask"])
+            outputs["sentence_embedding"] = pooled.numpy()
+        yield outputs
+
+
+class ModuleReference:
+    """A live module, called as it was traced.
+
+    Args:
+        module: The module, in eval mode.
+        inputs: The names of its inputs, in the order it takes them.
+        by_name: Whether it takes them by keyword.
+        outputs: The names of its outputs, in order.
+    """
+
+    def __init__(
+        self,
+        module: Callable[..., Any],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        by_name: bool,
+    ) -> None:
+        self._module = module
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._by_name = by_name
+
+    def run(
+        self, batches: Sequence[Arrays], transform: Transform | None = None
+    ) -> Iterator[Arrays]:
+        """Yield the outputs of each batch."""
+        with torch.inference_mode(), self._changed(transform):
+            for batch in batches:
+                tensors = {name: torch.from_numpy(batch[name]) for name in self._inputs}
+                result = (
+                    self._module(**tensors) if self._by_name else self._module(*tensors.values())
+                )
+                flat = torch.utils._pytree.tree_leaves(result)  # noqa: SLF001: torch's only one
+                arrays = [leaf.numpy() for leaf in flat if isinstance(leaf, Tensor)]
+                yield dict(zip(self._outputs, arrays, strict=True))
+
+    @contextlib.contextmanager
+    def _changed(self, transform: Transform | None) -> Iterator[None]:
+        """Hold the parameters as ``transform`` gives them, and put the old ones back."""
+        module = self._module
+        if transform is None or not isinstance(module, nn.Module):
+            yield
+            return
+        held = {name: p.data for name, p in module.named_parameters()}
+        try:
+            for name, parameter in module.named_parameters():
+                array = transform(name, held[name].numpy())
+                parameter.data = torch.from_numpy(np.ascontiguousarray(array))
+            yield
+        finally:
+            for name, parameter in module.named_parameters():
+                parameter.data = held[name]
