@@ -211,7 +211,7 @@ class _Traits:
         qkv_bias: Whether queries, keys and values have a bias in any case.
         qk_norm: Whether query and key heads are normalized.
         post_norms: Whether the results of both parts are normalized.
-        activation: The config's key for it.
+        activation: The config's key for it, and its default.
         softcaps: The caps of scores and of logits, by config key and default.
         multipliers: Those of the config.
         windows: The window of each layer.
@@ -227,7 +227,7 @@ class _Traits:
     qkv_bias: bool = False
     qk_norm: bool = False
     post_norms: bool = False
-    activation: str = "hidden_act"
+    activation: tuple[str, str] = ("hidden_act", "silu")
     softcaps: tuple[tuple[str, float | None], tuple[str, float | None]] = (("", None), ("", None))
     multipliers: Callable[[Fields], _Multipliers] = lambda _: _Multipliers()
     windows: Callable[[Fields], Sequence[int | None]] = _no_windows
@@ -273,7 +273,7 @@ def _layers(config: Fields, traits: _Traits) -> tuple[LayerConfig, ...]:
         feed_forward_bias=traits.biases and bool(config.get("mlp_bias", False)),
         qk_norm=traits.qk_norm,
         post_norms=traits.post_norms,
-        activation=activation(config, traits.activation),
+        activation=activation(config, *traits.activation),
         residual=traits.multipliers(config).residual,
     )
     ropes, windows = traits.ropes(config, width, traits.theta), traits.windows(config)
@@ -296,7 +296,7 @@ def _gpt2(config: Fields) -> DecoderConfig:
         output_bias=True,
         feed_forward_bias=True,
         gated=False,
-        activation=activation({"activation_function": "gelu_new", **config}, "activation_function"),
+        activation=activation(config, "activation_function", "gelu_new"),
     )
     by_depth = bool(config.get("scale_attn_by_inverse_layer_idx", False))
     depths = range(1, int(need(config, "n_layer")) + 1)
@@ -321,7 +321,7 @@ _GEMMA_TRAITS: Final = _Traits(
     head_width=256,
     tied=True,
     post_norms=True,
-    activation="hidden_activation",
+    activation=("hidden_activation", "gelu_pytorch_tanh"),
     multipliers=_gemma_multipliers,
     scale=_query_scale,
 )

@@ -99,7 +99,7 @@ def _encoder(config: Fields, traits: _Traits) -> EncoderConfig:
         heads=heads,
         head_width=hidden // heads,
         feed_forward=int(need(config, keys["intermediate_size"])),
-        activation=activation(config, keys["hidden_act"]),
+        activation=activation(config, keys["hidden_act"], "gelu"),
     )
     positions, padding = int(need(config, "max_position_embeddings")), _padding(config, traits)
     types, buckets = traits.token_types, traits.relative_buckets

@@ -64,9 +64,9 @@ def need(config: Fields, key: str) -> Any:
     return config[key]
 
 
-def activation(config: Fields, key: str) -> Activation:
-    """Return the activation that a config names."""
-    name = str(need(config, key))
+def activation(config: Fields, key: str, default: str) -> Activation:
+    """Return the activation that a config names, or that of its family."""
+    name = str(config.get(key) or default)
     if name not in ACTIVATIONS:
         raise refused(config, f"activation {name!r} (known: {', '.join(ACTIVATIONS)})")
     return ACTIVATIONS[name]

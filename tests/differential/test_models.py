@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from llmopt.models import Definition, EncoderConfig, define
+from llmopt.models.definition import FAMILIES
 
 B, S, P = 3, 5, 4  # H, G, D, E, F and V are below; no two are equal
 REL = 1e-4  # float32, max|a-b| / max|b| over unpadded positions
@@ -125,6 +127,18 @@ DECODERS = [
             "tie_word_embeddings": True,
         },
     ),
+    Case(
+        "gemma3_text",
+        {
+            "head_dim": 10,
+            "sliding_window": 7,
+            "sliding_window_pattern": 2,
+            "rope_theta": 30000.0,
+            "rope_local_base_freq": 500.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        "gemma3_text first format",
+    ),
     Case("phi3", {"partial_rotary_factor": 0.75}),
     Case(
         "phi3",
@@ -154,19 +168,17 @@ ENCODERS = [
 ]
 
 
+def fields(case: Case, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config as its author writes it, with defaults left out."""
+    if case.kind == "gpt2":
+        sizes = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "vocab_size": 101}
+        base = {**sizes, "layer_norm_epsilon": 1e-2, "bos_token_id": 1, "eos_token_id": 2}
+    return {"model_type": case.kind, **base, **case.options}
+
+
 def reference(case: Case, base: Mapping[str, Any], auto: Any) -> Any:
     """Return transformers' model with every parameter moved away from its initial value."""
-    if case.kind == "gpt2":
-        renamed: dict[str, Any] = {
-            "n_embd": 48,
-            "n_layer": 3,
-            "n_head": 6,
-            "n_positions": 64,
-            "vocab_size": 101,
-        }
-        renamed["layer_norm_epsilon"] = 1e-2
-        base = {**renamed, "bos_token_id": 1, "eos_token_id": 2}
-    config = transformers.AutoConfig.for_model(case.kind, **{**base, **case.options})
+    config = transformers.AutoConfig.for_model(**copy.deepcopy(fields(case, base)))
     torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(1)
@@ -181,8 +193,8 @@ def load(model: Any, **extra: Any) -> tuple[Definition, Any]:
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    fields = {**model.config.to_dict(), "architectures": [type(model).__name__], **extra}
-    definition = define(fields, state)
+    written = {**model.config.to_dict(), "architectures": [type(model).__name__], **extra}
+    definition = define(written, state)
     module = definition.module(device="cpu")
     made = {
         name: torch.from_numpy(np.ascontiguousarray(recipe.apply(state.__getitem__)))
@@ -310,6 +322,14 @@ def test_an_encoder_run_in_parts_has_the_hidden_states_of_transformers(
     for mine, other in zip(hidden, theirs.hidden_states, strict=True):
         assert worst(mine, other, mask.bool()) <= REL
     torch.testing.assert_close(whole["last_hidden_state"], hidden[-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", DECODERS + ENCODERS, ids=Case.named)
+def test_a_config_with_defaults_left_out_means_what_transformers_makes_of_it(case: Case) -> None:
+    given = fields(case, _ENCODER if case in ENCODERS else _DECODER)
+    full = transformers.AutoConfig.for_model(**copy.deepcopy(given)).to_dict()
+    parse = FAMILIES[case.kind].parse
+    assert parse(given) == parse(full)
 
 
 def test_token_types_not_given_are_all_the_first() -> None:
