@@ -5,15 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
-from tiny_artifacts import EOS, TinyDecoder
+from tiny_artifacts import EOS, PAD, TinyDecoder
+from tokenizers import Tokenizer, decoders, processors
 
+from llmopt.bundle.manifest import Manifest
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.runtime import Runner, load
 from llmopt.runtime.chat import ChatFormat, Join
 from llmopt.runtime.generation import Request
+from llmopt.runtime.session import Array
+from llmopt.runtime.steps import Sequences
 
 REFERENCE = TinyDecoder()
 
@@ -60,6 +65,53 @@ def test_a_stop_string_ends_its_own_row_only(decoder: Runner) -> None:
     stop = next(c for c in texts[0][1:] if c not in texts[1])
     got = decoder.generate(["Hello", "a"], max_new_tokens=12, stop=stop)
     assert got == [texts[0][: texts[0].index(stop)], texts[1]]
+
+
+def test_nothing_is_computed_behind_a_stop_string(
+    decoder: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    extend = Sequences.extend
+
+    def counted(self: Sequences, tokens: Array, mask: Array | None = None) -> Array:
+        lengths.append(tokens.shape[1])
+        return extend(self, tokens, mask)
+
+    monkeypatch.setattr(Sequences, "extend", counted)
+    text = decoder.generate("Hello", max_new_tokens=20, stop=expected_text("Hello", 20)[3])
+    assert len(text) <= 3
+    assert len(lengths) < 8
+
+
+def edit_tokenizer(folder: Path, decoder: Any, processor: Any) -> None:
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.decoder, backend.post_processor = decoder, processor
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    manifest = Manifest.read(folder)
+    manifest.with_files(folder).write(folder)
+
+
+def test_a_first_space_is_kept_behind_a_text_and_dropped_in_an_answer(chatty: Path) -> None:
+    strips = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    edit_tokenizer(chatty, strips, processors.ByteLevel())
+    runner = load(chatty, threads=1)
+    pairs = (first + second for first in ascii_letters for second in ascii_letters)
+    prompt = next(pair for pair in pairs if REFERENCE.greedy(list(pair.encode()), 1) == [32])
+    assert runner.generate(prompt, max_new_tokens=4) == expected_text(prompt, 4)
+    chat = ChatFormat((Join("start", "user", ""), Join("user", "generate", "")))
+    (chatty / "chat.json").write_text(chat.to_json())
+    answer = runner.generate(prompt, chat=True, max_new_tokens=4)
+    assert answer == expected_text(prompt, 4).removeprefix(" ")
+
+
+def test_a_chat_format_has_its_own_special_tokens(chatty: Path) -> None:
+    adds = processors.TemplateProcessing("<pad> $A", None, [("<pad>", PAD)])
+    edit_tokenizer(chatty, decoders.ByteLevel(), adds)
+    runner = load(chatty, threads=1)
+    begun = decode(REFERENCE.greedy([PAD, *b"Hi"], 6))
+    assert runner.generate("Hi", max_new_tokens=6) == begun
+    answer = runner.generate("Hi", chat=True, max_new_tokens=6)
+    assert answer == expected_text("U:Hi A:", 6) != begun
 
 
 def test_the_token_that_ends_a_row_is_not_in_the_text(tmp_path: Path) -> None:

@@ -32,8 +32,11 @@ def test_shortlist_is_a_distribution_that_keeps_the_order(
     found = chances(logits, Sampling(temperature, top_p, top_k))
     assert found.sum() == pytest.approx(1)
     assert found[logits.argmax()] == found.max() > 0
-    kept = found > 0
-    assert logits[kept].min(initial=np.inf) >= logits[~kept].max(initial=-np.inf)
+    kept = np.isin(
+        np.arange(logits.size), shortlist(logits, Sampling(temperature, top_p, top_k))[0]
+    )
+    full = softmax(logits.astype(np.float64) / temperature)  # where close logits come to a tie
+    assert full[kept].min() >= full[~kept].max(initial=0)
 
 
 @settings(deadline=None)
@@ -70,6 +73,11 @@ def test_distribution_is_that_of_transformers(options: tuple[float, float, int])
     scores = process.TopPLogitsWarper(top_p)(None, scores)
     expected = scores.double().softmax(-1)[0].numpy()
     assert np.abs(chances(logits, Sampling(temperature, top_p, top_k)) - expected).max() < 1e-6
+
+
+def test_top_p_stops_at_the_token_that_reaches_it_exactly() -> None:
+    tokens, kept = shortlist(np.zeros(4), Sampling(1.0, top_p=0.5))
+    assert (tokens.tolist(), kept.tolist()) == ([0, 1], [0.5, 0.5])
 
 
 def test_draws_follow_the_distribution() -> None:
