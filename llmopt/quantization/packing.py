@@ -18,9 +18,11 @@ zero_point [N, ceil(K/block * bits / 8)]  uint8, or absent: the middle
 ========== ============================== ==========================
 
 The same bytes serve a gather of rows, so that an embedding and a head tied to it are stored
-once: GatherBlockQuantized (uint8 data, ``gather_axis=0``, ``quantize_axis=1``, the same ``bits``
-and ``block_size``) takes data reshaped to [N, K'*bits/8], `Packed.table`, and scale and zero
-point as they are. It returns rows of K' values, K' = K padded; a Slice removes the rest.
+once. Stored is `Packed.table`, data as [N, K'*bits/8], which GatherBlockQuantized takes as it is
+(uint8, ``gather_axis=0``, ``quantize_axis=1``, the same ``bits`` and ``block_size``, the same
+scale and zero point); MatMulNBits takes a Reshape of it. The other way round, with the Reshape
+before the gather, onnxruntime 1.32 holds the bytes once more in memory. The gather returns rows
+of K' values, K' = K padded; a Slice removes the rest.
 """
 
 from __future__ import annotations

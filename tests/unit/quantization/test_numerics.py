@@ -81,6 +81,16 @@ def test_rounding_is_half_to_even() -> None:
     assert (codes.astype(int) - 8).tolist() == [-8, 0, 2, 2, 0, -2]
 
 
+@pytest.mark.parametrize(("sign", "zero"), [(1, 0), (-1, 15)])
+def test_a_block_of_one_sign_keeps_zero_in_its_range(sign: int, zero: int) -> None:
+    weight = sign * np.linspace(5, 6, 16, dtype=np.float32)[None]
+    result = quantize_blockwise(weight, Blockwise(4, 16, symmetric=False))
+    assert result.zero_point is not None
+    assert result.zero_point.tolist() == [[zero]]
+    assert result.scale[0, 0] == pytest.approx(6 / 15)
+    assert np.abs(dequantize(result) - weight).max() <= 0.2001
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", [1, 17, 33, 100])
 def test_padding_is_zero_and_one_element_blocks_are_exact(columns: int, *, symmetric: bool) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from llmopt.quantization.numerics import dequantize, quantize_blockwise
 from llmopt.quantization.packing import Packed, empty, pack, quantize_packed, unpack
@@ -23,62 +23,43 @@ def packed_weight(bits: int, block: int, columns: int, *, symmetric: bool) -> Pa
 
 
 def initializers(packed: Packed) -> dict[str, NDArray[np.generic]]:
-    stored: dict[str, NDArray[np.generic]] = {"data": packed.data, "scale": packed.scale}
+    stored: dict[str, NDArray[np.generic]] = {"table": packed.table, "scale": packed.scale}
     return stored if packed.zero_point is None else {**stored, "zero": packed.zero_point}
 
 
-def attributes(packed: Packed) -> dict[str, Any]:
-    return {
+def embedding_and_head(packed: Packed) -> ort.InferenceSession:
+    """Return one model with one stored weight: ``rows`` of it by ``ids``, and ``x`` times it."""
+    stored = {**initializers(packed), "shape": np.array([0, *packed.data.shape[1:]])}
+    scales = [name for name in ("scale", "zero") if name in stored]
+    kernel: dict[str, Any] = {
         "domain": "com.microsoft",
         "bits": packed.scheme.bits,
         "block_size": packed.scheme.block,
     }
-
-
-def session(nodes: list[NodeProto], stored: dict[str, NDArray[np.generic]]) -> ort.InferenceSession:
+    axes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1}
+    width: dict[str, Any] = {"K": packed.columns, "N": len(packed.data), "accuracy_level": 0}
+    nodes = [
+        helper.make_node(
+            "GatherBlockQuantized", ["table", "ids", *scales], ["rows"], **axes, **kernel
+        ),
+        helper.make_node("Reshape", ["table", "shape"], ["data"]),
+        helper.make_node("MatMulNBits", ["x", "data", *scales], ["y"], **width, **kernel),
+    ]
     graph = helper.make_graph(
         nodes,
-        "one",
+        "tied",
         [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", None]),
-            helper.make_tensor_value_info("ids", TensorProto.INT64, [None, None]),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", packed.columns]),
+            helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "S"]),
         ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("rows", "y")],
         [numpy_helper.from_array(array, name) for name, array in stored.items()],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3
     return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-
-
-def multiply(packed: Packed, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    stored = initializers(packed)
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", *stored],
-        ["y"],
-        K=packed.columns,
-        N=len(packed.data),
-        accuracy_level=0,
-        **attributes(packed),
-    )
-    feeds = {"x": x, "ids": np.zeros((1, 1), np.int64)}
-    result: NDArray[np.float32] = session([node], stored).run(None, feeds)[0]
-    return result
-
-
-def gather(packed: Packed, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    stored = {**initializers(packed), "shape": np.array([0, -1])}
-    reshape = helper.make_node("Reshape", ["data", "shape"], ["table"])
-    inputs = ["table", "ids", "scale", *(["zero"] if "zero" in stored else [])]
-    axes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1}
-    node = helper.make_node("GatherBlockQuantized", inputs, ["y"], **axes, **attributes(packed))
-    feeds = {"x": np.zeros((1, 1), np.float32), "ids": ids}
-    result: NDArray[np.float32] = session([reshape, node], stored).run(None, feeds)[0]
-    return result
 
 
 @pytest.mark.parametrize("columns", [40, 64, 100, 256])
@@ -88,17 +69,19 @@ def gather(packed: Packed, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 def test_kernels_read_what_was_packed(
     bits: int, block: int, columns: int, *, symmetric: bool
 ) -> None:
-    """One stored weight serves the head's MatMulNBits and the embedding's gather."""
+    """One stored weight serves the embedding's gather and the head's MatMulNBits."""
     packed = packed_weight(bits, block, columns, symmetric=symmetric)
     want = dequantize(unpack(packed))
     x = np.random.default_rng(0).standard_normal((3, columns), dtype=np.float32)
-    np.testing.assert_allclose(multiply(packed, x), x @ want.T, atol=1e-4)
-    np.testing.assert_allclose(multiply(packed, x[:1]), x[:1] @ want.T, atol=1e-4)
     ids = np.array([[0, 3, 6], [4, 4, 5]])
-    rows = gather(packed, ids)
+    session = embedding_and_head(packed)
+    rows, y = session.run(None, {"x": x, "ids": ids})
     assert rows.shape == (2, 3, packed.scheme.padded(columns))
     np.testing.assert_array_equal(rows[..., :columns], want[ids])
     assert not rows[..., columns:].any()
+    np.testing.assert_allclose(y, x @ want.T, atol=1e-4)
+    (alone,) = session.run(["y"], {"x": x[:1], "ids": ids})
+    np.testing.assert_allclose(alone, x[:1] @ want.T, atol=1e-4)
 
 
 def test_weights_are_packed_low_nibble_first() -> None:
