@@ -11,7 +11,7 @@ A row's result depends on that row alone, so a sentence's embedding is the same 
 batch. In ONNX it is Abs, ReduceMax, Max with a tiny number, Div, QuantizeLinear with scale 1/127
 and zero point 128, ``com.microsoft.MatMulIntegerToFloat`` with that scale and zero point, and Mul
 by the maximum. In onnxruntime 1.32 on a Zen 4 core that is 2.0 to 2.9 times as fast as a float32
-MatMul (M 128 and 1024, K and N 384 and 1536); int8 x int8 is eight times slower than uint8 x
+MatMul (M 128 and 1024, K and N 384 and 1536); int8 x int8 is 8 to 9 times slower than uint8 x
 int8, uint8 x uint8 twice.
 
 The integer sum is exact where the processor has VNNI (or arm's dot products). AVX2 without VNNI
