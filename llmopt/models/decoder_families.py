@@ -9,7 +9,20 @@ from typing import Final, NamedTuple
 
 from llmopt.models.config import DecoderConfig, LayerConfig, Rope
 from llmopt.models.family import Family, Fields, Weight, activation, need
-from llmopt.models.rope_config import parse_rope, refused
+from llmopt.models.layer_patterns import (
+    gemma2_windows,
+    gemma3_ropes,
+    gemma3_windows,
+    given_windows,
+    mistral_windows,
+    no_windows,
+    one_rope,
+    phi3_ropes,
+    qwen_windows,
+    smollm3_ropes,
+    smollm3_windows,
+)
+from llmopt.models.rope_config import refused
 
 _LLAMA: Final = {
     "embed_tokens": Weight("embed_tokens"),
@@ -57,115 +70,6 @@ _GPT2: Final = {  # its projections are stored [in, out]
     "norm": Weight("ln_f"),
     "lm_head": Weight("lm_head", rooted=True),
 }
-
-
-def _depth(config: Fields) -> range:
-    return range(int(need(config, "num_hidden_layers")))
-
-
-def _no_windows(config: Fields) -> Sequence[int | None]:
-    return [None for _ in _depth(config)]
-
-
-def _all_windows(config: Fields) -> Sequence[int | None]:
-    """Mistral: in every layer, of 4096 where the config does not say."""
-    return _given_windows({"sliding_window": 4096} | dict(config))
-
-
-def _given_windows(config: Fields) -> Sequence[int | None]:
-    """Phi-3: in every layer, where the config has one."""
-    return [config.get("sliding_window") for _ in _depth(config)]
-
-
-def _late_windows(config: Fields) -> Sequence[int | None]:
-    """Qwen: none by default, else in the layers from ``max_window_layers`` on."""
-    first = int(config.get("max_window_layers", 28))
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    sliding = [layer >= first for layer in _depth(config)]
-    return _typed_windows(config, sliding, window)
-
-
-def _nope_windows(config: Fields) -> Sequence[int | None]:
-    """SmolLM3: none by default, else in the layers without rotary."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    return _typed_windows(config, [not rotates for rotates in _rotating(config)], window)
-
-
-def _patterned_windows(config: Fields, every: int) -> Sequence[int | None]:
-    """Gemma: in all layers but each ``every``-th."""
-    sliding = [(layer + 1) % every != 0 for layer in _depth(config)]
-    return _typed_windows(config, sliding, config.get("sliding_window", 4096))
-
-
-def _gemma2_windows(config: Fields) -> Sequence[int | None]:
-    return _patterned_windows(config, 2)
-
-
-def _gemma3_windows(config: Fields) -> Sequence[int | None]:
-    return _patterned_windows(config, int(config.get("sliding_window_pattern", 6)))
-
-
-def _typed_windows(
-    config: Fields, sliding: Sequence[bool], window: int | None
-) -> Sequence[int | None]:
-    """Return the window of each layer: ``layer_types`` decides where the config has them."""
-    if (types := config.get("layer_types")) is not None:
-        if set(types) - {"sliding_attention", "full_attention"} or len(types) != len(sliding):
-            raise refused(config, f"layer_types {sorted(set(types))} of {len(types)} layers")
-        sliding = [each == "sliding_attention" for each in types]
-    return [window if each else None for each in sliding]
-
-
-def _params(config: Fields) -> Fields:
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
-
-
-def _theta(config: Fields, default: float) -> float:
-    return float(config.get("rope_theta") or default)
-
-
-def _one_rope(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
-    params = _params(config)
-    if params.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in {None, 1.0}:
-        raise refused(config, "rotary over a part of each head")
-    rope = parse_rope(config, params, width, _theta(config, theta))
-    return [rope for _ in _depth(config)]
-
-
-def _phi3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
-    params = dict(_params(config))
-    share = params.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if params.get("rope_type", params.get("type")) in {"su", "yarn"}:  # its first names
-        params["rope_type"] = "longrope"
-    lengths = {"original_max_position_embeddings": 4096, "max_position_embeddings": 4096}
-    rope = parse_rope(lengths | dict(config), params, int(width * share), _theta(config, theta))
-    return [rope for _ in _depth(config)]
-
-
-def _smollm3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
-    ropes = _one_rope(config, width, theta)
-    return [rope if on else None for rope, on in zip(ropes, _rotating(config), strict=True)]
-
-
-def _rotating(config: Fields) -> Sequence[bool]:
-    interval = int(config.get("no_rope_layer_interval", 4))
-    flags = config.get("no_rope_layers")  # 1 where there is rotary, whatever the name says
-    if flags is None:
-        return [(layer + 1) % interval != 0 for layer in _depth(config)]
-    if len(flags) != len(_depth(config)):
-        raise refused(config, f"no_rope_layers of {len(flags)} layers, not {len(_depth(config))}")
-    return [bool(flag) for flag in flags]
-
-
-def _gemma3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
-    """One setting for the layers with a window, one for those without."""
-    params = dict(_params(config))
-    local = params.pop("sliding_attention", None) or {}
-    full = params.pop("full_attention", None) or params
-    narrow = float(config.get("rope_local_base_freq") or 10000.0)
-    near = parse_rope(config, local, width, narrow)
-    far = parse_rope(config, full, width, _theta(config, theta))
-    return [far if window is None else near for window in _gemma3_windows(config)]
 
 
 def _head_scale(config: Fields, width: int) -> float:
@@ -230,8 +134,8 @@ class _Traits:
     activation: tuple[str, str] = ("hidden_act", "silu")
     softcaps: tuple[tuple[str, float | None], tuple[str, float | None]] = (("", None), ("", None))
     multipliers: Callable[[Fields], _Multipliers] = lambda _: _Multipliers()
-    windows: Callable[[Fields], Sequence[int | None]] = _no_windows
-    ropes: Callable[[Fields, int, float], Sequence[Rope | None]] = _one_rope
+    windows: Callable[[Fields], Sequence[int | None]] = no_windows
+    ropes: Callable[[Fields, int, float], Sequence[Rope | None]] = one_rope
     scale: Callable[[Fields, int], float] = _head_scale
 
 
@@ -328,18 +232,18 @@ _GEMMA_TRAITS: Final = _Traits(
 
 DECODERS: Final[Mapping[str, Family]] = {
     "llama": _row(_LLAMA, _Traits()),
-    "mistral": _row(_LLAMA, _Traits(biases=False, windows=_all_windows)),
-    "qwen2": _row(_LLAMA, _Traits(biases=False, qkv_bias=True, windows=_late_windows)),
-    "qwen3": _row(_LLAMA, _Traits(head_width=128, qk_norm=True, windows=_late_windows)),
+    "mistral": _row(_LLAMA, _Traits(biases=False, windows=mistral_windows)),
+    "qwen2": _row(_LLAMA, _Traits(biases=False, qkv_bias=True, windows=qwen_windows)),
+    "qwen3": _row(_LLAMA, _Traits(head_width=128, qk_norm=True, windows=qwen_windows)),
     "smollm3": _row(
-        _LLAMA, _Traits(theta=2e6, tied=True, windows=_nope_windows, ropes=_smollm3_ropes)
+        _LLAMA, _Traits(theta=2e6, tied=True, windows=smollm3_windows, ropes=smollm3_ropes)
     ),
     "gemma2": _row(
         _GEMMA,
         replace(
             _GEMMA_TRAITS,
             softcaps=(("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)),
-            windows=_gemma2_windows,
+            windows=gemma2_windows,
         ),
     ),
     "gemma3_text": _row(
@@ -349,12 +253,12 @@ DECODERS: Final[Mapping[str, Family]] = {
             theta=1e6,
             qk_norm=True,
             softcaps=(("", None), ("final_logit_softcapping", None)),
-            windows=_gemma3_windows,
-            ropes=_gemma3_ropes,
+            windows=gemma3_windows,
+            ropes=gemma3_ropes,
         ),
     ),
     "phi3": _row(
-        _PHI3, _Traits(epsilon=1e-5, biases=False, windows=_given_windows, ropes=_phi3_ropes)
+        _PHI3, _Traits(epsilon=1e-5, biases=False, windows=given_windows, ropes=phi3_ropes)
     ),
     "granite": _row(_LLAMA, _Traits(multipliers=_granite_multipliers, scale=_granite_scale)),
     "gpt2": Family(_gpt2, _GPT2, ("LMHeadModel", "Model")),

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmopt.models import Definition, EncoderConfig, define
+from llmopt.models import Definition, EncoderConfig, Recipe, define
 from llmopt.models.definition import FAMILIES
 
 B, S, P = 3, 5, 4  # H, G, D, E, F and V are below; no two are equal
@@ -85,6 +85,11 @@ DECODERS = [
     Case("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "llama linear"),
     Case("llama", {"rope_scaling": _LLAMA3, "rope_theta": 500000.0}, "llama llama3"),
     Case("llama", {"rope_scaling": _YARN}, "llama yarn"),
+    Case(
+        "llama",
+        {"rope_scaling": _YARN | {"original_max_position_embeddings": 10**9}},
+        "llama yarn ramp past the end",
+    ),
     Case(
         "llama",
         {"rope_scaling": _YARN | {"truncate": False, "mscale": 0.7, "mscale_all_dim": 0.4}},
@@ -310,6 +315,7 @@ def test_an_encoder_run_in_parts_has_the_hidden_states_of_transformers(
     model, definition, module = encoder
     mask = padded(S, side)
     ids = tokens(S).masked_fill(mask == 0, model.config.pad_token_id)
+    ids[0, 2] = model.config.pad_token_id  # in the text, too: RoBERTa counts past it
     typed = isinstance(definition.config, EncoderConfig) and definition.config.token_types > 1
     extra = {"token_type_ids": tokens(S, 5) % 2} if typed else {}
     with torch.no_grad():
@@ -330,6 +336,16 @@ def test_a_config_with_defaults_left_out_means_what_transformers_makes_of_it(cas
     full = transformers.AutoConfig.for_model(**copy.deepcopy(given)).to_dict()
     parse = FAMILIES[case.kind].parse
     assert parse(given) == parse(full)
+
+
+def test_only_the_weights_of_gpt2_are_transposed() -> None:
+    definition, _ = load(reference(Case("gpt2"), _DECODER, transformers.AutoModelForCausalLM))
+    recipes = definition.recipes()
+    fused = "transformer.h.1.attn.c_attn"
+    assert recipes["layers.1.attention.k_proj.weight"] == Recipe(
+        (f"{fused}.weight",), "transpose", (48, 96)
+    )
+    assert recipes["layers.1.attention.k_proj.bias"] == Recipe((f"{fused}.bias",), "copy", (48, 96))
 
 
 def test_token_types_not_given_are_all_the_first() -> None:

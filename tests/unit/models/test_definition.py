@@ -200,6 +200,14 @@ def test_pooling_is_none_unless_it_is_given() -> None:
     assert isinstance(module, Encoder)
 
 
+def test_positions_counted_past_the_padding_token_shorten_the_longest_text() -> None:
+    longest = {
+        kind: _parsed({**BERT, "model_type": kind, "max_position_embeddings": 514}).max_length
+        for kind in ("bert", "roberta", "mpnet")
+    }
+    assert longest == {"bert": 514, "roberta": 512, "mpnet": 512}
+
+
 def test_distance_buckets_are_symmetric_halves_that_widen() -> None:
     table = distance_buckets()
     assert table.shape == (257,)

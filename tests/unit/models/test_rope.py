@@ -108,6 +108,11 @@ def test_reads(params: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     assert {name: getattr(rope, name) for name in fields} == fields
 
 
+def test_a_trained_length_beside_the_rotary_settings_comes_first() -> None:
+    config = {**CONFIG, "original_max_position_embeddings": 32}
+    assert parse_rope(config, _LLAMA3, 8, 10000.0).original_length == 32
+
+
 @pytest.mark.parametrize(
     ("params", "reason"),
     [
