@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from llmopt.frontend.trace import Read
+from llmopt.frontend.trace import Read, to_numpy
 from llmopt.models import Definition
 from llmopt.models.decoder import Decoder
 from llmopt.models.encoder import Encoder
@@ -130,7 +130,7 @@ class ModuleReference:
     """A live module, called as it was traced.
 
     Args:
-        module: The module, in eval mode.
+        module: The module; it is run in eval mode and left in the mode it was in.
         inputs: The names of its inputs, in the order it takes them.
         by_name: Whether it takes them by keyword.
         outputs: The names of its outputs, in order.
@@ -153,14 +153,14 @@ class ModuleReference:
         self, batches: Sequence[Arrays], transform: Transform | None = None
     ) -> Iterator[Arrays]:
         """Yield the outputs of each batch."""
-        with torch.inference_mode(), self._changed(transform):
+        with torch.inference_mode(), evaluating(self._module), self._changed(transform):
             for batch in batches:
                 tensors = {name: torch.from_numpy(batch[name]) for name in self._inputs}
                 result = (
                     self._module(**tensors) if self._by_name else self._module(*tensors.values())
                 )
                 flat = torch.utils._pytree.tree_leaves(result)  # noqa: SLF001: torch's only one
-                arrays = [leaf.numpy() for leaf in flat if isinstance(leaf, Tensor)]
+                arrays = [to_numpy(leaf) for leaf in flat if isinstance(leaf, Tensor)]
                 yield dict(zip(self._outputs, arrays, strict=True))
 
     @contextlib.contextmanager
@@ -173,9 +173,23 @@ class ModuleReference:
         held = {name: p.data for name, p in module.named_parameters()}
         try:
             for name, parameter in module.named_parameters():
-                array = transform(name, held[name].numpy())
+                array = transform(name, to_numpy(held[name]))
                 parameter.data = torch.from_numpy(np.ascontiguousarray(array))
             yield
         finally:
             for name, parameter in module.named_parameters():
                 parameter.data = held[name]
+
+
+@contextlib.contextmanager
+def evaluating(module: Callable[..., Any]) -> Iterator[None]:
+    """Put every part of a module into eval mode, and each back into the mode it was in."""
+    parts = list(module.modules()) if isinstance(module, nn.Module) else []
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -74,9 +74,9 @@ def open_source(source: str | Path | torch.nn.Module, options: SourceOptions) ->
         return open_module(source, options)
     text = str(source)
     if ".py:" in text:
-        from llmopt.frontend.module import load_factory, open_module
+        from llmopt.frontend.module import open_factory
 
-        return open_module(load_factory(text), options, name=Path(text.split(":")[0]).stem)
+        return open_factory(text, options)
     path = Path(source)
     if not path.exists():
         raise SourceNotFoundError(path, KINDS)

@@ -74,7 +74,10 @@ def trace_module(
                 [f"torch.export failed: {_first_lines(error)}"],
                 "make it traceable (no data-dependent branches), or pass dynamic_shapes=",
             ) from error
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {  # a tied parameter has several names, and any of them may be asked for
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     return translate(exported, read or reader(tensors), module)
 
 
@@ -189,6 +192,7 @@ def _bind(
 ) -> None:
     """Let parameters and persistent buffers be read by name; computed buffers stay as they are."""
     state = exported.state_dict
+    first = _first_names(state)
     for name, value in model.graph.initializers.items():
         if name not in names or value.const_value is None:
             continue
@@ -196,7 +200,18 @@ def _bind(
         sizes = [int(n) for n in held.shape]
         if name not in state or math.prod(sizes) <= 1 or held.dtype not in _FLOATS:
             continue
-        value.const_value = Leaf(name, _typed(read, name, held.dtype), held.dtype, sizes)
+        source = first[name]
+        value.const_value = Leaf(source, _typed(read, source, held.dtype), held.dtype, sizes)
+
+
+def _first_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return each parameter's first name: a tied one has several, its source is read by one."""
+    known: dict[Any, str] = {}
+    first = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        first[name] = known.setdefault(place, name)
+    return first
 
 
 def _typed(read: Read, name: str, dtype: ir.DataType) -> Callable[[], npt.NDArray[Any]]:

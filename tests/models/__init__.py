@@ -1,0 +1,1 @@
+"""Transformers written by hand, as a user would bring them."""
