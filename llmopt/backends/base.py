@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
+
+import numpy.typing as npt
 
 from llmopt.errors import UnknownNameError, UsageError
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 
+Arrays = dict[str, npt.NDArray[Any]]
+Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 _TARGET: Final = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
@@ -72,6 +76,19 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def write(self, program: Program, folder: Path) -> Lowered:
         """Write a lowered Program into ``folder``."""
+
+
+    @abc.abstractmethod
+    def open(self, entry: Path, *, exact: bool = False) -> Run:
+        """Return a function from inputs to outputs of what was written, on this machine.
+
+        Args:
+            entry: The file to open.
+            exact: Compute in float32 what a kernel would round, where there is a choice.
+
+        Raises:
+            BackendUnavailableError: the library or the device is not here.
+        """
 
 
 def split_target(text: str) -> tuple[str, dict[str, str]]:

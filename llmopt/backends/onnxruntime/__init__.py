@@ -11,10 +11,13 @@ from typing import ClassVar, Final
 import onnx_ir as ir
 from typing_extensions import override
 
-from llmopt.backends.base import Availability, Backend, Lowered
+from llmopt.backends.base import Availability, Backend, Lowered, Run
+from llmopt.backends.onnxruntime.genai import FILE as GENAI
+from llmopt.backends.onnxruntime.genai import genai_config
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
 from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivations
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
+from llmopt.backends.onnxruntime.session import open_session
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
@@ -51,7 +54,13 @@ class OnnxRuntimeCpu(Backend):
         model = program.model
         finish(model)
         ir.save(model, folder / ENTRY, external_data=DATA, alignment=_ALIGNMENT)
+        if (config := genai_config(program, ENTRY)) is not None:
+            (folder / GENAI).write_bytes(config)
         return Lowered(ENTRY, program, {"onnxruntime": installed("onnxruntime"), "opset": OPSET})
+
+    @override
+    def open(self, entry: Path, *, exact: bool = False) -> Run:
+        return open_session(entry, exact=exact)
 
 
 def finish(model: ir.Model) -> None:

@@ -45,7 +45,7 @@ class LowerAttention(Pass):
         outcome = Outcome()
         for node in g.nodes(program.graph, "Attention"):
             cached = g.optional(node, 4) is not None
-            reason = _not_grouped(node) if cached else _not_multi_head(node)
+            reason = _not_grouped(program, node) if cached else _not_multi_head(node)
             if reason is not None:
                 outcome.miss(node, reason)
                 continue
@@ -66,15 +66,22 @@ def _remember_cache(program: Program) -> None:
         program.learn(model=model)
 
 
-def _not_grouped(node: ir.Node) -> str | None:
+def _not_grouped(program: Program, node: ir.Node) -> str | None:
     """Return why GroupQueryAttention would compute something else, or None."""
     if not g.attribute(node, "is_causal", 0):
         return "GroupQueryAttention is causal, this is not"
     mask = g.optional(node, 3)
-    if mask is not None and (g.shape(mask) or [0, 0, 0])[1:3] != [1, 1]:
+    if mask is not None and mask is not _padding(program):
         return "its mask is not padding alone"
+    widths = [g.static(node.inputs[i], -1) for i in range(3)]
+    heads, groups = g.attribute(node, "q_num_heads", 1), g.attribute(node, "kv_num_heads", 1)
+    if None in widths or widths[1] != widths[2] or widths[0] * groups != widths[1] * heads:
+        return f"its Q, K and V are {widths} wide: GroupQueryAttention has one width for all"
     if g.attribute(node, "right_window_size", -1) >= 0:
         return "it has a window to the right"
+    width = g.static(g.operand(node, 4), 3)
+    if width is None or width % 16:
+        return f"its heads are {width} wide, and GroupQueryAttention needs a multiple of 16"
     return None
 
 
@@ -87,9 +94,6 @@ def _not_multi_head(node: ir.Node) -> str | None:
     for side in ("left", "right"):
         if g.attribute(node, f"{side}_window_size", -1) >= 0:
             return "MultiHeadAttention has no window"
-    mask = g.optional(node, 3)
-    if mask is not None and g.rank(mask) != 4 and mask.dtype != ir.DataType.BOOL:
-        return f"its explicit mask is of rank {g.rank(mask)}"
     return None
 
 
@@ -110,6 +114,7 @@ def _grouped(program: Program, node: ir.Node) -> None:
     if turned is not None:
         attributes["do_rotary"] = 1
         q, k, tables = turned
+        tables[2] = _slots(program, tables[2])
     packed = _packed(q, k, v)
     qkv = [packed, None, None] if packed is not None else [q, k, v]
     last, total = _lengths(program)
@@ -127,9 +132,7 @@ def _grouped(program: Program, node: ir.Node) -> None:
         g.replace(old, new)
 
 
-def _rotary(
-    q: ir.Value, k: ir.Value
-) -> tuple[ir.Value, ir.Value, list[ir.Value | None]] | None:
+def _rotary(q: ir.Value, k: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value | None]] | None:
     """Return Q, K and the tables before rotation, if both are rotated by the same tables."""
     first, second = g.producer(q, "RotaryEmbedding"), g.producer(k, "RotaryEmbedding")
     if first is None or second is None or len(first.inputs) < 4:
@@ -138,6 +141,29 @@ def _rotary(
     if tables != list(second.inputs[1:4]) or g.attribute(first, "interleaved", 0):
         return None
     return g.operand(first, 0), g.operand(second, 0), tables
+
+
+def _slots(program: Program, given: ir.Value | None) -> ir.Value | None:
+    """Return position_ids [B, S] plus each row's padding on the left: where its keys are cached.
+
+    GroupQueryAttention takes the positions of a first prompt as 0, 1, 2... whatever it is given
+    (all it reads is the first element, as an offset for every row), but those of a later step as
+    given. Rotary attention depends on differences alone, so positions may be counted from the
+    first slot of the cache, if that is done at every step. Padding itself becomes 0.
+    """
+    mask = program.input(Role.MASK)
+    if mask is None or given is None or given is not program.input(Role.POSITIONS):
+        return given
+    if (known := _named(program, "slots")) is not None:
+        return known
+    build = g.Builder(program.graph[0])
+    padding = build.op("ArgMax", [mask], {"axis": 1, "keepdims": 1})
+    slots = build.op("Add", [given, padding])
+    count = build.op("Shape", [given], {"start": 1, "end": 2})
+    end = build.constant([np.iinfo(np.int64).max], "int64")
+    bounds = [build.op("Neg", [count]), end, build.constant([1], "int64")]
+    real = build.op("Slice", [mask, *bounds])
+    return build.op("Mul", [slots, real], name="slots")
 
 
 def _packed(q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value | None:
@@ -231,7 +257,7 @@ def _masks(
     if mask is None:
         return None, None
     if mask.dtype != ir.DataType.BOOL:
-        return None, mask
+        return None, _expanded(build, mask, node)
     given = program.input(Role.MASK)
     if given is not None and node.inputs[3] is _padding(program):
         known = _named(program, "key_padding")
@@ -241,17 +267,24 @@ def _masks(
         return known, None
     low = build.constant(np.finfo(np.float32).min, "float32")
     bias = build.op("Where", [mask, build.constant(0.0, "float32"), low])
+    bias.shape = mask.shape
+    return None, _expanded(build, bias, node)
+
+
+def _expanded(build: g.Builder, bias: ir.Value, node: ir.Node) -> ir.Value:
+    """Return ``bias`` as [B or 1, H or 1, S, T]: MultiHeadAttention repeats rows of no bias."""
     q, k = g.operand(node, 0), g.operand(node, 1)
+    sizes, s, t = g.shape(bias), g.shape(q), g.shape(k)
+    if sizes and s and t and len(sizes) == 4 and sizes[2:] == [s[1], t[1]]:
+        return bias
     new = build.op("Shape", [q], {"start": 1, "end": 2})
     keys = build.op("Shape", [k], {"start": 1, "end": 2})
     ones = build.constant([1, 1], "int64")
-    sizes = build.op("Concat", [ones, new, keys], {"axis": 0})
-    return None, build.op("Expand", [bias, sizes])
+    target = build.op("Concat", [ones, new, keys], {"axis": 0})
+    return build.op("Expand", [bias, target])
 
 
 def _padding(program: Program) -> ir.Value | None:
     from llmopt.passes.raise_attention import PADDING_MASK
 
     return _named(program, PADDING_MASK)
-
-

@@ -43,6 +43,9 @@ class FuseSkipNorm(Pass):
             total = g.producer(norm.inputs[0], "Add")
             if total is None:
                 continue
+            if (reason := _unfit(norm)) is not None:
+                outcome.miss(norm, reason)
+                continue
             x, residual = g.operand(total, 0), g.operand(total, 1)
             if not _same_shape(x, residual, norm.outputs[0]):
                 outcome.miss(norm, f"it adds {g.shape(x)} and {g.shape(residual)}")
@@ -55,6 +58,17 @@ class FuseSkipNorm(Pass):
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
+
+
+def _unfit(norm: ir.Node) -> str | None:
+    """Return why the fused operator would compute something else, or None."""
+    if g.attribute(norm, "axis", -1) not in (-1, (g.rank(norm.inputs[0]) or 0) - 1):
+        return "it normalizes more than the last axis"
+    if any(value is not None and value.producer() for value in norm.inputs[1:]):
+        return "its scale or shift is computed"
+    if any(out.uses() or out.is_graph_output() for out in norm.outputs[1:]):
+        return "its mean or deviation is read"
+    return None
 
 
 def _same_shape(x: ir.Value, residual: ir.Value, out: ir.Value) -> bool:

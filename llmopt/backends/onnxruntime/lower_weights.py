@@ -75,7 +75,7 @@ class LowerWeights(Pass):
             "block_size": scheme.block,
             "accuracy_level": self.accuracy_level,
         }
-        target, bias = _bias(node)
+        target, bias = _bias(node, weight.rows)
         build = g.Builder(target)
         inputs = [node.inputs[0], *_operands(build, weight, stored), None, bias]
         while inputs[-1] is None:
@@ -123,12 +123,12 @@ def _operands(
     return [stored[weight], scale, points]
 
 
-def _bias(node: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+def _bias(node: ir.Node, rows: int) -> tuple[ir.Node, ir.Value | None]:
     """Return the node that ends ``MatMul [+ bias]``, and the bias."""
     add = g.sole_user(node.outputs[0], "Add")
     if add is not None:
         for value in add.inputs:
-            if value is not None and value.is_initializer() and g.rank(value) == 1:
+            if value is not None and value.is_initializer() and g.shape(value) == [rows]:
                 return add, value
     return node, None
 
@@ -148,9 +148,7 @@ def _gather(
         "quantize_axis": 1,
     }
     inputs = [table, node.inputs[1], scale] + ([points] if points is not None else [])
-    out = build.op(
-        "GatherBlockQuantized", inputs, attributes, domain=MICROSOFT, name=node.name
-    )
+    out = build.op("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT, name=node.name)
     if scheme.padded(weight.columns) != weight.columns:
         bounds = [build.constant([n], "int64") for n in (0, weight.columns, -1)]
         out = build.op("Slice", [out, *bounds])
@@ -173,9 +171,7 @@ def _share_tied(graph: ir.Graph) -> int:
         if rows is not None:
             build = g.Builder(node)
             inputs = [node.inputs[0], rows]
-            out = build.op(
-                "FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT, name=node.name
-            )
+            out = build.op("FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT, name=node.name)
             g.replace(node.outputs[0], out)
             shared += 1
     return shared

@@ -1,0 +1,109 @@
+"""The Python API: compile, load, trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmopt.compiler import Artifact, Progress
+    from llmopt.ir.program import Program
+    from llmopt.runtime import Runner
+
+
+def compile(  # noqa: A001, PLR0913: the design's name; every option is a keyword
+    source: str | Path | torch.nn.Module,
+    *,
+    target: str = "onnxruntime-cpu",
+    output: str | Path | None = None,
+    quantize: str | None = None,
+    passes: str = "default",
+    plugins: Sequence[str] = (),
+    require: Sequence[str] = (),
+    verify: str = "final",
+    max_kl: float | None = None,
+    force: bool = False,
+    model: str | None = None,
+    task: str | None = None,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | str | Path | None = None,
+    dynamic_shapes: Any = None,
+    max_length: int | None = None,
+    trust_pickle: bool = False,
+    progress: Progress = lambda _: None,
+) -> Artifact:
+    """Return the artifact of ``source`` for ``target``, proven to compute the same thing.
+
+    Args:
+        source: A module, ``file.py:factory``, a Hugging Face folder, or a .gguf, .onnx, .pt2 or
+            .pt file.
+        target: ``llmopt targets`` lists them.
+        output: The artifact's directory; ``<source>.<target>`` here if not given.
+        quantize: A scheme, ``"w8"``, ``"w4"``, ``"w4{block=64}"``, ``"w8a8-dynamic"``.
+        passes: The pipeline, ``"default"`` or as ``"default,-merge-qkv,my-pass"``.
+        plugins: Python files or modules that define more passes.
+        require: ``"attention=all"`` and the like: a fusion that is missed is then an error.
+        verify: ``"final"`` compares the artifact with the source; ``"off"`` does not.
+        max_kl: The largest mean KL divergence that quantization may cost, nats.
+        force: Whether an existing output is replaced.
+        model: ``file.py:factory`` of the module that a state_dict belongs to.
+        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; found out if not given.
+        example_inputs: What to call a module with: by name, in order, or the path of an .npz.
+        dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
+        max_length: The most tokens of one sequence; the model's own limit if not given.
+        trust_pickle: Whether a file may execute code that it carries.
+        progress: Told what is being done.
+
+    Raises:
+        LlmoptError: the source, an option or the result is not acceptable; it says why.
+    """
+    from llmopt.compiler import CompileOptions, compile_source
+    from llmopt.frontend.source import SourceOptions
+
+    options = CompileOptions(quantize, passes, plugins, require, verify, max_kl, force)
+    reading = SourceOptions(
+        model, trust_pickle, task, example_inputs, dynamic_shapes, max_length
+    )
+    place = None if output is None else Path(output)
+    return compile_source(source, [target], place, options, reading, progress)[0]
+
+
+def load(artifact: str | Path | Artifact, *, threads: int | None = None) -> Runner:
+    """Return a runner for an artifact.
+
+    Args:
+        artifact: What ``compile`` returned, or its directory.
+        threads: Threads inside one operator; the cores this process may use if not given.
+
+    Raises:
+        ArtifactError: the directory is not an artifact, or is damaged.
+        BackendUnavailableError: what runs it is not installed.
+    """
+    from llmopt.runtime import load as load_folder
+
+    path = getattr(artifact, "path", artifact)
+    return load_folder(path, threads=threads)
+
+
+def trace(
+    module: torch.nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Return the Program of a module, as traced: no pass has run yet.
+
+    Args:
+        module: The module.
+        example_inputs: What to call it with, by name or in order.
+        dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
+
+    Raises:
+        UnsupportedModelError: torch cannot export it.
+    """
+    from llmopt.frontend.source import SourceOptions, open_source
+
+    options = SourceOptions(example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    return open_source(module, options).program

@@ -1,0 +1,78 @@
+"""How many attentions, norms and rotary embeddings a source has, and how many were fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llmopt.errors import FusionError, UnknownNameError, UsageError
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program
+from llmopt.passes.pipeline import Ran
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("Attention",),
+    "norm": ("RMSNormalization", "LayerNormalization"),
+    "activation": ("Gelu", "Swish", "Relu"),
+    "rotary": ("RotaryEmbedding",),
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One kind of fusion.
+
+    Args:
+        expected: How many the source has, counted from its config or module tree; None if unknown.
+        fused: How many the Program has.
+        misses: ``node: reason`` for each place that a pass declined.
+    """
+
+    expected: int | None
+    fused: int
+    misses: tuple[str, ...] = ()
+
+
+def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, Fused]:
+    """Return expected and found counts of each kind, on a Program in the dialect."""
+    declined = [miss for each in ran for miss in each.missed]
+    report = {}
+    for kind in KINDS:
+        expected = program.facts.expected.get(kind)
+        found = _count(program, kind)
+        misses = tuple(f"{m.node}: {m.reason}" for m in declined if m.kind == kind)
+        if expected or found:
+            report[kind] = Fused(expected, found, tuple(dict.fromkeys(misses)))
+    return report
+
+
+def _count(program: Program, kind: str) -> int:
+    if kind == "rotary":  # a layer's rotary is fused when both its Q and its K go through it
+        return sum(
+            all(g.producer(node.inputs[index], "RotaryEmbedding") for index in (0, 1))
+            for node in g.nodes(program.graph, "Attention")
+        )
+    return len(g.nodes(program.graph, *KINDS[kind]))
+
+
+def require(report: Mapping[str, Fused], requirements: Sequence[str]) -> None:
+    """Raise unless every required kind was fused wherever the source has it.
+
+    Args:
+        report: What was fused.
+        requirements: ``"attention=all"`` and the like.
+
+    Raises:
+        UsageError: a requirement is not of that form.
+        FusionError: something was missed.
+    """
+    for text in requirements:
+        kind, sign, amount = text.partition("=")
+        if not sign or amount != "all":
+            raise UsageError(f"--require {text!r}: write KIND=all")
+        if kind not in KINDS:
+            raise UnknownNameError("kind of fusion", kind, KINDS)
+        fused = report.get(kind, Fused(None, 0))
+        expected = fused.expected if fused.expected is not None else fused.fused
+        if fused.fused < expected or (expected == 0 and kind == "attention"):
+            raise FusionError(kind, expected, fused.fused, fused.misses)

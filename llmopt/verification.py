@@ -1,0 +1,216 @@
+"""Run an artifact and its source on a matrix of inputs and compare what comes out.
+
+The matrix: batch 1 and 3; 1, 7 and 33 tokens; no, left and right padding; and, for a cache, a
+prefill followed by decode steps, which must equal one full pass of the source. The error is
+``max|a - b| / max|b|`` over unpadded positions, case by case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.bundle.manifest import Signature
+from llmopt.errors import AccuracyError
+from llmopt.frontend.reference import Reference, Transform
+from llmopt.ir.feeds import Arrays, Case, feeds
+from llmopt.ir.program import Program, Role
+
+Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
+Array = npt.NDArray[Any]
+
+TOLERANCE: Final[Mapping[str, float]] = {
+    "float32": 1e-3,  # sums of thousands of float32 products in another order
+    "w8a8-dynamic": 0.1,  # int8 activations round every projection's input to 1/127 of its row
+}
+_LENGTHS: Final = (1, 7, 33)
+_STEPS: Final = 4
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One case of the matrix.
+
+    Args:
+        label: Its sizes and padding.
+        output: The output that was furthest off.
+        error_rel: ``max|a - b| / max|b|`` over unpadded positions.
+    """
+
+    label: str
+    output: str
+    error_rel: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked and how far off it was.
+
+    Args:
+        status: ``"passed"`` or ``"off"``.
+        cases: Every case.
+        tolerance: What each had to keep.
+    """
+
+    status: str
+    cases: tuple[Compared, ...] = ()
+    tolerance: float = 0.0
+
+    @property
+    def worst(self) -> Compared | None:
+        """The case that was furthest off."""
+        return max(self.cases, key=lambda case: case.error_rel, default=None)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what manifests and ``--json`` show."""
+        worst = self.worst
+        return {
+            "status": self.status,
+            "cases": len(self.cases),
+            "tolerance": self.tolerance,
+            "worst_error_rel": None if worst is None else float(f"{worst.error_rel:.2g}"),
+            "worst_case": None if worst is None else f"{worst.label} {worst.output}",
+        }
+
+
+def verify(
+    program: Program,
+    run: Run,
+    reference: Reference,
+    *,
+    tolerance: float,
+    transform: Transform | None = None,
+) -> Verification:
+    """Compare an artifact with its source on the matrix.
+
+    Args:
+        program: What the inputs and outputs mean.
+        run: The artifact.
+        reference: The source.
+        tolerance: The largest relative error of any case.
+        transform: What was done to the source's weights on purpose.
+
+    Raises:
+        AccuracyError: a case is further off, or gives a number that is not finite.
+    """
+    cases = list(matrix(program))
+    vocabulary = program.facts.model.vocabulary or 2
+    batches = [_source_feeds(program.signature, case, vocabulary) for case in cases]
+    compared = []
+    for case, batch, wanted in zip(
+        cases, batches, reference.run(batches, transform), strict=True
+    ):
+        found = _run(program, run, case, batch)
+        compared.append(_compare(case, found, wanted))
+    result = Verification("passed", tuple(compared), tolerance)
+    worst = result.worst
+    if worst is not None and not worst.error_rel <= tolerance:
+        raise AccuracyError(
+            f"verification against the source failed at {worst.label}: error of {worst.output!r}",
+            worst.error_rel,
+            tolerance,
+            "find the pass with --passes 'default,-NAME', and report it; --verify off skips this",
+        )
+    return result
+
+
+def matrix(program: Program) -> Iterator[Case]:
+    """Yield the cases of a Program; ``past`` counts the tokens that are decoded one by one."""
+    limit = program.facts.max_length or 1 << 20
+    padded = program.signature.find(Role.MASK) is not None
+    for seed, length in enumerate(n for n in _LENGTHS if n <= limit):
+        yield Case(1, length, 0, "none", seed)
+        for padding in ("none", "left", "right") if padded and length > 1 else ("none",):
+            yield Case(3, length, 0, padding, seed + 10)
+    if program.signature.has_cache and limit >= 7 + _STEPS:
+        yield Case(1, 7, _STEPS, "none", 20)
+        yield Case(3, 7, _STEPS, "left", 21)
+    if (window := _window(program)) and window + 7 <= min(limit, 600):
+        yield Case(1, window + 5, 0, "none", 30)
+
+
+def _window(program: Program) -> int | None:
+    sizes = [
+        node.attributes[name].as_int() + 1
+        for node in program.graph
+        for name in ("left_window_size", "right_window_size")
+        if name in node.attributes and node.attributes[name].as_int() >= 0
+    ]
+    return min(sizes, default=None)
+
+
+def _source_feeds(signature: Signature, case: Case, vocabulary: int) -> Arrays:
+    """Return the inputs of one full pass of the source: prefill and decoded tokens together."""
+    whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
+    batch = feeds(signature, whole, vocabulary)
+    return {name: array for name, array in batch.items() if not name.startswith("past_key_")}
+
+
+def _run(program: Program, run: Run, case: Case, batch: Arrays) -> Arrays:
+    if not program.signature.has_cache:
+        return run(batch)
+    return {"logits": decode(program.signature, run, batch, case.new)}
+
+
+def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array:
+    """Return the logits [B, S, V] of a prefill and one step for each token after it.
+
+    Args:
+        signature: The caches.
+        run: The artifact.
+        batch: ``input_ids``, ``attention_mask`` and ``position_ids`` of all tokens.
+        prefill: How many tokens the first step takes.
+    """
+    total = batch["input_ids"].shape[1]
+    caches = {
+        port.name: np.zeros(
+            [len(batch["input_ids"]) if d == "B" else 0 if d == "P" else int(d) for d in port.shape],
+            port.dtype,
+        )
+        for port in signature.inputs
+        if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
+    }
+    pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
+    logits, start = [], 0
+    for end in (prefill, *range(prefill + 1, total + 1)):
+        step = {
+            "input_ids": batch["input_ids"][:, start:end],
+            "attention_mask": batch["attention_mask"][:, :end],
+            "position_ids": batch["position_ids"][:, start:end],
+            "logits_to_keep": np.asarray(0, np.int64),
+            **caches,
+        }
+        found = run(step)
+        logits.append(found["logits"])
+        caches = {past: found[present] for past, present in pairs}
+        start = end
+    return np.concatenate(logits, axis=1)
+
+
+def _compare(case: Case, found: Arrays, wanted: Arrays) -> Compared:
+    mask = Case(case.batch, case.new + case.past, 0, case.padding).mask() == 1
+    errors = []
+    for name, right in wanted.items():
+        left = found[name]
+        if left.shape != right.shape:
+            return Compared(f"{case.label}: shape {left.shape}, not {right.shape}", name, np.inf)
+        if right.ndim >= 2 and right.shape[:2] == mask.shape:
+            left, right = left[mask], right[mask]
+        errors.append(Compared(case.label, name, relative_error(left, right)))
+    return max(errors, key=lambda each: each.error_rel)
+
+
+def relative_error(found: Array, wanted: Array) -> float:
+    """Return ``max|found - wanted| / max|wanted|``; infinite where a number is not finite.
+
+    >>> relative_error(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
+    0.5
+    """
+    if not np.all(np.isfinite(found)) or found.size == 0:
+        return float("inf")
+    scale = float(np.max(np.abs(wanted))) or 1.0
+    return float(np.max(np.abs(found - wanted))) / scale
