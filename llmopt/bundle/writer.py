@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
-from llmopt.bundle.manifest import REPORT, Manifest
 from llmopt.errors import OutputExistsError, StorageError, UsageError
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -40,24 +38,6 @@ def staged_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     with _staged(destination, force=force) as staging:
         staging.mkdir()
         yield staging
-
-
-def seal(folder: Path, manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
-    """Write the build report and, last of all, the manifest with a record of every file.
-
-    Args:
-        folder: The artifact, with every other file in it.
-        manifest: What to write; its ``files`` are filled in.
-        report: Times, memory and the machine, for ``build-report.json``.
-
-    Returns:
-        The manifest as written.
-    """
-    text = json.dumps(report, sort_keys=True, indent=2) + "\n"
-    (folder / REPORT).write_text(text, encoding="utf-8")
-    complete = manifest.with_files(folder)
-    complete.write(folder)
-    return complete
 
 
 @contextlib.contextmanager
