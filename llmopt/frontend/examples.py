@@ -100,7 +100,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
 def dynamic_shapes(inputs: Tensors) -> dict[str, Any]:
     """Return which dimensions are free: batch and tokens of everything that has them."""
     return {
-        name: {axis: torch.export.Dim.DYNAMIC for axis in free_axes(name, t, inputs)}
+        name: dict.fromkeys(free_axes(name, t, inputs), torch.export.Dim.DYNAMIC)
         for name, t in inputs.items()
     }
 
@@ -122,13 +122,13 @@ def free_axes(name: str, tensor: Tensor, inputs: Tensors) -> list[int]:
 
 def _made(module: nn.Module) -> Tensors:
     """Return inputs made from the names of ``forward``'s parameters; the first are tokens."""
-    table = next((m for m in module.modules() if isinstance(m, nn.Embedding)), None)
+    vocabulary = _vocabulary(module)
     parameters = [p for p in _parameters(module) if p.kind is not _KINDS.VAR_KEYWORD]
     label = type(module).__name__
-    if table is None or not parameters:
+    if vocabulary is None or not parameters:
         raise UsageError(f"{label}: no token embedding, so its inputs cannot be guessed; {_ASK}")
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, table.num_embeddings, SIZES, generator=generator)
+    tokens = torch.randint(0, vocabulary, SIZES, generator=generator)
     values = {
         Role.MASK: torch.ones(SIZES, dtype=torch.int64),
         Role.POSITIONS: torch.arange(SIZES[1]).repeat(SIZES[0], 1),
@@ -161,7 +161,7 @@ def _runnable(module: nn.Module, inputs: Tensors, required: set[str]) -> Tensors
         try:
             with torch.no_grad():
                 module(**candidate)
-        except Exception as error:  # noqa: BLE001: a module may raise anything
+        except Exception as error:  # noqa: BLE001 - a module may raise anything
             reason = reason or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         else:
             return candidate
@@ -172,7 +172,22 @@ def _runnable(module: nn.Module, inputs: Tensors, required: set[str]) -> Tensors
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(module.forward).parameters.values())
+    """Return what ``forward`` takes; a script says it in a schema of its own."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return list(inspect.signature(module.forward).parameters.values())
+    return [
+        _KINDS(a.name, _KINDS.POSITIONAL_OR_KEYWORD, default=a.default_value if a.has_default_value() else _KINDS.empty)
+        for a in module.forward.schema.arguments[1:]
+    ]
+
+
+def _vocabulary(module: nn.Module) -> int | None:
+    """Return the rows of the first embedding."""
+    for part in module.modules():
+        kind = getattr(part, "original_name", type(part).__name__)  # scripts keep the class's name
+        if isinstance(part, nn.Embedding) or kind == "Embedding":
+            return int(part.weight.shape[0])
+    return None
 
 
 def _check_names(module: nn.Module, given: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from llmopt.errors import (
 )
 from llmopt.frontend.examples import Tensors, dynamic_shapes, example_inputs
 from llmopt.frontend.meaning import Found, finish
+from llmopt.frontend.outputs import output_names
 from llmopt.frontend.reference import ModuleReference, evaluating
 from llmopt.frontend.source import Source, SourceOptions
 from llmopt.frontend.trace import to_numpy, trace_module
@@ -48,8 +49,9 @@ def open_module(module: nn.Module, options: SourceOptions, name: str | None = No
     family = type(module).__name__
     label = name or family
     _check_values(module, label)
-    notes = ("the module was in training mode: it is compiled for inference",)
-    notes = notes if module.training else ()
+    notes: tuple[str, ...] = ()
+    if module.training:
+        notes = ("the module was in training mode: it is compiled for inference",)
     with evaluating(module):
         inputs = example_inputs(module, options)
         named = inputs if isinstance(inputs, dict) else {str(i): t for i, t in enumerate(inputs)}
@@ -61,7 +63,7 @@ def open_module(module: nn.Module, options: SourceOptions, name: str | None = No
             result = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
         outputs = output_names(result, label)
     names = [str(value.name) for value in traced.model.graph.inputs]
-    by_name = isinstance(inputs, dict)
+    positional = 0 if isinstance(inputs, dict) else len(inputs)
     found = Found(
         record=SourceRecord(label, "module", digest(module)),
         family=family,
@@ -69,7 +71,7 @@ def open_module(module: nn.Module, options: SourceOptions, name: str | None = No
         outputs=outputs,
         expected=traced.expected,
         limit=traced.limit,
-        reference=lambda out: ModuleReference(module, names, out, by_name=by_name),
+        reference=lambda out: ModuleReference(module, names, out, positional=positional),
         notes=notes,
     )
     return finish(found, options)
@@ -106,45 +108,6 @@ def fixed_notes(inputs: Tensors, free: Mapping[str, Any]) -> tuple[str, ...]:
         for name, tensor in inputs.items()
         if (fixed := [i for i in range(tensor.dim()) if i not in free[name]])
     )
-
-
-def output_names(result: Any, label: str) -> list[str]:
-    """Return the name of each tensor in what a module returned; empty where it has none.
-
-    Raises:
-        UnsupportedModelError: something in it is no tensor.
-    """
-    if isinstance(result, Tensor):
-        return [""]
-    if isinstance(result, Mapping):
-        return [
-            n
-            for key, part in result.items()
-            if part is not None
-            for n in _below(str(key), output_names(part, label))
-        ]
-    if hasattr(result, "_fields"):  # a named tuple
-        return output_names(result._asdict(), label)
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return output_names(
-            {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}, label
-        )
-    if isinstance(result, Sequence) and not isinstance(result, str):
-        names = [output_names(part, label) for part in result if part is not None]
-        return [
-            n
-            for i, part in enumerate(names)
-            for n in (part if part == [""] else _below(str(i), part))
-        ]
-    raise UnsupportedModelError(
-        label, [f"it returns a {type(result).__name__}"], "return tensors, in tuples or dicts"
-    )
-
-
-def _below(key: str, names: Sequence[str]) -> list[str]:
-    if list(names) == [""]:
-        return [key]
-    return [f"{key}.{name or i}" for i, name in enumerate(names)]
 
 
 def digest(module: nn.Module) -> str:

@@ -132,8 +132,8 @@ class ModuleReference:
     Args:
         module: The module; it is run in eval mode and left in the mode it was in.
         inputs: The names of its inputs, in the order it takes them.
-        by_name: Whether it takes them by keyword.
         outputs: The names of its outputs, in order.
+        positional: How many of the inputs it takes by position; the others by name.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class ModuleReference:
         inputs: Sequence[str],
         outputs: Sequence[str],
         *,
-        by_name: bool,
+        positional: int,
     ) -> None:
         self._module = module
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
-        self._by_name = by_name
+        self._positional = positional
 
     def run(
         self, batches: Sequence[Arrays], transform: Transform | None = None
@@ -156,9 +156,9 @@ class ModuleReference:
         with torch.inference_mode(), evaluating(self._module), self._changed(transform):
             for batch in batches:
                 tensors = {name: torch.from_numpy(batch[name]) for name in self._inputs}
-                result = (
-                    self._module(**tensors) if self._by_name else self._module(*tensors.values())
-                )
+                items = list(tensors.items())
+                placed = [tensor for _, tensor in items[: self._positional]]
+                result = self._module(*placed, **dict(items[self._positional :]))
                 flat = torch.utils._pytree.tree_leaves(result)  # noqa: SLF001: torch's only one
                 arrays = [to_numpy(leaf) for leaf in flat if isinstance(leaf, Tensor)]
                 yield dict(zip(self._outputs, arrays, strict=True))
