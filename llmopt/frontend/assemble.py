@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from llmopt.frontend.trace import Read
 from llmopt.ir.dialect import IR_VERSION, OPSET
-from llmopt.ir.graph import unused
+from llmopt.ir.graph import name_nodes, taken, unused
 from llmopt.ir.weights import Leaf
 
 
@@ -28,18 +28,17 @@ class Assembly:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="model")
         self._read = read
         self._constants: dict[ir.Value, ir.Value] = {}
-        self._names: set[str] = set()
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """Add a graph input."""
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self.graph.inputs.append(value)
-        self._names.add(name)
+        taken(self.graph).add(name)
         return value
 
     def output(self, value: ir.Value, name: str) -> None:
         """Make ``value`` a graph output of this name."""
-        value.name = name
+        value.name = unused(self.graph, name)
         self.graph.outputs.append(value)
 
     def add(
@@ -58,8 +57,8 @@ class Assembly:
             prefix: Begins the names of the values that the copy makes.
         """
         values: dict[ir.Value, ir.Value] = dict(zip(part.inputs, inputs, strict=True))
-        for value in part.initializers.values():
-            values[value] = self._initializer(value, rename)
+        initializers = part.initializers.values()
+        values |= {value: self._initializer(value, rename) for value in initializers}
         for node in part:
             copy = self._node(node, values, rename, prefix)
             for old, new in zip(node.outputs, copy.outputs, strict=True):
@@ -68,6 +67,7 @@ class Assembly:
 
     def model(self) -> ir.Model:
         """Return what was put together."""
+        name_nodes(self.graph)
         return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="llmopt")
 
     def _node(
@@ -86,7 +86,7 @@ class Assembly:
             name=rename(node.name or ""),
         )
         for old, new in zip(node.outputs, copy.outputs, strict=True):
-            new.name = self._unused(f"{prefix}{old.name}")
+            new.name = unused(self.graph, f"{prefix}{old.name}")
             new.shape, new.type = old.shape, old.type
         self.graph.append(copy)
         return copy
@@ -120,10 +120,3 @@ class Assembly:
         )
         self.graph.register_initializer(value)
         return value
-
-    def _unused(self, name: str) -> str:
-        candidate, number = name, 2
-        while candidate in self._names:
-            candidate, number = f"{name}_{number}", number + 1
-        self._names.add(candidate)
-        return candidate

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
@@ -40,17 +41,26 @@ def _malformed(model: ir.Model) -> Iterator[str]:
     if model.functions:
         yield f"{len(model.functions)} functions that are not inlined"
     known = {*model.graph.inputs, *model.graph.initializers.values()}
+    yield from _same_names(model.graph)
     for node in model.graph:
         label = f"{node.op_type} {node.name!r}"
         if node.domain != "":
             yield f"{label} is of domain {node.domain!r}"
         for value in node.inputs:
-            if value is not None and value not in known and value.graph is model.graph:
+            if value is not None and value not in known:
                 yield f"{label} reads {value.name!r} before it is made"
         known.update(node.outputs)
     for output in model.graph.outputs:
         if output not in known:
             yield f"output {output.name!r} is made by nothing"
+
+
+def _same_names(graph: ir.Graph) -> Iterator[str]:
+    """Yield the names that two values have: in a file they would be one."""
+    made = (value for node in graph for value in node.outputs)
+    values = dict.fromkeys((*graph.inputs, *graph.initializers.values(), *made))
+    counts = Counter(value.name for value in values if value.name)
+    yield from (f"{count} values are named {name!r}" for name, count in counts.items() if count > 1)
 
 
 def _nothing(_: ir.Node) -> Iterator[str]:

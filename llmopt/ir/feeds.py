@@ -70,13 +70,13 @@ def feeds(
     """
     rng = np.random.default_rng(case.seed)
     sizes = {"B": case.batch, "S": case.new, "P": case.past, "T": case.past + case.new}
-    mask = case.mask()
+    draw = _Draw(case, case.mask(), vocabulary, rng)
     arrays: Arrays = {}
     for port in signature.inputs:
         if only is not None and port.name not in only:
             continue
         shape = [resolve(dim, sizes) for dim in port.shape]
-        arrays[port.name] = _make(port, shape, mask, case, vocabulary, rng)
+        arrays[port.name] = _make(port, shape, draw)
     return arrays
 
 
@@ -132,27 +132,32 @@ _OPERATORS: Final[Mapping[type[ast.operator], Callable[[int, int], int]]] = {
 _FUNCTIONS: Final[Mapping[str, Callable[[Iterable[int]], int]]] = {"Max": max, "Min": min}
 
 
-def _make(  # noqa: PLR0913: a random tensor depends on all of these
-    port: Port,
-    shape: list[int],
-    mask: npt.NDArray[np.int64],
-    case: Case,
-    vocabulary: int,
-    rng: np.random.Generator,
-) -> npt.NDArray[Any]:
-    if port.role == Role.TOKENS:
-        return rng.integers(0, vocabulary, shape).astype(port.dtype)
-    if port.role == Role.MASK:
-        return mask.astype(port.dtype)
-    if port.role == Role.POSITIONS:
-        return positions(mask)[:, case.past :].astype(port.dtype)
-    if port.role == Role.TOKEN_TYPES:
-        return (np.arange(math.prod(shape)).reshape(shape) % 5 // 4).astype(port.dtype)
-    if port.role == Role.LOGITS_TO_KEEP:
-        return np.asarray(0, np.int64)
+@dataclass(frozen=True)
+class _Draw:
+    """What the arrays of one case are drawn from."""
+
+    case: Case
+    mask: npt.NDArray[np.int64]
+    vocabulary: int
+    rng: np.random.Generator
+
+
+def _make(port: Port, shape: list[int], draw: _Draw) -> npt.NDArray[Any]:
+    make = _BY_ROLE.get(port.role)
+    if make is not None:
+        return make(shape, draw).astype(port.dtype)
     if port.dtype.startswith(("float", "bfloat")):
-        return rng.standard_normal(shape, np.float32).astype(port.dtype)
+        return draw.rng.standard_normal(shape, np.float32).astype(port.dtype)
     return np.ones(shape, port.dtype)
+
+
+_BY_ROLE: Final[Mapping[str, Callable[[list[int], _Draw], npt.NDArray[Any]]]] = {
+    Role.TOKENS: lambda shape, draw: draw.rng.integers(0, draw.vocabulary, shape),
+    Role.MASK: lambda _, draw: draw.mask,
+    Role.POSITIONS: lambda _, draw: positions(draw.mask)[:, draw.case.past :],
+    Role.TOKEN_TYPES: lambda shape, _: np.arange(math.prod(shape)).reshape(shape) % 5 // 4,
+    Role.LOGITS_TO_KEEP: lambda *_: np.asarray(0, np.int64),
+}
 
 
 def positions(mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -112,9 +112,10 @@ def broadcast(*values: ir.Value) -> ir.Shape | None:
     sizes = [shape(value) for value in values]
     if any(size is None for size in sizes):
         return None
-    known = [size for size in sizes if size is not None]
+    known: list[list[Dim]] = [size for size in sizes if size is not None]
     depth = max(len(size) for size in known)
-    columns = zip(*([1] * (depth - len(size)) + size for size in known), strict=True)
+    ones: list[Dim] = [1] * depth
+    columns = zip(*(ones[len(size) :] + size for size in known), strict=True)
     return ir.Shape([next((d for d in column if d != 1), 1) for column in columns])
 
 
@@ -191,7 +192,7 @@ class Builder:
         """Add a node of one output and return that output."""
         return self.ops(op_type, inputs, attributes, domain=domain, name=name)[0]
 
-    def ops(  # noqa: PLR0913: an operator has this many parts
+    def ops(  # noqa: PLR0913 - an operator has this many parts
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
@@ -205,9 +206,9 @@ class Builder:
         if name is None:
             scope = "" if isinstance(self.anchor, ir.Graph) else scope_of(self.anchor)
             name = f"{scope}/{op_type}" if scope else op_type
-        node = ir.node(
-            op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name
-        )
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for value in node.outputs:
+            value.name = unused(self.graph, name)
         if isinstance(self.anchor, ir.Graph):
             self.graph.append(node)
         else:
@@ -220,10 +221,9 @@ class Builder:
         text = "_".join(str(x) for x in data.reshape(-1)[:4])
         name = f"const_{data.dtype}_{'x'.join(map(str, data.shape))}_{text}"
         known = self.graph.initializers.get(name)
-        if known is not None and known.const_value is not None:
-            if np.array_equal(known.const_value.numpy(), data):
-                return known
-            name = unused(self.graph, name)
+        held = known.const_value if known is not None else None
+        if known is not None and held is not None and np.array_equal(held.numpy(), data):
+            return known
         return self.initializer(name, ir.tensor(data))
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -240,7 +240,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
     """Register ``tensor`` under ``name`` (made unique) and return its value."""
     value = ir.Value(
         name=unused(graph, name),
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
@@ -249,11 +249,39 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
 
 
 def unused(graph: ir.Graph, name: str) -> str:
-    """Return ``name``, or the first ``name_2``, ``name_3``... that no initializer has."""
+    """Return ``name``, or the first of ``name_2``, ``name_3``... that no value has; take it."""
+    names = taken(graph)
     candidate, number = name, 2
-    while candidate in graph.initializers:
+    while candidate in names:
         candidate, number = f"{name}_{number}", number + 1
+    names.add(candidate)
     return candidate
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Give every node a name of its own; the first of equals keeps it."""
+    names: set[str] = set()
+    for node in graph:
+        stem = node.name or node.op_type
+        candidate, number = stem, 2
+        while candidate in names:
+            candidate, number = f"{stem}_{number}", number + 1
+        names.add(candidate)
+        node.name = candidate
+
+
+def taken(graph: ir.Graph) -> set[str]:
+    """Return the names of all values of ``graph``, kept with it so that asking is cheap."""
+    names: set[str] | None = graph.meta.get(_NAMES)
+    if names is None:
+        made = (value for node in graph for value in node.outputs)
+        values = (*graph.inputs, *graph.initializers.values(), *made)
+        names = {str(value.name) for value in values}
+        graph.meta[_NAMES] = names
+    return names
+
+
+_NAMES: Final = "llmopt.names"
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
@@ -269,12 +297,30 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     assert graph is not None
     name = old.name
     if new.is_graph_output() or new.is_graph_input() or new.is_initializer():
-        node = ir.node("Identity", [new])
+        node = ir.node("Identity", [new], name=f"{name}/Identity")
         old_node = old.producer()
         assert old_node is not None
         graph.insert_before(old_node, node)
         new, node.outputs[0].shape, node.outputs[0].type = node.outputs[0], old.shape, old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name = f"{name}_replaced"
+    new.name = name
+
+
+def replace_output(old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` be the graph output that ``old`` is; what else reads ``old`` still does."""
+    if new.shape is None:
+        new.shape = old.shape
+    if new.type is None:
+        new.type = old.type
+    graph, name = old.graph, old.name
+    if not old.is_graph_output():
+        old.replace_all_uses_with(new)
+        return
+    assert graph is not None
+    for index, output in enumerate(list(graph.outputs)):
+        if output is old:
+            graph.outputs[index] = new
     old.name = f"{name}_replaced"
     new.name = name
 

@@ -19,6 +19,7 @@ from llmopt.ir import graph as g
 
 COMMUTATIVE: Final = frozenset({"Add", "Mul", "And", "Or", "Max", "Min", "Equal"})
 RELATIVE_TOLERANCE: Final = 1e-4  # constants such as sqrt(2/pi) are written with few digits
+_DEFAULTS: Final = {"keepdims": 1}  # what an attribute is where it is not written
 
 Bound = dict[str, Any]
 
@@ -95,7 +96,8 @@ def _number(pattern: Number, value: ir.Value, bound: Bound) -> Iterator[Bound]:
     if found is None:
         return
     if isinstance(pattern.value, str):
-        yield {**bound, pattern.value: found}
+        if bound.get(pattern.value, found) == found:
+            yield {**bound, pattern.value: found}
     elif math.isclose(found, pattern.value, rel_tol=RELATIVE_TOLERANCE):
         yield bound
 
@@ -104,7 +106,8 @@ def _operator(pattern: Operator, value: ir.Value, bound: Bound) -> Iterator[Boun
     node = g.producer(value, pattern.op_type)
     if node is None or value is not node.outputs[0] or len(node.inputs) < len(pattern.operands):
         return
-    if any(g.attribute(node, k, None) != v for k, v in pattern.attributes.items()):
+    wanted = pattern.attributes.items()
+    if any(g.attribute(node, name, _DEFAULTS.get(name)) != value for name, value in wanted):
         return
     yield from _operands(pattern.operands, list(node.inputs), bound)
     if pattern.op_type in COMMUTATIVE and len(pattern.operands) == 2:

@@ -52,15 +52,20 @@ class Probe:
             if node.domain != "" or "Random" in node.op_type or _has_graph(node):
                 return f"{node.op_type} {node.name!r} cannot be evaluated ahead"
         for value in self.shapes:
-            node = value.producer()
-            dims = g.shape(node.inputs[0]) if node is not None else None
+            made_by = value.producer()
+            dims = g.shape(made_by.inputs[0]) if made_by is not None else None
             if dims is None or not all(known(d, _SYMBOLS) for d in dims):
                 return f"a size of {value.name!r} is unknown"
         return None
 
-    def run(
-        self, feeds: Mapping[str, npt.NDArray[Any]], sizes: Sizes
-    ) -> list[npt.NDArray[Any]]:
+    def attempt(self, feeds: Mapping[str, npt.NDArray[Any]], sizes: Sizes) -> list[Any] | str:
+        """Return what ``run`` does, or why it cannot be computed for these sizes."""
+        try:
+            return self.run(feeds, sizes)
+        except _FAILURES as error:
+            return f"it cannot be evaluated for {dict(sizes)}: {error}"
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], sizes: Sizes) -> list[npt.NDArray[Any]]:
         """Return the values for these inputs.
 
         Args:
@@ -96,6 +101,8 @@ class Probe:
         return [np.asarray(result) for result in results]
 
 
+# What numpy raises, and onnx's evaluator in its name, where sizes do not go together.
+_FAILURES = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 _SYMBOLS = {"B": 2, "S": 3, "P": 4, "T": 7}
 
 

@@ -18,7 +18,7 @@ class Role(enum.StrEnum):
     TOKENS = "tokens"  # input_ids [B, S]
     MASK = "mask"  # attention_mask [B, T]: 1 where a token is, 0 where padding is
     POSITIONS = "positions"  # position_ids [B, S]
-    TOKEN_TYPES = "token_types"  # token_type_ids [B, S]
+    TOKEN_TYPES = "token_types"  # token_type_ids [B, S]  # noqa: S105
     PAST_KEY = "past_key"  # past_key_values.{layer}.key [B, G, P, D]
     PAST_VALUE = "past_value"
     PRESENT_KEY = "present_key"  # present.{layer}.key [B, G, T, D]
@@ -44,8 +44,8 @@ class Facts:
     """
 
     task: str = "raw"
-    model: ModelFacts = ModelFacts()
-    source: SourceRecord = SourceRecord()
+    model: ModelFacts = field(default_factory=ModelFacts)
+    source: SourceRecord = field(default_factory=SourceRecord)
     expected: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 

@@ -96,9 +96,7 @@ def cast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
     """Return ``tensor`` with its elements converted."""
     if tensor.dtype == dtype:
         return tensor
-    return Derived(
-        "cast", [tensor], lambda a: a.astype(dtype.numpy()), dtype, _sizes(tensor)
-    )
+    return Derived("cast", [tensor], lambda a: a.astype(dtype.numpy()), dtype, _sizes(tensor))
 
 
 def is_transpose(tensor: ir.TensorProtocol | None) -> bool:
@@ -133,4 +131,4 @@ def identity(tensor: ir.TensorProtocol) -> object:
 
 
 def _sizes(tensor: ir.TensorProtocol) -> list[int]:
-    return [int(size) for size in tensor.shape]
+    return list(tensor.shape.numpy())

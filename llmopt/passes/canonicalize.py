@@ -60,8 +60,12 @@ def _identity(node: ir.Node) -> ir.Value | None:
 
 
 def _dropout(node: ir.Node) -> ir.Value | None:
-    training = g.scalar(g.optional(node, 2))
-    return _identity(node) if training in (None, 0.0) and len(node.inputs) < 3 else None
+    training = g.optional(node, 2)
+    if training is not None and g.scalar(training) != 0.0:
+        return None
+    if any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
+        return None  # the mask of what was dropped
+    return _identity(node)
 
 
 def _cast(node: ir.Node) -> ir.Value | None:
@@ -126,6 +130,8 @@ def reshape_target(before: list[g.Dim], after: list[g.Dim]) -> list[int] | None:
         else (0 if index < len(before) and before[index] == size else -1)
         for index, size in enumerate(after)
     ]
+    if 0 in after:  # an empty tensor: 0 would be read as "the same size as before"
+        return None
     return target if target.count(-1) <= 1 else None
 
 

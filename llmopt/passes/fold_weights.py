@@ -40,6 +40,10 @@ class FoldWeights(Pass):
             if node.outputs[0].is_graph_output() or not all(tensors):
                 continue
             folded = _fold(node, [t for t in tensors if t is not None])
+            if folded is tensors[0]:  # a transpose or cast of nothing
+                node.outputs[0].replace_all_uses_with(g.operand(node, 0))
+                outcome.hit()
+                continue
             key = weights.identity(folded)
             if key not in made:
                 made[key] = g.add_initializer(program.graph, _name(node, folded), folded)

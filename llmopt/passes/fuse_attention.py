@@ -31,7 +31,8 @@ class Scores:
 
     Args:
         q: [B, H, S, D].
-        kt: K transposed, [B, G, D, T].
+        k: K transposed, [B, G, D, T]; or K itself, [B, G, T, D], if it is ``turned``.
+        turned: Whether the transpose was taken off K.
         scale: Factor of the products.
         softcap: Bound of the scores; 0 is none.
         masks: What is added or selected afterwards; each a value and how it is meant:
@@ -39,7 +40,8 @@ class Scores:
     """
 
     q: ir.Value
-    kt: ir.Value
+    k: ir.Value
+    turned: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     masks: tuple[tuple[str, ir.Value], ...] = ()
@@ -63,14 +65,15 @@ class FuseAttention(Pass):
         for softmax in g.nodes(program.graph, "Softmax"):
             scores = find_scores(g.operand(softmax, 0))
             product = _weighted_sum(softmax)
-            reason = scores if isinstance(scores, str) else product
-            if isinstance(reason, str):
+            if isinstance(scores, str):
+                outcome.miss(softmax, scores, "attention")
+            elif isinstance(product, str):
+                outcome.miss(softmax, product, "attention")
+            elif (reason := _obstacle(scores, g.operand(product, 1))) is not None:
                 outcome.miss(softmax, reason, "attention")
-                continue
-            assert isinstance(scores, Scores)
-            assert isinstance(product, ir.Node)
-            _fuse(scores, product, softmax)
-            outcome.hit()
+            else:
+                _fuse(scores, product, softmax)
+                outcome.hit()
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
@@ -92,8 +95,29 @@ def _product(node: ir.Node) -> Scores | str:
     if g.rank(q) != 4 or g.rank(kt) != 4:
         return f"its scores {node.name!r} are of rank {g.rank(q)}, not [batch, heads, S, T]"
     q, q_factor = _peel(q)
-    kt, k_factor = _peel(kt)
-    return Scores(q, kt, q_factor * k_factor)
+    k, outer = _peel(kt)
+    transpose = g.producer(k, "Transpose")
+    turned = transpose is not None and [*g.attribute(transpose, "perm", ())] == [0, 1, 3, 2]
+    if transpose is None or not turned:
+        return Scores(q, k, turned=False, scale=q_factor * outer)
+    k, inner = _peel(g.operand(transpose, 0))
+    return Scores(q, k, turned=True, scale=q_factor * outer * inner)
+
+
+def _obstacle(scores: Scores, v: ir.Value) -> str | None:
+    """Return why Attention would compute something else, or None."""
+    q, k, v_sizes = g.shape(scores.q), g.shape(scores.k), g.shape(v)
+    if q is None or k is None or v_sizes is None or len(v_sizes) != 4 or scores.q.dtype is None:
+        return f"V is {v_sizes}, not [batch, heads, T, width]"
+    if _differ(q[0], k[0]) or _differ(k[0], v_sizes[0]) or _differ(k[1], v_sizes[1]):
+        return f"its Q {q[:2]}, K {k[:2]} and V {v_sizes[:2]} differ in batch or heads"
+    if scores.scale <= 0 or scores.softcap < 0:
+        return f"its scale {scores.scale:g} or cap {scores.softcap:g} is not positive"
+    for _, mask in scores.masks:
+        sizes = g.shape(mask)
+        if sizes is None or not 2 <= len(sizes) <= 4 or sizes[-1] == 1:
+            return f"its mask {mask.name!r} is {sizes}, not [..., S, T]"
+    return None
 
 
 def _peel(value: ir.Value) -> tuple[ir.Value, float]:
@@ -105,7 +129,16 @@ def _peel(value: ir.Value) -> tuple[ir.Value, float]:
     if factor is not None:
         return g.operand(node, 0), factor if node.op_type == "Mul" else 1.0 / factor
     factor = g.scalar(node.inputs[0])
-    return (g.operand(node, 1), factor) if factor is not None and node.op_type == "Mul" else (value, 1.0)
+    return (
+        (g.operand(node, 1), factor)
+        if factor is not None and node.op_type == "Mul"
+        else (value, 1.0)
+    )
+
+
+def _differ(a: g.Dim, b: g.Dim) -> bool:
+    """Whether two sizes are known to differ: an unknown one may be any but 1."""
+    return a != b and ((isinstance(a, int) and isinstance(b, int)) or 1 in (a, b))
 
 
 def _scaled(node: ir.Node) -> Scores | str:
@@ -191,17 +224,26 @@ def _weighted_sum(softmax: ir.Node) -> ir.Node | str:
         node = readers[0]
         if g.is_op(node, "MatMul") and node.inputs[0] is value:
             return node
-        if not g.is_op(node, "Cast", "Dropout", "Identity", "Where"):
+        if not (g.is_op(node, "Cast", "Dropout", "Identity") or _guards(node, value)):
             return f"its weights go to {node.op_type} {node.name!r}, not to a product with V"
         value = node.outputs[0]
 
 
+def _guards(node: ir.Node, weights: ir.Value) -> bool:
+    """Whether ``node`` is Where(IsNaN(weights), 0, weights): a query that sees nothing gives 0."""
+    if not g.is_op(node, "Where") or node.inputs[2] is not weights:
+        return False
+    test = g.producer(node.inputs[0], "IsNaN")
+    return test is not None and test.inputs[0] is weights and g.scalar(node.inputs[1]) == 0.0
+
+
 def _fuse(scores: Scores, product: ir.Node, softmax: ir.Node) -> None:
     build = g.Builder(product)
-    k = build.op("Transpose", [scores.kt], {"perm": [0, 1, 3, 2]})
-    sizes = g.shape(scores.kt)
-    k.shape = ir.Shape([*sizes[:2], sizes[3], sizes[2]]) if sizes else None
-    k.type = scores.kt.type
+    k, sizes = scores.k, g.shape(scores.k)
+    if not scores.turned:
+        k = build.op("Transpose", [scores.k], {"perm": [0, 1, 3, 2]})
+        k.shape = ir.Shape([*sizes[:2], sizes[3], sizes[2]]) if sizes else None
+        k.type = scores.k.type
     attributes = {"scale": scores.scale}
     if scores.softcap:
         attributes["softcap"] = scores.softcap
@@ -215,26 +257,30 @@ def combine(
     build: g.Builder, masks: tuple[tuple[str, ir.Value], ...], like: ir.Value
 ) -> ir.Value | None:
     """Return one mask that does what all of ``masks`` do: boolean if it can be."""
-    booleans = [_not(build, value) if kind == "drop" else value for kind, value in masks
-                if kind != "add"]
+    booleans = [
+        _not(build, value) if kind == "drop" else value for kind, value in masks if kind != "add"
+    ]
     mask: ir.Value | None = None
     for value in booleans:
         mask = value if mask is None else _both(build, "And", mask, value)
     added = [value for kind, value in masks if kind == "add"]
-    if not added or like.dtype is None:
+    if not added:
         return mask
     total = added[0]
     for value in added[1:]:
         total = _both(build, "Add", total, value)
     if mask is None:
         return total
-    forbidden = build.constant(np.asarray(-np.inf, like.dtype.numpy()))
+    dtype = total.dtype or like.dtype or ir.DataType.FLOAT
+    forbidden = build.constant(np.asarray(-np.inf, dtype.numpy()))
     result = build.op("Where", [mask, total, forbidden])
-    result.type, result.shape = like.type, g.broadcast(mask, total)
+    result.type, result.shape = ir.TensorType(dtype), g.broadcast(mask, total)
     return result
 
 
 def _not(build: g.Builder, value: ir.Value) -> ir.Value:
+    if (inner := g.producer(value, "Not")) is not None:
+        return g.operand(inner, 0)
     result = build.op("Not", [value])
     result.type, result.shape = value.type, value.shape
     return result

@@ -20,15 +20,24 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Case, feeds
-from llmopt.ir.match import Bound, match, op
+from llmopt.ir.match import Bound, either, match, op
 from llmopt.ir.probe import Probe
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.raise_attention import tokens_first, tokens_last
 
 Array = npt.NDArray[Any]
-_PATTERN: Final = (
-    op("Add", op("Mul", "x", "cos"), op("Mul", op("Concat", op("Neg", "upper"), "lower"), "sin"))
+_PATTERN: Final = op(
+    "Add",
+    op("Mul", "x", "cos"),
+    op(
+        "Mul",
+        either(
+            op("Concat", op("Neg", "upper"), "lower", axis=-1),
+            op("Concat", op("Neg", "upper"), "lower", axis=3),
+        ),
+        "sin",
+    ),
 )
 
 
@@ -119,27 +128,39 @@ def part(value: ir.Value) -> tuple[ir.Value, int, int] | None:
 def _table(program: Program, value: ir.Value, name: str) -> ir.Value | str:
     """Return the table of ``value`` as an initializer, or why there is none."""
     probe = Probe(program, [value])
-    if (reason := probe.obstacle()) is not None:
+    if (reason := _not_positional(program, probe)) is not None:
         return reason
-    port = program.signature.find(Role.POSITIONS)
-    if extra := probe.reads() - ({port.name} if port else set()):
-        return f"it depends on {', '.join(sorted(extra))}"
     limit = program.facts.max_length
-    everywhere = _angles(program, probe, Case(1, limit))
+    # at least as long as the cases below, so that looking them up stays inside
+    everywhere = _angles(program, probe, Case(1, max(limit, 9)))
     if isinstance(everywhere, str):
         return everywhere
     table = everywhere[0]
     for case in (Case(3, 5), Case(3, 5, 4, "left"), Case(3, 6, 0, "right")):
         if case.past and not program.signature.has_cache:
             continue
-        looked_up = table[_positions(program, case)]
-        found = _angles(program, probe, case)
-        if isinstance(found, str) or not np.array_equal(np.broadcast_to(found, looked_up.shape), looked_up):
+        if not _same(_angles(program, probe, case), table[_positions(program, case)]):
             return f"it is no function of the position alone (at {case.label})"
     half = table.shape[-1] // 2
     if not np.array_equal(table[:, :half], table[:, half:]):
         return "its halves differ: another rotation than rotate-half"
-    return _shared(program, name, np.ascontiguousarray(table[:, :half]))
+    return _shared(program, name, np.ascontiguousarray(table[:limit, :half]))
+
+
+def _not_positional(program: Program, probe: Probe) -> str | None:
+    """Return why the angles cannot be a table of positions, or None."""
+    if (reason := probe.obstacle()) is not None:
+        return reason
+    port = program.signature.find(Role.POSITIONS)
+    if extra := probe.reads() - ({port.name} if port else set()):
+        return f"it depends on {', '.join(sorted(extra))}"
+    return None if program.facts.max_length else "the longest sequence is not known"
+
+
+def _same(found: Array | str, looked_up: Array) -> bool:
+    if isinstance(found, str) or found.shape[1:] != looked_up.shape[1:]:
+        return False
+    return np.array_equal(np.broadcast_to(found, looked_up.shape), looked_up)
 
 
 def _positions(program: Program, case: Case) -> Array:
@@ -151,7 +172,10 @@ def _positions(program: Program, case: Case) -> Array:
 def _angles(program: Program, probe: Probe, case: Case) -> Array | str:
     """Return the evaluated angles as [B or 1, S, D]."""
     sizes = {"B": case.batch, "S": case.new, "P": case.past, "T": case.past + case.new}
-    (array,) = probe.run(feeds(program.signature, case, 2, probe.reads()), sizes)
+    found = probe.attempt(feeds(program.signature, case, 2, probe.reads()), sizes)
+    if isinstance(found, str):
+        return found
+    array: Array = found[0]
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim == 2:
@@ -172,19 +196,20 @@ def _shared(program: Program, name: str, table: Array) -> ir.Value:
 
 
 def positions(program: Program) -> ir.Value:
-    """Return position_ids [B, S]: the input, or 0, 1, 2... where the model has none."""
+    """Return position_ids [B, S]: the input, or P, P+1, P+2... where the model has none."""
     if (given := program.input(Role.POSITIONS)) is not None:
         return given
     for node in g.nodes(program.graph, "Expand"):
         if node.name == "positions":
             return node.outputs[0]
-    tokens = program.graph.inputs[0]
+    tokens = program.input(Role.TOKENS) or program.graph.inputs[0]
     build = g.Builder(program.graph[0])
     sizes = build.op("Shape", [tokens], {"start": 0, "end": 2})
-    count = build.op("Shape", [tokens], {"start": 1, "end": 2})
+    count = build.op("Squeeze", [build.op("Shape", [tokens], {"start": 1, "end": 2})])
     zero, one = build.constant(0, "int64"), build.constant(1, "int64")
-    end = build.op("Squeeze", [count])
-    row = build.op("Range", [zero, end, one])
+    row = build.op("Range", [zero, count, one])
+    if (past := program.input(Role.PAST_KEY)) is not None:
+        row = build.op("Add", [row, build.op("Shape", [past], {"start": 2, "end": 3})])
     result = build.op("Expand", [row, sizes], name="positions")
     dims = g.shape(tokens) or ["B", "S"]
     result.shape, result.type = ir.Shape(dims[:2]), ir.TensorType(ir.DataType.INT64)

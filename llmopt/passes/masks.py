@@ -21,7 +21,8 @@ from llmopt.ir.program import Program, Role
 from llmopt.passes.fuse_attention import FORBIDDEN
 
 Bools = npt.NDArray[np.bool_]
-LONGEST_SQUARE = 2100  # a probe of more queries than this takes too long
+LONGEST_SQUARE = 4200  # a probe of more queries than this takes too long
+UNBOUNDED = 1 << 20  # the longest sequence where a model does not say
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Meaning:
     right: int = -1
     padding: bool = False
 
+    @property
+    def placed(self) -> bool:
+        """Whether it matters where a query stands among the keys."""
+        return self.causal or self.left >= 0 or self.right >= 0
+
 
 def understand(program: Program, mask: ir.Value) -> Meaning | str:
     """Return the meaning of ``mask``, or why it must stay explicit."""
@@ -51,8 +57,11 @@ def understand(program: Program, mask: ir.Value) -> Meaning | str:
     if extra := probe.reads() - allowed_inputs:
         return f"it depends on {', '.join(sorted(extra))}"
     padded = port is not None and port.name in probe.reads()
+    cases = _cases(program, probe, padded=padded)
+    if isinstance(cases, str):
+        return cases
     samples = []
-    for case in _cases(program, probe, padded=padded):
+    for case in cases:
         values = _evaluate(program, probe, case)
         if isinstance(values, str):
             return values
@@ -63,34 +72,43 @@ def understand(program: Program, mask: ir.Value) -> Meaning | str:
 _POSITIONAL = (Role.MASK, Role.POSITIONS)
 
 
-def _cases(program: Program, probe: Probe, *, padded: bool) -> Iterator[Case]:
-    """Yield probes: small ones of every padding, and one longer than any constant in the mask."""
+def _cases(program: Program, probe: Probe, *, padded: bool) -> list[Case] | str:
+    """Return probes: small ones of every padding, and one as long as any constant tells."""
     cached = program.signature.has_cache
-    pasts = (0, 4) if cached else (0,)
-    for past in pasts:
-        for padding in ("none", "left", "right") if padded else ("none",):
-            yield Case(3, 5, past, padding)
-    limit = program.facts.max_length
-    far = max((c for c in _constants(probe) if 4 < c < limit), default=0)
-    if far and cached:
-        yield Case(1, 3, far + 3)
-    elif far:
-        yield Case(1, min(far + 4, limit, LONGEST_SQUARE))
+    paddings = ("none", "left", "right") if padded else ("none",)
+    cases = [Case(3, 5, past, side) for past in ((0, 4) if cached else (0,)) for side in paddings]
+    longest = program.facts.max_length or UNBOUNDED
+    length = min(max(_lengths(probe, longest), default=0), longest)
+    if cached and length > 3:
+        cases.append(Case(1, 3, length - 3))
+    elif length > LONGEST_SQUARE:
+        return f"it may change at {length} tokens, too many to try"
+    elif length:
+        cases.append(Case(1, length))
+    return cases
 
 
-def _constants(probe: Probe) -> Iterator[int]:
+def _lengths(probe: Probe, longest: int) -> Iterator[int]:
+    """Yield how many tokens it takes to see what each constant does: a window, or a table."""
     for value in probe.inputs:
-        if value.const_value is not None and value.const_value.size <= 8:
-            for number in np.asarray(value.const_value.numpy()).reshape(-1):
-                if np.isfinite(number) and float(number) == int(number):
-                    yield abs(int(number))
+        if value.const_value is None:
+            continue
+        if value.const_value.size > 8:
+            yield from (size for size in value.const_value.shape.numpy() if size > 1)
+            continue
+        for number in np.asarray(value.const_value.numpy(), np.float64).reshape(-1):
+            # a large negative number fills what is masked
+            if number > FORBIDDEN and 1 <= abs(number) < longest:
+                yield int(abs(number)) + 7
 
 
 def _evaluate(program: Program, probe: Probe, case: Case) -> Bools | str:
     sizes = {"B": case.batch, "S": case.new, "P": case.past, "T": case.past + case.new}
     arrays = feeds(program.signature, case, 2, probe.reads())
-    (value,) = probe.run(arrays, sizes)
-    allowed = allowed_by(value)
+    found = probe.attempt(arrays, sizes)
+    if isinstance(found, str):
+        return found
+    allowed = allowed_by(found[0])
     if isinstance(allowed, str):
         return allowed
     shape = (case.batch, 1, case.new, case.past + case.new)

@@ -40,28 +40,33 @@ class Projection:
     result: ir.Value
 
 
-def projection(value: ir.Value | None) -> Projection | str:
+def projection(value: ir.Value) -> Projection | str:
     """Return the projection that makes ``value``, or why it is none."""
-    if value is None:
-        return "an operand is absent"
-    node, bias = value.producer(), None
-    if g.is_op(node, "Add"):
-        assert node is not None
-        sides = [g.operand(node, 0), g.operand(node, 1)]
-        biases = [(g.weight(s), o) for s, o in (sides, sides[::-1]) if g.rank(s) == 1]
-        if not biases or biases[0][0] is None:
-            return f"{node.name!r} adds something other than a bias"
-        bias, inner = biases[0]
-        node = inner.producer()
-    if not g.is_op(node, "MatMul"):
+    bias, node = _bias(value)
+    if isinstance(bias, str):
+        return bias
+    if node is None or not g.is_op(node, "MatMul"):
         return f"{value.name!r} is made by {node.op_type if node else 'an input'}, not by MatMul"
-    assert node is not None
     weight = g.weight(node.inputs[1])
     if weight is None or len(weight.shape) != 2:
         return f"{node.name!r} multiplies by no matrix of weights"
     if bias is not None and g.sole_user(node.outputs[0]) is None:
         return f"{node.name!r} is read before its bias is added"
+    if bias is not None and bias.shape[0] != weight.shape[1]:
+        return f"the bias of {node.name!r} is not one number per output"
     return Projection(node, weight, bias, value)
+
+
+def _bias(value: ir.Value) -> tuple[ir.TensorProtocol | str | None, ir.Node | None]:
+    """Return what is added to ``value`` last, or why it is no bias, and the node before."""
+    add = g.producer(value, "Add")
+    if add is None:
+        return None, value.producer()
+    sides = [g.operand(add, 0), g.operand(add, 1)]
+    for side, other in (sides, sides[::-1]):
+        if g.rank(side) == 1 and (bias := g.weight(side)) is not None:
+            return bias, other.producer()
+    return f"{add.name!r} adds something other than a bias", None
 
 
 def merge(parts: Sequence[Projection], name: str) -> str | None:
@@ -74,7 +79,7 @@ def merge(parts: Sequence[Projection], name: str) -> str | None:
     if len({part.weight.dtype for part in parts}) != 1:
         return "the weights differ in type"
     x = g.operand(first.product, 0)
-    sizes = [int(part.weight.shape[1]) for part in parts]
+    sizes = [_width(part) for part in parts]
     build = g.Builder(_earliest([part.product for part in parts]))
     tensor = weights.concatenated([part.weight for part in parts], 1)
     stem = f"{name}.weight"
@@ -82,7 +87,7 @@ def merge(parts: Sequence[Projection], name: str) -> str | None:
     batch = (g.shape(x) or [])[:-1]
     merged.shape, merged.type = ir.Shape([*batch, sum(sizes)]), first.result.type
     if any(part.bias is not None for part in parts):
-        biases = [part.bias or _zeros(part) for part in parts]
+        biases = [_zeros(part) if part.bias is None else part.bias for part in parts]
         bias = build.initializer(f"{name}.bias", weights.concatenated(biases, 0))
         shape = merged.shape
         merged = build.op("Add", [merged, bias], name=f"{name}/Add")
@@ -95,7 +100,11 @@ def merge(parts: Sequence[Projection], name: str) -> str | None:
 
 
 def _zeros(part: Projection) -> ir.TensorProtocol:
-    return ir.tensor(np.zeros(int(part.weight.shape[1]), part.weight.dtype.numpy()))
+    return ir.tensor(np.zeros(_width(part), part.weight.dtype.numpy()))
+
+
+def _width(part: Projection) -> int:
+    return part.weight.shape.numpy()[1]
 
 
 def _earliest(nodes: Sequence[ir.Node]) -> ir.Node:
@@ -167,9 +176,10 @@ class MergeGateUp(Pass):
             product = g.sole_user(node.outputs[0], "Mul")
             if product is None:
                 continue
-            gate = projection(node.inputs[0])
             other = next((v for v in product.inputs if v is not node.outputs[0]), None)
-            up = projection(other)
+            if other is None:
+                continue
+            gate, up = projection(g.operand(node, 0)), projection(other)
             if isinstance(gate, str) or isinstance(up, str):
                 continue
             prefix = _shared_prefix([gate, up])

@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from typing_extensions import override
+
 from llmopt.errors import LlmoptError, PassError, UnknownNameError, UsageError
 from llmopt.ir import dialect
+from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.passes.base import Miss, Outcome, Pass
 
@@ -71,8 +74,7 @@ class Pipeline:
 
         table = known_passes() if known is None else known
         items: list[str] = []
-        for item in _SPLIT.split(text.strip()) if text.strip() else []:
-            item = item.strip()
+        for item in map(str.strip, _SPLIT.split(text.strip()) if text.strip() else []):
             if item == "default":
                 items.extend(DEFAULT if default is None else default)
             elif item.startswith("-"):
@@ -81,7 +83,9 @@ class Pipeline:
                 items.append(item)
         return Pipeline(tuple(make(item, table) for item in items))
 
+    @override
     def __str__(self) -> str:
+        """Return the text that parses to this pipeline."""
         return ",".join(spell(item) for item in self.passes)
 
     def run(
@@ -110,6 +114,8 @@ class Pipeline:
     def _step(item: Pass, program: Program) -> Outcome:
         edge = _edge(program)
         outcome = item.run(program)
+        if outcome.modified:
+            g.name_nodes(program.graph)
         if _edge(program) != edge and not item.changes_signature:
             raise PassError(item.name, "it changed the inputs or outputs")
         problems = dialect.verify(program.model) if outcome.modified and not item.lowers else []
@@ -128,24 +134,35 @@ def make(text: str, known: Mapping[str, type[Pass]]) -> Pass:
             "pass", match["name"], known, "`llmopt passes` describes each; --plugin adds yours"
         )
     cls = known[match["name"]]
-    fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    fields = {f.name: f for f in _options(cls)}
     options: dict[str, Any] = {}
     for pair in filter(None, (p.strip() for p in (match["options"] or "").split(","))):
         key, _, value = pair.partition("=")
         if key not in fields:
             raise UnknownNameError(f"option of pass {match['name']}", key, fields)
-        options[key] = _convert(str(fields[key].type), key, value)
+        options[key] = _convert(_kind(fields[key]), key, value)
     return cls(**options)
 
 
 def spell(item: Pass) -> str:
     """Return the text that makes this pass again: only options that differ from the default."""
-    changed = [
-        f"{f.name}={str(getattr(item, f.name)).lower() if f.type == 'bool' else getattr(item, f.name)}"
-        for f in (dataclasses.fields(item) if dataclasses.is_dataclass(item) else ())
-        if getattr(item, f.name) != f.default
-    ]
+    changed = []
+    for field in _options(type(item)):
+        value = getattr(item, field.name)
+        if value != field.default:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            changed.append(f"{field.name}={text}")
     return item.name + (f"{{{','.join(changed)}}}" if changed else "")
+
+
+def _options(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the options of a pass: its fields."""
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+
+
+def _kind(field: dataclasses.Field[Any]) -> str:
+    """Return the name of an option's type, written as text or as a class."""
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
 
 
 def _convert(kind: str, key: str, text: str) -> Any:

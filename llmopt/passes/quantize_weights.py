@@ -11,10 +11,12 @@ tied to it share one DequantizeLinear. Backends lower the pattern to their own k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Final
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
@@ -23,7 +25,11 @@ from llmopt.ir import weights
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
 from llmopt.quantization.lazy import QuantizedWeight
+from llmopt.quantization.numerics import fake_quantize
 from llmopt.quantization.schemes import Blockwise
+
+Array = npt.NDArray[Any]
+SHORTEST: Final = 16  # a row with fewer inputs is shorter than the smallest block
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,8 @@ class QuantizeWeights(Pass):
         scheme = Blockwise(self.bits, self.block, self.symmetric)
         made: dict[object, ir.Value] = {}
         for node, value, base in list(candidates(program)):
-            if int(base.shape[1]) < 16:
-                outcome.miss(node, f"its weight has {base.shape[1]} inputs, fewer than 16")
+            if base.shape.numpy()[1] < SHORTEST:
+                outcome.miss(node, f"its weight has {base.shape[1]} inputs, fewer than {SHORTEST}")
                 continue
             key = weights.identity(base)
             if key not in made:
@@ -70,6 +76,34 @@ class QuantizeWeights(Pass):
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
+
+
+def rounding(program: Program, scheme: Blockwise) -> Callable[[str, Array], Array]:
+    """Return what quantizing ``program`` would do to each parameter: name, value to value.
+
+    Blocks lie along one row, so rounding a merged matrix is rounding its parts.
+    """
+    turned: dict[str, bool] = {}
+    for _, _, base in candidates(program):
+        if base.shape.numpy()[1] >= SHORTEST:
+            turned |= dict(leaf_turns(base, turned=False))
+
+    def transform(name: str, array: Array) -> Array:
+        if name not in turned:
+            return array
+        rows = array.T if turned[name] else array
+        rounded = fake_quantize(np.ascontiguousarray(rows), scheme)
+        return rounded.T if turned[name] else rounded
+
+    return transform
+
+
+def leaf_turns(tensor: ir.TensorProtocol, *, turned: bool) -> Iterator[tuple[str, bool]]:
+    """Yield each source tensor and whether its rows are inputs, not outputs."""
+    if isinstance(tensor, weights.Leaf):
+        yield tensor.source, turned
+    for part in weights.parts_of(tensor):
+        yield from leaf_turns(part, turned=turned ^ weights.is_transpose(tensor))
 
 
 def candidates(program: Program) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorProtocol]]:

@@ -11,7 +11,7 @@ Rewrites, for an Attention on [B, H, S, D], however it came to be::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import onnx_ir as ir
 from typing_extensions import override
@@ -42,7 +42,7 @@ class RaiseAttention(Pass):
         for node in g.nodes(program.graph, "Attention"):
             if g.rank(node.inputs[0]) != 4:
                 continue
-            obstacle = _unknown_sizes(node)
+            obstacle = _obstacle(node)
             if obstacle:
                 outcome.miss(node, obstacle, "attention")
                 continue
@@ -53,43 +53,131 @@ class RaiseAttention(Pass):
         return outcome
 
 
-def _unknown_sizes(node: ir.Node) -> str | None:
+@dataclass(frozen=True)
+class Operands:
+    """What an Attention reads, the cache apart.
+
+    Args:
+        q: [B, H, S, D].
+        k: New keys, [B, G, S, D].
+        v: New values, [B, G, S, D].
+        past: Past keys and values, if there is a cache.
+        shown: What presents them now, to be replaced by the operator's own outputs.
+    """
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    past: tuple[ir.Value, ir.Value] | None = None
+    shown: tuple[ir.Value, ir.Value] | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the last query stands at the last key, as a causal mask counts."""
+        q, k = g.shape(self.q), g.shape(self.k)
+        return self.past is not None or (q is not None and k is not None and q[2] == k[2])
+
+
+def _obstacle(node: ir.Node) -> str | None:
     for index, label in ((0, "Q"), (1, "K"), (2, "V")):
         value = node.inputs[index]
-        if g.static(value, 1) is None or g.static(value, 3) is None:
+        if g.rank(value) != 4 or g.static(value, 1) is None or g.static(value, 3) is None:
             return f"heads or width of {label} are not known: {g.shape(value)}"
+    if g.optional(node, 6) is not None:
+        return "it takes the lengths of padded keys"
+    if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):
+        return "its scores are read"
+    heads, groups = g.static(node.inputs[0], 1), g.static(node.inputs[1], 1)
+    if heads is None or not groups or heads % groups:
+        return f"{heads} query heads cannot share {groups} key heads"
     return None
+
+
+def _operands(program: Program, node: ir.Node) -> Operands:
+    q, k, v = (g.operand(node, i) for i in range(3))
+    if (past_k := g.optional(node, 4)) is not None:
+        shown = (node.outputs[1], node.outputs[2])
+        return Operands(q, k, v, (past_k, g.operand(node, 5)), shown)
+    grouped = unrepeated(k), unrepeated(v)
+    if g.static(grouped[0], 1) == g.static(grouped[1], 1):
+        k, v = grouped
+    cache = _past(program, k), _past(program, v)
+    # torch aligns a causal attention top-left, Attention with a past bottom-right
+    if cache[0] is None or cache[1] is None or _placed(node):
+        return Operands(q, k, v)
+    (past_k, new_k), (past_v, new_v) = cache[0], cache[1]
+    return Operands(q, new_k, new_v, (past_k, past_v), (k, v))
+
+
+def _placed(node: ir.Node) -> bool:
+    """Whether attributes, and not its mask alone, say where the queries stand."""
+    windows = any(g.attribute(node, name, -1) >= 0 for name in _WINDOWS)
+    return windows or bool(g.attribute(node, "is_causal", 0))
+
+
+_WINDOWS: Final = ("left_window_size", "right_window_size")
+_PLACED: Final = ("is_causal", *_WINDOWS)
 
 
 def _raise(
     program: Program, node: ir.Node, meanings: dict[ir.Value, Meaning | str], outcome: Outcome
 ) -> None:
-    q, k, v = (g.operand(node, i) for i in range(3))
-    k, v = unrepeated(k), unrepeated(v)
-    past_k, past_v = _past(program, k), _past(program, v)
+    of = _operands(program, node)
     attributes: dict[str, Any] = {
-        "q_num_heads": g.static(q, 1),
-        "kv_num_heads": g.static(k, 1),
-        "scale": g.attribute(node, "scale", None) or float(g.static(q, 3) or 1) ** -0.5,
+        name: attr.value for name, attr in node.attributes.items() if name in _KEPT
     }
-    if softcap := g.attribute(node, "softcap", 0.0):
-        attributes["softcap"] = softcap
-    mask = _mask(program, node, attributes, meanings, outcome)
+    attributes |= {
+        "q_num_heads": g.static(of.q, 1),
+        "kv_num_heads": g.static(of.k, 1),
+        "scale": g.attribute(node, "scale", None) or float(g.static(of.q, 3) or 1) ** -0.5,
+    }
+    meaning = _meaning(program, node, of, meanings)
+    if isinstance(meaning, str):
+        outcome.miss(node, f"its mask stays explicit: {meaning}", "mask")
+        mask = g.optional(node, 3)
+    else:
+        attributes |= _placement(node, meaning)
+        mask = padding_mask(program) if meaning.padding else None
     build = g.Builder(node)
-    if past_k is None or past_v is None:
-        operands = [tokens_first(build, x) for x in (q, k, v)]
-        inputs: list[ir.Value | None] = [*operands, mask]
+    inputs: list[ir.Value | None] = [tokens_first(build, x) for x in (of.q, of.k, of.v)]
+    inputs.append(mask)
+    if of.past is None or of.shown is None:
         out = build.op("Attention", inputs, attributes, name=node.name)
     else:
-        fresh = [tokens_first(build, x) for x in (q, past_k[1], past_v[1])]
-        inputs = [*fresh, mask, past_k[0], past_v[0]]
-        out, present_k, present_v = build.ops(
-            "Attention", inputs, attributes, outputs=3, name=node.name
-        )
-        for old, new in ((k, present_k), (v, present_v)):
-            g.replace(old, new)
-    heads_out = tokens_last(build, out, q, g.static(v, 3) or 0)
+        inputs.extend(of.past)
+        out, *present = build.ops("Attention", inputs, attributes, outputs=3, name=node.name)
+        for old, new in zip(of.shown, present, strict=True):
+            g.replace_output(old, new)
+    heads_out = tokens_last(build, out, of.q, g.static(of.v, 3) or 0)
     g.replace(node.outputs[0], heads_out)
+
+
+_KEPT: Final = ("softcap", "softmax_precision", *_PLACED)
+
+
+def _meaning(
+    program: Program, node: ir.Node, of: Operands, meanings: dict[ir.Value, Meaning | str]
+) -> Meaning | str:
+    """Return what the mask means, or why it must stay explicit."""
+    mask = g.optional(node, 3)
+    if mask is None:
+        return Meaning()
+    if mask not in meanings:
+        meanings[mask] = understand(program, mask)
+    meaning = meanings[mask]
+    if isinstance(meaning, Meaning) and meaning.placed and not of.aligned:
+        return "it has other keys than queries, and no cache that says where the queries stand"
+    return meaning
+
+
+def _placement(node: ir.Node, meaning: Meaning) -> dict[str, int]:
+    """Return what is causal and the windows, of the node and its mask together."""
+    attributes = {"is_causal": 1} if meaning.causal else {}
+    for name, size in zip(_WINDOWS, (meaning.left, meaning.right), strict=True):
+        bounds = [n for n in (size, g.attribute(node, name, -1)) if n >= 0]
+        if bounds:
+            attributes[name] = min(bounds)
+    return attributes
 
 
 def _past(program: Program, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -99,9 +187,7 @@ def _past(program: Program, value: ir.Value) -> tuple[ir.Value, ir.Value] | None
         return None
     past, new = g.operand(concat, 0), g.operand(concat, 1)
     caches = {
-        p.name
-        for p in program.signature.inputs
-        if p.role in (Role.PAST_KEY, Role.PAST_VALUE)
+        p.name for p in program.signature.inputs if p.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
     return (past, new) if past.name in caches and value.is_graph_output() else None
 
@@ -111,40 +197,13 @@ def unrepeated(value: ir.Value) -> ir.Value:
     reshape = g.producer(value, "Reshape")
     expand = g.producer(reshape.inputs[0], "Expand") if reshape is not None else None
     unsqueeze = g.producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
-    if unsqueeze is None or g.ints(unsqueeze.inputs[1]) != [2]:
+    if unsqueeze is None or g.ints(unsqueeze.inputs[1]) not in ([2], [-3]):
         return value
     source = g.operand(unsqueeze, 0)
     sizes, before = g.shape(value), g.shape(source)
     if sizes is None or before is None or len(before) != 4 or sizes[3] != before[3]:
         return value
     return source
-
-
-def _mask(
-    program: Program,
-    node: ir.Node,
-    attributes: dict[str, Any],
-    meanings: dict[ir.Value, Meaning | str],
-    outcome: Outcome,
-) -> ir.Value | None:
-    """Set what the mask means as attributes and return what is left of it."""
-    mask = g.optional(node, 3)
-    if g.attribute(node, "is_causal", 0):
-        attributes["is_causal"] = 1
-    if mask is None:
-        return None
-    if mask not in meanings:
-        meanings[mask] = understand(program, mask)
-    meaning = meanings[mask]
-    if isinstance(meaning, str):
-        outcome.miss(node, f"its mask stays explicit: {meaning}", "mask")
-        return mask
-    if meaning.causal:
-        attributes["is_causal"] = 1
-    for name, size in (("left", meaning.left), ("right", meaning.right)):
-        if size >= 0:
-            attributes[f"{name}_window_size"] = size
-    return padding_mask(program) if meaning.padding else None
 
 
 def padding_mask(program: Program) -> ir.Value:

@@ -35,14 +35,14 @@ class QuantizedWeight:
     def __init__(self, base: ir.TensorProtocol, scheme: Blockwise) -> None:
         self.base = base
         self.scheme = scheme
-        self.rows, self.columns = (int(size) for size in base.shape)
+        self.rows, self.columns = base.shape.numpy()
         self._packed: Packed | None = None
 
     def packed(self) -> Packed:
         """Return codes, scales and zero points; kept until another weight is asked for."""
         if self._packed is None:
             if QuantizedWeight._latest is not None:
-                QuantizedWeight._latest._packed = None  # noqa: SLF001: one class
+                QuantizedWeight._latest._packed = None  # noqa: SLF001 - one class
             self._packed = quantize_packed(self.base.numpy(), self.scheme)
             QuantizedWeight._latest = self
         return self._packed

@@ -112,7 +112,7 @@ def _decomposes(node: ir.Node) -> bool:
     if not onnx.defs.has(node.op_type, node.domain):
         return False
     schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    return bool(schema.has_function or schema.has_context_dependent_function)  # type: ignore[attr-defined]
 
 
 _LOWERED: Final = frozenset({"Swish"})  # operators of the dialect that a lowering pass replaces

@@ -4,6 +4,7 @@ Rewrites::
 
     MatMul(x, Transpose(DequantizeLinear(codes)))    into    MatMulNBits(x, codes)
     Gather(DequantizeLinear(codes), ids)             into    GatherBlockQuantized(codes, ids)
+    MatMul(DequantizeLinear(x), DequantizeLinear(W)) into    MatMulIntegerToFloat(x, W)
     MatMul(x, E^T) with E gathered from elsewhere    into    FusedMatMul<transB>(x, E)
 
 so that an embedding and the head tied to it are stored once, quantized or not.
@@ -48,6 +49,9 @@ class LowerWeights(Pass):
         outcome = Outcome()
         stored: dict[QuantizedWeight, ir.Value] = {}
         for node in g.nodes(program.graph, "MatMul"):
+            if _lower_integers(node):
+                outcome.hit()
+                continue
             found = _quantized(node.inputs[1], turned=True)
             if isinstance(found, str):
                 outcome.miss(node, found)
@@ -82,6 +86,20 @@ class LowerWeights(Pass):
             inputs.pop()
         out = build.op("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
         g.replace(target.outputs[0], out)
+
+
+def _lower_integers(node: ir.Node) -> bool:
+    """Multiply codes as integers where both operands are dequantized from int8; say if it did."""
+    x, w = (g.producer(node.inputs[i], "DequantizeLinear") for i in (0, 1))
+    if x is None or w is None or len(x.inputs) < 3 or g.rank(w.inputs[1]) != 1:
+        return False
+    if g.attribute(w, "axis", 1) != 1 or g.optional(w, 2) is not None:
+        return False
+    inputs = [x.inputs[0], w.inputs[0], x.inputs[1], w.inputs[1], x.inputs[2]]
+    build = g.Builder(node)
+    out = build.op("MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=node.name)
+    g.replace(node.outputs[0], out)
+    return True
 
 
 def _quantized(value: ir.Value | None, *, turned: bool) -> QuantizedWeight | str | None:

@@ -39,9 +39,8 @@ def apply(program: Program, rules: Sequence[Rule], kind: str = "") -> Outcome:
     for rule in rules:
         roots = {p.op_type for p in rule.patterns if isinstance(p, Operator)}
         for node in reversed(g.nodes(program.graph, *roots)):
-            if node.graph is not None and node.outputs[0].uses():
-                _try(rule, node, outcome, kind)
-            elif node.graph is not None and node.outputs[0].is_graph_output():
+            out = node.outputs[0]
+            if node.graph is not None and (out.uses() or out.is_graph_output()):
                 _try(rule, node, outcome, kind)
     if outcome.modified:
         g.remove_dead(program.model)

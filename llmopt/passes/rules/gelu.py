@@ -29,7 +29,9 @@ _ERF: Final = op(
     ),
 )
 _CUBE: Final = either(
-    op("Pow", "x", const(3.0)), op("Mul", "x", op("Mul", "x", "x")), op("Mul", op("Mul", "x", "x"), "x")
+    op("Pow", "x", const(3.0)),
+    op("Mul", "x", op("Mul", "x", "x")),
+    op("Mul", op("Mul", "x", "x"), "x"),
 )
 _INNER: Final = op("Add", "x", op("Mul", _CUBE, const(0.044715)))
 _TANH: Final = op("Tanh", op("Mul", _INNER, const(math.sqrt(2.0 / math.pi))))

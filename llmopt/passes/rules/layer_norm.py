@@ -21,11 +21,11 @@ from llmopt.ir.match import Bound, const, either, op
 from llmopt.passes.rules import Rule
 from llmopt.passes.rules.axes import last_axis, per_channel
 
-_CENTERED: Final = op("Sub", "x", op("ReduceMean", "x", "axes"))
+_CENTERED: Final = op("Sub", "x", op("ReduceMean", "x", "axes", keepdims=1))
 _SQUARE: Final = either(op("Pow", _CENTERED, const(2.0)), op("Mul", _CENTERED, _CENTERED))
 _VARIANCE: Final = either(
-    op("ReduceMean", _SQUARE, "axes2"),
-    op("Div", op("ReduceSum", _SQUARE, "axes2"), const("count")),
+    op("ReduceMean", _SQUARE, "axes2", keepdims=1),
+    op("Div", op("ReduceSum", _SQUARE, "axes2", keepdims=1), const("count")),
 )
 _DEVIATION: Final = op("Sqrt", op("Add", _VARIANCE, const("epsilon")))
 _NORMAL: Final = either(

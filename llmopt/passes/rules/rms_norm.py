@@ -21,7 +21,9 @@ from llmopt.passes.rules import Rule
 from llmopt.passes.rules.axes import last_axis, per_channel
 
 _SQUARE: Final = either(op("Pow", "x", const(2.0)), op("Mul", "x", "x"))
-_DEVIATION: Final = op("Sqrt", op("Add", op("ReduceMean", _SQUARE, "axes"), const("epsilon")))
+_DEVIATION: Final = op(
+    "Sqrt", op("Add", op("ReduceMean", _SQUARE, "axes", keepdims=1), const("epsilon"))
+)
 _NORMAL: Final = either(
     op("Div", "x", _DEVIATION),
     op("Mul", "x", op("Reciprocal", _DEVIATION)),
@@ -29,7 +31,11 @@ _NORMAL: Final = either(
     op(
         "Mul",
         "x",
-        op("Pow", op("Add", op("ReduceMean", _SQUARE, "axes"), const("epsilon")), const(-0.5)),
+        op(
+            "Pow",
+            op("Add", op("ReduceMean", _SQUARE, "axes", keepdims=1), const("epsilon")),
+            const(-0.5),
+        ),
     ),
 )
 
