@@ -259,20 +259,26 @@ class _Compilation:
         return str(lowering)
 
     def _quantizer(self) -> tuple[Pass, ...]:
+        from llmopt.passes.quantize_dynamic import QuantizeDynamic
         from llmopt.passes.quantize_weights import QuantizeWeights
-        from llmopt.quantization.schemes import Blockwise
+        from llmopt.quantization.schemes import Blockwise, DynamicInt8
 
-        if not isinstance(self.scheme, Blockwise):
-            return ()
-        scheme = self.scheme
-        return (QuantizeWeights(scheme.bits, scheme.block, scheme.symmetric),)
+        match self.scheme:
+            case Blockwise(bits, block, symmetric):
+                return (QuantizeWeights(bits, block, symmetric),)
+            case DynamicInt8():
+                return (QuantizeDynamic(),)
+        return ()
 
     def _transform(self) -> Any:
-        from llmopt.passes.quantize_weights import rounding
-        from llmopt.quantization.schemes import Blockwise
+        from llmopt.passes import quantize_dynamic, quantize_weights
+        from llmopt.quantization.schemes import Blockwise, DynamicInt8
 
-        if isinstance(self.scheme, Blockwise):
-            return rounding(self.source.program, self.scheme)
+        match self.scheme:
+            case Blockwise():
+                return quantize_weights.rounding(self.source.program, self.scheme)
+            case DynamicInt8():
+                return quantize_dynamic.rounding(self.source.program)
         return None
 
     def _prove(self, program: Program, entry: Path) -> Verification:
@@ -285,7 +291,7 @@ class _Compilation:
                 program,
                 self.backend.open(entry, exact=True),
                 self.source.reference,
-                tolerance=TOLERANCE.get(self.options.quantize or "", TOLERANCE["float32"]),
+                tolerance=TOLERANCE,
                 transform=self._transform(),
             )
 

@@ -49,12 +49,34 @@ def open_session(model: Path, *, exact: bool = False) -> Run:
 
 
 def _in_float(model: Path) -> bytes:
+    """Return the model with every product of rounded numbers done in float32."""
     import onnx
 
     proto = onnx.load(model, load_external_data=False)
+    made = {output: node for node in proto.graph.node for output in node.output}
+    nodes = []
     for node in proto.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
+        nodes.extend(_unrounded(node, made) if node.op_type == _INTEGER else [node])
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
     data: bytes = proto.SerializeToString()
     return data
+
+
+def _unrounded(node: Any, made: Mapping[str, Any]) -> list[Any]:
+    """Return MatMulIntegerToFloat as a product of what was rounded and the weight it stands for."""
+    import onnx
+
+    source = made[node.input[0]].input[0]  # of the QuantizeLinear
+    whole, scaled = f"{node.name}.whole", f"{node.name}.scaled"
+    return [
+        onnx.helper.make_node("Cast", [node.input[1]], [whole], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Mul", [whole, node.input[3]], [scaled]),
+        onnx.helper.make_node("MatMul", [source, scaled], list(node.output)),
+    ]
+
+
+_INTEGER: Final = "MatMulIntegerToFloat"
