@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,7 +79,7 @@ class Sampler:
             LlmoptError: A row holds NaN, or nothing finite.
         """
         best: Array = logits.argmax(axis=-1).astype(np.int64)  # numpy puts NaN first
-        if not np.isfinite(logits[np.arange(len(best)), best]).all():
+        if not all(math.isfinite(row[token]) for row, token in zip(logits, best, strict=True)):
             raise LlmoptError(
                 "the model gave logits that are not finite; "
                 "verify the artifact with `llmopt evaluate`"

@@ -220,16 +220,25 @@ class Sequences:
         end = self.length + tokens.shape[1]
         if end > self.capacity:
             raise UsageError(f"{end} tokens do not fit: there is room for {self.capacity}")
-        if mask is not None:
-            self._mask[:, self.length : end] = mask
-        fresh = self._mask[:, self.length : end]
-        positions = self._real + fresh.cumsum(axis=1) - 1
-        self._real = positions[:, -1:] + 1
+        positions = self._place(end, mask)
         self.length = end
-        # Padding in front has no position; any valid one will do, because nothing attends to it.
-        step = Step(tokens, self._mask[:, :end], np.maximum(positions, 0), every)
+        step = Step(tokens, self._mask[:, :end], positions, every)
         logits = self._stepper.run(step)
         return logits if every else logits[:, -1:]
+
+    def _place(self, end: int, mask: Array | None) -> Array:
+        """Note which of the new tokens are real and return their positions."""
+        if mask is None and end == self.length + 1:  # every step of a generation
+            positions = self._real
+            self._real = positions + 1
+            return positions
+        if mask is not None:
+            self._mask[:, self.length : end] = mask
+        positions = self._real + self._mask[:, self.length : end].cumsum(axis=1) - 1
+        self._real = positions[:, -1:] + 1
+        # Padding in front has no position; any valid one will do, because nothing attends to it.
+        placed: Array = np.maximum(positions, 0)
+        return placed
 
 
 def make_stepper(session: Session, batch: int, capacity: int) -> Stepper:
