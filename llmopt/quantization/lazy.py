@@ -69,6 +69,11 @@ class QuantizedWeight:
         shape = (*self._blocks(), self.scheme.block * self.scheme.bits // 8)
         return QuantizedPart(self, "bytes", lambda: self.packed().data, ir.DataType.UINT8, shape)
 
+    def table(self) -> QuantizedPart:
+        """Return the same bytes as GatherBlockQuantized reads them: [N, K'*bits/8] uint8."""
+        shape = (self.rows, self.scheme.padded(self.columns) * self.scheme.bits // 8)
+        return QuantizedPart(self, "table", lambda: self.packed().table, ir.DataType.UINT8, shape)
+
     def zero_bytes(self) -> QuantizedPart:
         """Return the zero points as MatMulNBits reads them: [N, ceil(K'/block*bits/8)] uint8."""
         shape = (self.rows, -(-self._blocks()[1] * self.scheme.bits // 8))

@@ -25,6 +25,8 @@ from llmopt.passes.base import Outcome, Pass
 from llmopt.quantization.lazy import QuantizedPart, QuantizedWeight
 
 MICROSOFT: Final = "com.microsoft"
+Stored = tuple[ir.Value, ir.Value, ir.Value | None]
+"""Codes, scales and zero points of a weight."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,12 @@ class LowerWeights(Pass):
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
-        stored: dict[QuantizedWeight, ir.Value] = {}
+        stored: dict[QuantizedWeight, Stored] = {}
+        for node in g.nodes(program.graph, "Gather"):  # first: tables are stored as they read them
+            found = _quantized(node.inputs[0], turned=False)
+            if isinstance(found, QuantizedWeight):
+                _gather(node, found, stored)
+                outcome.hit()
         for node in g.nodes(program.graph, "MatMul"):
             if _lower_integers(node):
                 outcome.hit()
@@ -58,18 +65,13 @@ class LowerWeights(Pass):
             elif found is not None:
                 self._product(node, found, stored)
                 outcome.hit()
-        for node in g.nodes(program.graph, "Gather"):
-            found = _quantized(node.inputs[0], turned=False)
-            if isinstance(found, QuantizedWeight):
-                _gather(node, found, stored)
-                outcome.hit()
         outcome.hit(_share_tied(program.graph))
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
 
     def _product(
-        self, node: ir.Node, weight: QuantizedWeight, stored: dict[QuantizedWeight, ir.Value]
+        self, node: ir.Node, weight: QuantizedWeight, stored: dict[QuantizedWeight, Stored]
     ) -> None:
         scheme = weight.scheme
         attributes = {
@@ -81,7 +83,11 @@ class LowerWeights(Pass):
         }
         target, bias = _bias(node, weight.rows)
         build = g.Builder(target)
-        inputs = [node.inputs[0], *_operands(build, weight, stored), None, bias]
+        codes, scale, points = _operands(build, weight, stored)
+        if codes.const_value is not None and len(codes.const_value.shape) == 2:
+            blocks = [weight.rows, scheme.blocks(weight.columns), scheme.block * scheme.bits // 8]
+            codes = build.op("Reshape", [codes, build.constant(blocks, "int64")])
+        inputs = [node.inputs[0], codes, scale, points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         out = build.op("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
@@ -120,25 +126,24 @@ def _quantized(value: ir.Value | None, *, turned: bool) -> QuantizedWeight | str
 
 
 def _operands(
-    build: g.Builder, weight: QuantizedWeight, stored: dict[QuantizedWeight, ir.Value]
-) -> list[ir.Value | None]:
+    build: g.Builder,
+    weight: QuantizedWeight,
+    stored: dict[QuantizedWeight, Stored],
+    *,
+    table: bool = False,
+) -> Stored:
     """Return codes, scales and zero points as initializers, each stored once."""
     if weight not in stored:
         leaf = next(weights.leaves(weight.base), None)
-        stored[weight] = build.initializer(
-            f"{leaf.source if leaf else 'weight'}.bytes", weight.bytes()
+        stem = leaf.source if leaf else "weight"
+        codes = weight.table() if table else weight.bytes()
+        points = None if weight.scheme.symmetric else weight.zero_bytes()
+        stored[weight] = (
+            build.initializer(f"{stem}.bytes", codes),
+            build.initializer(f"{stem}.scales", weight.scale()),
+            None if points is None else build.initializer(f"{stem}.zero_points", points),
         )
-    stem = str(stored[weight].name).removesuffix(".bytes")
-    initializers = build.graph.initializers
-    scale = initializers.get(f"{stem}.scales") or build.initializer(
-        f"{stem}.scales", weight.scale()
-    )
-    if weight.scheme.symmetric:
-        return [stored[weight], scale, None]
-    points = initializers.get(f"{stem}.zero_points") or build.initializer(
-        f"{stem}.zero_points", weight.zero_bytes()
-    )
-    return [stored[weight], scale, points]
+    return stored[weight]
 
 
 def _bias(node: ir.Node, rows: int) -> tuple[ir.Node, ir.Value | None]:
@@ -151,14 +156,11 @@ def _bias(node: ir.Node, rows: int) -> tuple[ir.Node, ir.Value | None]:
     return node, None
 
 
-def _gather(
-    node: ir.Node, weight: QuantizedWeight, stored: dict[QuantizedWeight, ir.Value]
-) -> None:
+def _gather(node: ir.Node, weight: QuantizedWeight, stored: dict[QuantizedWeight, Stored]) -> None:
+    """Look rows up in the codes; stored flat, so that only the head pays for a reshaped view."""
     build = g.Builder(node)
-    codes, scale, points = _operands(build, weight, stored)
+    table, scale, points = _operands(build, weight, stored, table=True)
     scheme = weight.scheme
-    width = scheme.padded(weight.columns) * scheme.bits // 8
-    table = build.op("Reshape", [codes, build.constant([weight.rows, width], "int64")])
     attributes = {
         "bits": scheme.bits,
         "block_size": scheme.block,
