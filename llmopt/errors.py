@@ -26,9 +26,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from typing_extensions import override
+
+_TRUST: Final = "pass --trust-pickle if you trust where it came from, or save it as safetensors"
 
 
 class LlmoptError(Exception):
@@ -65,7 +67,8 @@ class UnknownNameError(UsageError):
         close = difflib.get_close_matches(self.name, self.known, n=1)
         tail = f"did you mean {close[0]!r}? " if close else ""
         tail += f"known: {', '.join(self.known)}" if self.known else "none is known"
-        return f"unknown {self.kind} {self.name!r}; {tail}" + (f"; {self.hint}" if self.hint else "")
+        hint = f"; {self.hint}" if self.hint else ""
+        return f"unknown {self.kind} {self.name!r}; {tail}{hint}"
 
 
 class SourceNotFoundError(UsageError):
@@ -108,18 +111,20 @@ class PickleRefusedError(UsageError):
     Args:
         path: The file.
         reason: What in it needs unpickling.
+        hint: What to do next.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(str(path), reason)
+    def __init__(self, path: Path, reason: str, hint: str = _TRUST) -> None:
+        super().__init__(str(path), reason, hint)
         self.path = path
         self.reason = reason
+        self.hint = hint
 
     @override
     def __str__(self) -> str:
         return (
             f"{self.path}: refused, {self.reason}, and unpickling executes code in the file; "
-            "pass --trust-pickle if you trust where it came from, or save it as safetensors"
+            f"{self.hint}"
         )
 
 

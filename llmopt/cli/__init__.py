@@ -1,0 +1,16 @@
+"""The command line: each command parses, calls the API and prints.
+
+Data goes to stdout, everything else to stderr. Nothing heavy is imported before a command needs
+it, so that ``llmopt --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from llmopt.cli.app import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    app(prog_name="llmopt")

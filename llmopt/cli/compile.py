@@ -1,0 +1,174 @@
+"""``llmopt compile``: a source goes in, an artifact for each target comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmopt.cli.failures import InterruptedByUser
+from llmopt.cli.progress import Progress
+from llmopt.cli.text import echo_json
+from llmopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmopt.compiler import Artifact
+
+SCHEMA = 1
+
+
+@click.command("compile")
+@click.argument("source")
+@click.option(
+    "--target",
+    "targets",
+    metavar="TARGET",
+    multiple=True,
+    required=True,
+    help="What to compile for; `llmopt targets` lists them. Repeat for several.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The artifact; with several targets, the parent of one for each. "
+    "[default: <source>.<target>]",
+)
+@click.option(
+    "--model",
+    metavar="FILE.py:FACTORY",
+    help="The function that makes the module a state_dict belongs to.",
+)
+@click.option(
+    "--quantize", metavar="SCHEME", help="w8, w4, w8a8-dynamic; options in braces: w4{block=64}."
+)
+@click.option(
+    "--block", type=int, metavar="N", help="Weights that share a scale, as w4{block=N} says."
+)
+@click.option(
+    "--max-kl",
+    type=float,
+    metavar="NATS",
+    help="Fail if quantization costs more: mean KL divergence from the source.",
+)
+@click.option(
+    "--passes",
+    default="default",
+    show_default=True,
+    metavar="TEXT",
+    help="The pipeline, as in default,-merge-qkv,my-pass.",
+)
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="FILE",
+    help="A Python file or module that defines more passes. Repeatable.",
+)
+@click.option(
+    "--require",
+    multiple=True,
+    metavar="KIND=all",
+    help="Fail unless every one is fused: attention, norm, rotary, activation. Repeatable.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["final", "off"]),
+    default="final",
+    show_default=True,
+    help="Compare the artifact with the source, or do not.",
+)
+@click.option(
+    "--task",
+    type=click.Choice(["generate", "embed", "encode", "raw"]),
+    help="What the model is for.  [default: found out]",
+)
+@click.option(
+    "--example-inputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="What to call the module with while it is traced, one array per input.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The most tokens of one sequence.  [default: the model's own limit]",
+)
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Execute the code that a pickled file carries. Only for files you made yourself.",
+)
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
+    """Compile SOURCE for each TARGET and prove that the result computes the same thing.
+
+    SOURCE is a Hugging Face folder, a .gguf, .onnx, .pt2 or .pt file, or module.py:factory, a
+    function that returns an nn.Module.
+    """
+    with Progress() as progress:
+        artifacts = _compile(source, options, progress)
+    if as_json:
+        echo_json({"schema": SCHEMA, "artifacts": [each.summary() for each in artifacts]})
+    for artifact in artifacts:
+        _tell(artifact, as_json=as_json)
+
+
+def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[Artifact]:
+    scheme = _scheme(options["quantize"], options["block"])
+    targets = _distinct(options["targets"])
+    progress("starting")  # torch takes seconds to import
+    from llmopt.compiler import CompileOptions, compile_source
+    from llmopt.frontend.source import SourceOptions
+
+    making = CompileOptions(**_chosen(CompileOptions, options) | {"quantize": scheme})
+    reading = SourceOptions(**_chosen(SourceOptions, options))
+    try:
+        return compile_source(source, targets, options["output"], making, reading, progress)
+    except KeyboardInterrupt as error:
+        if len(targets) == 1:
+            raise
+        message = "interrupted; artifacts that were complete are kept, the others were not written"
+        raise InterruptedByUser(message) from error
+
+
+def _chosen(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options that are fields of ``kind``."""
+    return {f.name: options[f.name] for f in dataclasses.fields(kind) if f.name in options}
+
+
+def _scheme(quantize: str | None, block: int | None) -> str | None:
+    """Return the scheme with ``--block`` written into it."""
+    if block is None:
+        return quantize
+    if quantize is None:
+        raise UsageError("--block belongs to a scheme: give --quantize w4 or w8 too")
+    if "{" in quantize:
+        raise UsageError(f"--block {block} and the options of {quantize!r}: give one of them")
+    return f"{quantize}{{block={block}}}"
+
+
+def _distinct(targets: tuple[str, ...]) -> tuple[str, ...]:
+    for target in targets:
+        if targets.count(target) > 1:
+            raise UsageError(f"--target {target} is given twice: once is enough")
+    return targets
+
+
+def _tell(artifact: Artifact, *, as_json: bool) -> None:
+    """Print what was made, and what a user does next."""
+    from llmopt.cli.summary import summary
+
+    for note in artifact.notes:
+        click.echo(f"Note: {note}", err=True)
+    if not as_json:
+        click.echo(summary(artifact))
+    use = {"generate": '--prompt "The sky is"', "raw": "--inputs FILE.npz -o OUT.npz"}
+    option = use.get(artifact.manifest.task, '--text "The sky is blue."')
+    click.echo(f"Next: llmopt run {shlex.quote(str(artifact.path))} {option}", err=True)

@@ -1,0 +1,120 @@
+"""``llmopt run``: text, embeddings or raw tensors out of an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from llmopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmopt.runtime import Runner
+
+_SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+
+
+@click.command("run")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("more", nargs=-1, metavar="")
+@click.option("--prompt", metavar="TEXT", help="Continue this text.")
+@click.option("--chat", is_flag=True, default=None, help="The prompt is said to an assistant.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="At most so many.  [default: 128]")
+@click.option("--temperature", type=float, metavar="X", help="0 is greedy.  [default: 0]")
+@click.option("--top-p", type=float, metavar="X", help="Keep the likeliest of this probability.")
+@click.option("--top-k", type=int, metavar="N", help="Keep so many of the likeliest tokens.")
+@click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.")
+@click.option("--text", "texts", multiple=True, metavar="TEXT...", help="Embed these sentences.")
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Run the model on these arrays, by input name.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Where the outputs of --inputs go.",
+)
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--threads", type=int, metavar="N", help="Threads.  [default: every usable core]")
+def run_command(artifact: Path, more: tuple[str, ...], **options: Any) -> None:
+    """Run ARTIFACT on a prompt, on sentences, or on arrays.
+
+    \b
+    --prompt prints the continuation as it is made,
+    --text one JSON array for each sentence,
+    --inputs writes every output into another .npz file.
+    """  # noqa: D301 - \b keeps click from joining the lines
+    asked = _mode(more, options)
+    from llmopt.runtime import load
+
+    if asked == "inputs":
+        _run_arrays(artifact, options)
+        return
+    runner = load(artifact, threads=options["threads"])
+    if asked == "prompt":
+        _write_text(runner, options)
+    else:
+        _embed(runner, [*options["texts"], *more])
+
+
+def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
+    """Return which of the three was asked for.
+
+    Raises:
+        UsageError: None or several, or an option that belongs to another.
+    """
+    modes = {"prompt": options["prompt"] is not None, "text": bool(options["texts"])}
+    modes["inputs"] = options["inputs"] is not None
+    asked = [name for name, wanted in modes.items() if wanted]
+    if len(asked) != 1:
+        several = " and ".join(f"--{name}" for name in asked)
+        given = f"{several} exclude each other" if asked else "nothing to run on"
+        raise UsageError(f"{given}; give one of --prompt, --text, or --inputs with -o")
+    [mode] = asked
+    if more and mode != "text":
+        raise UsageError(f"{more[0]!r} is one argument too many; quote a prompt of several words")
+    used = {"prompt": (*_SAMPLING,), "inputs": ("output", "force")}
+    for name in (*_SAMPLING, "output", "force"):
+        if options[name] and name not in used.get(mode, ()):
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no effect with --{mode}; leave it out"
+            )
+    return mode
+
+
+def _write_text(runner: Runner, options: Mapping[str, Any]) -> None:
+    if runner.manifest.task != "generate":
+        raise UsageError(
+            f"{runner.folder}: made for task {runner.manifest.task!r}, it does not continue "
+            "text; use --text or --inputs"
+        )
+    wanted = {name: options[name] for name in _SAMPLING if options[name] is not None}
+    for piece in runner.stream(options["prompt"], **wanted):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+def _embed(runner: Runner, texts: list[str]) -> None:
+    for row in runner.embed(texts):
+        click.echo(json.dumps([float(f"{value:.7g}") for value in row]))
+
+
+def _run_arrays(artifact: Path, options: Mapping[str, Any]) -> None:
+    from llmopt.bundle.writer import check_destination
+    from llmopt.runtime import load
+    from llmopt.runtime.npz import read_npz, write_npz
+
+    if options["output"] is None:
+        raise UsageError("--inputs writes arrays: say where with -o FILE.npz")
+    check_destination(options["output"], force=options["force"])
+    feeds = read_npz(options["inputs"])
+    found = load(artifact, threads=options["threads"]).run(feeds)
+    write_npz(options["output"], found, force=options["force"])
+    click.echo(f"wrote {', '.join(found)} to {options['output']}", err=True)
