@@ -83,8 +83,8 @@ def load(artifact: str | Path | Artifact, *, threads: int | None = None) -> Runn
     """
     from llmopt.runtime import load as load_folder
 
-    path = getattr(artifact, "path", artifact)
-    return load_folder(path, threads=threads)
+    folder = artifact if isinstance(artifact, str | Path) else artifact.path
+    return load_folder(folder, threads=threads)
 
 
 def trace(

@@ -159,6 +159,7 @@ class Binding:
         self._session = session
         self._binding = session._session.io_binding()  # noqa: SLF001 - the two are one seam
         self._kept: dict[str, Array] = {}
+        self._bound: list[str] = []  # outputs, in the order that onnxruntime gives them back
 
     def feed(self, name: str, array: Array) -> None:
         """Read input ``name`` from ``array``, now and until it is fed another."""
@@ -168,12 +169,29 @@ class Binding:
     def fetch(self, name: str, array: Array) -> None:
         """Write output ``name`` into ``array``, which has exactly its shape."""
         self._kept[name] = array
+        self._remember(name)
         self._binding.bind_ortvalue_output(name, self._session.value(array))
+
+    def allocate(self, name: str) -> None:
+        """Let onnxruntime allocate output ``name``: what a run gives may differ from its shape."""
+        self._kept.pop(name, None)
+        self._remember(name)
+        self._binding.bind_output(name)
+
+    def allocated(self, name: str) -> Array:
+        """Return a copy of output ``name`` after a run."""
+        value = self._binding.get_outputs()[self._bound.index(name)]
+        return np.array(value.numpy())
+
+    def _remember(self, name: str) -> None:
+        if name not in self._bound:
+            self._bound.append(name)
 
     def share(self, past: str, present: str, array: Array) -> None:
         """Let input ``past`` and output ``present`` be the same memory."""
         value = self._session.value(array)
         self._kept[past] = array
+        self._remember(present)
         self._binding.bind_ortvalue_input(past, value)
         self._binding.bind_ortvalue_output(present, value)
 

@@ -19,7 +19,7 @@ from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivatio
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.backends.onnxruntime.session import open_session
 from llmopt.ir.dialect import OPSET
-from llmopt.ir.program import Program
+from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Pass
 
 ENTRY: Final = "model.onnx"
@@ -53,6 +53,7 @@ class OnnxRuntimeCpu(Backend):
     def write(self, program: Program, folder: Path) -> Lowered:
         model = program.model
         finish(model)
+        _declare_last_token(program)
         ir.save(model, folder / ENTRY, external_data=DATA, alignment=_ALIGNMENT)
         if (config := genai_config(program, ENTRY)) is not None:
             (folder / GENAI).write_bytes(config)
@@ -61,6 +62,18 @@ class OnnxRuntimeCpu(Backend):
     @override
     def open(self, entry: Path, *, exact: bool = False) -> Run:
         return open_session(entry, exact=exact)
+
+
+def _declare_last_token(program: Program) -> None:
+    """Declare logits of one token, the default of ``logits_to_keep``.
+
+    onnxruntime-genai sizes its buffer by what is declared. With ``logits_to_keep`` overridden the
+    shape is another, which ONNX Runtime allows and warns of.
+    """
+    logits, keep = program.output(Role.LOGITS), program.signature.find(Role.LOGITS_TO_KEEP)
+    if logits is not None and keep is not None and logits.shape is not None:
+        batch, _, vocabulary = logits.shape
+        logits.shape = ir.Shape([batch, 1, vocabulary])
 
 
 def finish(model: ir.Model) -> None:

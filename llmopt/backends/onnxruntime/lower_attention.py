@@ -51,10 +51,10 @@ class LowerAttention(Pass):
                 continue
             (_grouped if cached else _multi_head)(program, node)
             outcome.hit()
-        _remember_cache(program)
         if outcome.modified:
             g.remove_dead(program.model)
             program.graph.sort()
+        _remember_cache(program)
         return outcome
 
 
