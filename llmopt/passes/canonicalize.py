@@ -51,12 +51,13 @@ class Canonicalize(Pass):
 
 
 def _identity(node: ir.Node) -> ir.Value | None:
-    x = g.operand(node, 0)
-    if node.outputs[0].is_graph_output() and (x.is_graph_input() or x.is_graph_output()):
-        return None
-    if node.outputs[0].is_graph_output() and x.is_initializer():
-        return None
-    return x
+    return _instead(node.outputs[0], g.operand(node, 0))
+
+
+def _instead(out: ir.Value, x: ir.Value) -> ir.Value | None:
+    """Return ``x`` if it can stand for ``out``: it cannot give up a name of its own."""
+    named = x.is_graph_input() or x.is_graph_output() or x.is_initializer()
+    return None if out.is_graph_output() and named else x
 
 
 def _dropout(node: ir.Node) -> ir.Value | None:
@@ -98,12 +99,12 @@ def _reshape(node: ir.Node) -> ir.Value | None:
     before, after = g.shape(x), g.shape(out)
     if before is None or after is None:
         return None
-    if before == after and not out.is_graph_output():
-        return x
+    if before == after and (copy := _instead(out, x)) is not None:
+        return copy
     inner = g.producer(x, "Reshape")
     source = g.operand(inner, 0) if inner is not None else x
-    if g.shape(source) == after and not out.is_graph_output():
-        return source
+    if g.shape(source) == after and (copy := _instead(out, source)) is not None:
+        return copy
     target = reshape_target(g.shape(source) or [], after)
     if target is None:
         source, target = x, reshape_target(before, after)
