@@ -176,7 +176,11 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
     if not isinstance(module, torch.jit.ScriptModule):
         return list(inspect.signature(module.forward).parameters.values())
     return [
-        _KINDS(a.name, _KINDS.POSITIONAL_OR_KEYWORD, default=a.default_value if a.has_default_value() else _KINDS.empty)
+        _KINDS(
+            a.name,
+            _KINDS.POSITIONAL_OR_KEYWORD,
+            default=a.default_value if a.has_default_value() else _KINDS.empty,
+        )
         for a in module.forward.schema.arguments[1:]
     ]
 
@@ -186,7 +190,8 @@ def _vocabulary(module: nn.Module) -> int | None:
     for part in module.modules():
         kind = getattr(part, "original_name", type(part).__name__)  # scripts keep the class's name
         if isinstance(part, nn.Embedding) or kind == "Embedding":
-            return int(part.weight.shape[0])
+            weight: Any = part.weight
+            return int(weight.shape[0])
     return None
 
 

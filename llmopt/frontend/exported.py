@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,12 @@ class Runnable:
     Args:
         call: It.
         positional: How many of the inputs it takes by position; the others by name.
+        names: What it calls its inputs, in order; as the exported program does if not given.
     """
 
     call: Callable[..., Any]
     positional: int
+    names: Sequence[str] = ()
 
 
 def open_exported(
@@ -41,13 +43,18 @@ def open_exported(
             has no ONNX form.
     """
     names = [str(name) for name in exported.graph_signature.user_inputs]
-    placeholders = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
+    placeholders = {
+        n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"
+    }
     odd = [name for name in names if not isinstance(placeholders.get(name), torch.Tensor)]
     if odd:
         raise UnsupportedModelError(
             record.name, [f"input {name!r} is no tensor" for name in odd], "export it with tensors"
         )
     traced = translate(exported, reader(dict(exported.state_dict)))
+    names = list(run.names or names)
+    for value, name in zip(traced.model.graph.inputs, names, strict=True):
+        value.name = name
     leaves = [torch.empty(0)] * exported.call_spec.out_spec.num_leaves
     result = torch.utils._pytree.tree_unflatten(leaves, exported.call_spec.out_spec)  # noqa: SLF001 - torch has no other
     found = Found(

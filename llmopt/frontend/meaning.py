@@ -7,22 +7,20 @@ later tokens do not move earlier outputs of the source itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature, SourceRecord
 from llmopt.errors import UnknownNameError, UnsupportedModelError, UsageError
+from llmopt.frontend.causality import is_causal
 from llmopt.frontend.dims import name_dims
 from llmopt.frontend.examples import role_of
 from llmopt.frontend.reference import Reference
 from llmopt.frontend.source import Source, SourceOptions
 from llmopt.frontend.tables import longest
 from llmopt.ir import graph as g
-from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.program import Facts, Program, Role
 
 TASKS: Final = ("generate", "embed", "encode", "raw")
@@ -65,45 +63,85 @@ def finish(found: Found, options: SourceOptions) -> Source:
     Raises:
         UnknownNameError: there is no such task.
         UsageError: the model is not for the task that was asked for.
+        UnsupportedModelError: its batch or length is fixed, or its outputs are not told apart.
     """
     if options.task not in (None, *TASKS):
         raise UnknownNameError("task", str(options.task), TASKS)
+    program = Program(found.model, _drafted(found), Facts())
+    drafted = program.signature
+    vocabulary, hidden = _token_table(program.graph, drafted.inputs) or (0, 0)
+    limits = (found.limit, longest(program, vocabulary), options.max_length)
+    limit = min(filter(None, limits), default=UNBOUNDED)
+    main = _main_output(drafted)
+    causal = False
+    if main is not None and drafted.find(Role.TOKENS) is not None:
+        reference = found.reference([port.name for port in drafted.outputs])
+        causal = is_causal(reference, drafted, main, vocabulary, min(limit, 7))
+    reading = _Reading(main, vocabulary, hidden, causal=causal)
+    outputs = tuple(
+        _output(port, label, reading)
+        for port, label in zip(drafted.outputs, found.outputs, strict=True)
+    )
+    _rename(program.graph, outputs)
+    program.signature = Signature(drafted.inputs, outputs)
+    task = _task(program.signature, options.task, causal=causal)
+    _learn(program, found, task, vocabulary, hidden)
+    model = replace(program.facts.model, max_length=limit)
+    program.learn(model=model)
+    reference = found.reference([port.name for port in outputs])
+    return Source(found.record.name, program, reference, found.notes)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is known when outputs get their names.
+
+    Args:
+        main: The output with numbers for every token.
+        vocabulary: Rows of the matrix that tokens are looked up in.
+        hidden: Its columns.
+        causal: Whether no token moves an output before it.
+    """
+
+    main: str | None
+    vocabulary: int
+    hidden: int
+    causal: bool
+
+
+def _drafted(found: Found) -> Signature:
+    """Return inputs with roles, and outputs by the names of the source, dimensions named."""
     graph = found.model.graph
     inputs = _inputs(graph)
+    fixed = [
+        f"input {port.name!r} is fixed at {list(port.shape)}"
+        for port in inputs
+        if port.role != Role.OTHER and any(isinstance(dim, int) for dim in port.shape)
+    ]
+    if fixed:
+        raise UnsupportedModelError(
+            found.family, fixed, "export it with a dynamic batch and a dynamic length"
+        )
     name_dims(graph, {port.name: port.shape for port in inputs})
-    inputs = tuple(_resized(port, graph.inputs[i]) for i, port in enumerate(inputs))
+    inputs = tuple(
+        replace(port, shape=tuple(g.shape(value) or port.shape))
+        for port, value in zip(inputs, graph.inputs, strict=True)
+    )
     labels = _labels(found.outputs, len(graph.outputs), found.family)
-    table = _token_table(graph, inputs)
-    drafted = Signature(
-        inputs, tuple(_port(v, n) for v, n in zip(graph.outputs, labels, strict=True))
-    )
-    program = Program(found.model, drafted, Facts())
-    main = _main_output(drafted)
-    vocabulary, hidden = table or (0, 0)
-    limit = min(
-        filter(None, (found.limit, longest(program, vocabulary), options.max_length)),
-        default=UNBOUNDED,
-    )
-    heads_tokens = main is not None and bool(inputs) and drafted.find(Role.TOKENS) is not None
-    causal = heads_tokens and is_causal(
-        found.reference(labels), drafted, labels.index(str(main)), vocabulary, min(limit, 7)
-    )
-    outputs = _outputs(drafted, main, found.outputs, vocabulary, hidden, causal=causal)
-    _rename(graph, outputs)
-    program.signature = Signature(inputs, outputs)
-    task = _task(program.signature, options.task, causal=causal)
-    logits = program.signature.find(Role.LOGITS)
+    outputs = [_port(value, name) for value, name in zip(graph.outputs, labels, strict=True)]
+    return Signature(inputs, tuple(outputs))
+
+
+def _learn(program: Program, found: Found, task: str, vocabulary: int, hidden: int) -> None:
+    pooled = task != "embed" or program.signature.find(Role.EMBEDDING) is not None
     model = ModelFacts(
         family=found.family,
         layers=found.expected.get("attention", 0),
         hidden=hidden,
-        vocabulary=_width(logits) or vocabulary,
-        max_length=limit,
-        pooling="mean" if task == "embed" and not program.signature.find(Role.EMBEDDING) else None,
+        vocabulary=_width(program.signature.find(Role.LOGITS)) or vocabulary,
+        pooling=None if pooled else "mean",
     )
     program.learn(task=task, model=model, source=found.record, expected=dict(found.expected))
-    reference = found.reference([port.name for port in outputs])
-    return Source(found.record.name, program, reference, found.notes)
 
 
 def _inputs(graph: ir.Graph) -> tuple[Port, ...]:
@@ -143,11 +181,6 @@ def _port(value: ir.Value, name: str, role: Role = Role.OTHER) -> Port:
     return Port(name, role, str(value.dtype.numpy().name), tuple(dims))
 
 
-def _resized(port: Port, value: ir.Value) -> Port:
-    """Return ``port`` with the dimensions that its value has now that they are named."""
-    return Port(port.name, port.role, port.dtype, tuple(g.shape(value) or port.shape))
-
-
 def _labels(given: Sequence[str], count: int, family: str) -> list[str]:
     if len(given) != count:
         raise UnsupportedModelError(
@@ -181,52 +214,16 @@ def _main_output(signature: Signature) -> str | None:
     return None
 
 
-def is_causal(
-    reference: Reference, signature: Signature, output: int, vocabulary: int, tokens: int
-) -> bool:
-    """Whether no token moves an output before it, and each moves its own: asked of the source."""
-    if tokens < 2:
-        return False
-    name = signature.outputs[output].name
-    ids = next(p.name for p in signature.inputs if p.role == Role.TOKENS)
-    base = feeds(signature, Case(batch=2, new=tokens), vocabulary or 2)
-    places = sorted({tokens - 1, tokens // 2})
-    changed = []
-    for place in places:
-        moved = base[ids].copy()
-        moved[:, place] = (moved[:, place] + 1) % (vocabulary or 2)
-        changed.append({**base, ids: moved})
-    first, *rest = [found[name] for found in reference.run([base, *changed])]
-    return all(_only_from(first, other, place) for place, other in zip(places, rest, strict=True))
-
-
-def _only_from(before: npt.NDArray[Any], after: npt.NDArray[Any], place: int) -> bool:
-    if before.ndim != 3 or before.shape[1] <= place:
-        return False
-    moved = np.abs(after.astype(np.float64) - before).max(axis=(0, 2))
-    quiet = 1e-6 * np.abs(before).max()
-    return bool(np.all(moved[:place] <= quiet) and moved[place] > quiet)
-
-
-def _outputs(  # noqa: PLR0913: what an output means depends on all of these
-    signature: Signature,
-    main: str | None,
-    given: Sequence[str],
-    vocabulary: int,
-    hidden: int,
-    *,
-    causal: bool,
-) -> tuple[Port, ...]:
-    ports = []
-    for port, label in zip(signature.outputs, given, strict=True):
-        role, name = _OUTPUTS.get(label, Role.OTHER), port.name
-        if port.name == main and role is Role.OTHER:
-            scores = _width(port) == vocabulary or (causal and _width(port) != hidden)
-            role = Role.LOGITS if scores else Role.HIDDEN
-        if not label and role is not Role.OTHER:
-            name = "logits" if role is Role.LOGITS else "last_hidden_state"
-        ports.append(Port(name, role, port.dtype, port.shape))
-    return tuple(ports)
+def _output(port: Port, label: str, known: _Reading) -> Port:
+    """Return an output with its role; the one for every token is named by it if it has no name."""
+    role, name = _OUTPUTS.get(label, Role.OTHER), port.name
+    if port.name == known.main and role is Role.OTHER:
+        width = _width(port)
+        scores = width == known.vocabulary or (known.causal and width != known.hidden)
+        role = Role.LOGITS if scores else Role.HIDDEN
+    if not label and role is not Role.OTHER:
+        name = "logits" if role is Role.LOGITS else "last_hidden_state"
+    return replace(port, name=name, role=role)
 
 
 def _width(port: Port | None) -> int:

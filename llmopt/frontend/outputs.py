@@ -32,7 +32,7 @@ def output_names(result: Any, label: str) -> list[str]:
     for key, part in parts:
         below = output_names(part, label)
         named = [f"{key}.{name or i}" for i, name in enumerate(below)]
-        names += ([key] if isinstance(part, Tensor) else named)
+        names += [key] if isinstance(part, Tensor) else named
     return names
 
 

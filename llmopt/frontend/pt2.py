@@ -34,14 +34,25 @@ _OPERATORS: Final = re.compile(
 )
 _WORD: Final = re.compile(r"[\w.:+-]*\Z")
 _FUNCTIONS: Final = frozenset(
-    "Symbol Integer Float Rational Add Mul Pow Max Min Mod Abs floor ceiling And Or Not Identity "
-    "Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan Eq Ne Lt Le Gt Ge "
-    "FloorDiv ModularIndexing Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift "
-    "PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt RoundToInt ToFloat "
-    "RoundDecimal IsNonOverlappingAndDenseIndicator".split()
+    re.findall(
+        r"\w+",
+        """
+        Symbol Integer Float Rational Add Mul Pow Max Min Mod Abs floor ceiling And Or Not Identity
+        Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan
+        Eq Ne Lt Le Gt Ge FloorDiv ModularIndexing Where PythonMod CleanDiv CeilToInt FloorToInt
+        CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt
+        RoundToInt ToFloat RoundDecimal IsNonOverlappingAndDenseIndicator
+        """,
+    )
 )
 _VALUES: Final = frozenset({"int_oo", "oo", "true", "false", "zoo", "nan"})
-_TREES: Final = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+_TREES: Final = (
+    None,
+    "builtins.tuple",
+    "builtins.list",
+    "builtins.dict",
+    "collections.OrderedDict",
+)
 
 
 def load_exported(path: Path, *, trust: bool) -> ExportedProgram:
@@ -62,7 +73,7 @@ def load_exported(path: Path, *, trust: bool) -> ExportedProgram:
             programs = load_pt2(str(path)).exported_programs
     except PickleRefusedError:
         raise
-    except Exception as error:  # noqa: BLE001 - torch raises many types on damaged files
+    except Exception as error:
         problem = f"not a readable exported program ({_brief(error)})"
         raise SourceError(path, problem, _AGAIN) from error
     if len(programs) != 1:
@@ -156,7 +167,7 @@ def _string(text: str, key: str) -> Iterator[str]:
     elif key == "expr_str":
         if not harmless(text):
             yield f"its program evaluates {text[:60]!r}"
-    elif key == "target" and "." in text and text.split(".")[0] in _LOOKED_UP:
+    elif key == "target" and "." in text and text.split(".", maxsplit=1)[0] in _LOOKED_UP:
         if not _OPERATORS.fullmatch(text):
             yield f"its program calls {text[:60]}"
     elif key != "as_string" and not _WORD.match(text):
@@ -201,5 +212,7 @@ def _plain(node: ast.AST) -> bool:
         return node.id in _FUNCTIONS | _VALUES or bool(re.fullmatch(r"[a-z]+\d+", node.id))
     if isinstance(node, ast.Constant):
         numeric = isinstance(node.value, int | float)
-        return numeric or (isinstance(node.value, str) and bool(re.fullmatch(r"[\w.+-]*", node.value)))
+        return numeric or (
+            isinstance(node.value, str) and bool(re.fullmatch(r"[\w.+-]*", node.value))
+        )
     return isinstance(node, _SYNTAX)

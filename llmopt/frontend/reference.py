@@ -159,7 +159,7 @@ class ModuleReference:
                 items = list(tensors.items())
                 placed = [tensor for _, tensor in items[: self._positional]]
                 result = self._module(*placed, **dict(items[self._positional :]))
-                flat = torch.utils._pytree.tree_leaves(result)  # noqa: SLF001: torch's only one
+                flat = torch.utils._pytree.tree_leaves(result)  # noqa: SLF001 - torch's only one
                 arrays = [to_numpy(leaf) for leaf in flat if isinstance(leaf, Tensor)]
                 yield dict(zip(self._outputs, arrays, strict=True))
 

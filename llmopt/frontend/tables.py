@@ -26,7 +26,7 @@ def _limits(program: Program, vocabulary: int) -> Iterator[int]:
     for node in g.nodes(program.graph, "Gather"):
         rows, index = g.static(node.inputs[0], 0), g.operand(node, 1)
         fixed = g.weight(node.inputs[0]) is not None and g.attribute(node, "axis", 0) == 0
-        if not fixed or not rows or index.is_graph_input() and _is_token(program, index):
+        if not fixed or not rows or (index.is_graph_input() and _is_token(program, index)):
             continue
         highest = [_highest(program, index, length, vocabulary) for length in (5, 6)]
         if highest[0] is not None and highest[1] == highest[0] + 1:

@@ -27,7 +27,15 @@ from llmopt.frontend.trace import quiet
 _AGAIN: Final = "download or save it again"
 _NESTS: Final = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
 _WRITES: Final = re.compile(rb"\b(save|from_file)\s*\(")
-_DAMAGE: Final = (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError)
+_DAMAGE: Final = (
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OSError,
+)
 _SHOWN: Final = 5  # names in an error
 
 
@@ -106,7 +114,9 @@ def _open_script(path: Path, options: SourceOptions, names: list[str]) -> Source
         raise PickleRefusedError(path, "its program reads or writes files")
     try:
         with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, we know
-            script = torch.jit.load(str(path), map_location="cpu").eval()
+            script = torch.jit.load(  # type: ignore[no-untyped-call]
+                str(path), map_location="cpu"
+            ).eval()
     except _DAMAGE as error:
         raise _damaged(path, error) from error
     with warnings.catch_warnings(action="ignore"):
@@ -115,13 +125,15 @@ def _open_script(path: Path, options: SourceOptions, names: list[str]) -> Source
     try:
         with quiet(), torch.no_grad():
             exported = TS2EPConverter(script, args).convert()
-    except Exception as error:  # noqa: BLE001 - the converter raises many types
+    except Exception as error:
         raise UnsupportedModelError(
             path.name,
             [f"TorchScript that torch cannot convert: {_brief(error)}"],
             "compile the module itself, or save it with torch.export.save",
         ) from error
-    return open_exported(exported, _record(path, "torchscript"), options, Runnable(script, len(args)))
+    names = [str(a.name) for a in script.forward.schema.arguments[1 : len(args) + 1]]
+    run = Runnable(script, len(args), names)
+    return open_exported(exported, _record(path, "torchscript"), options, run)
 
 
 def _load(path: Path, *, trust: bool) -> Any:
@@ -131,14 +143,18 @@ def _load(path: Path, *, trust: bool) -> Any:
     except pickle.UnpicklingError as error:
         if not trust:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            needs = f"it needs {found[1]} to be unpickled" if found else "it holds more than tensors"
+            needs = (
+                f"it needs {found[1]} to be unpickled" if found else "it holds more than tensors"
+            )
             raise PickleRefusedError(path, needs) from error
     except _DAMAGE as error:
         raise _damaged(path, error) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
-        hint = "run where its classes can be imported, or name their file with --model FILE.py:factory"
+        hint = (
+            "run where its classes can be imported, or name their file with --model FILE.py:factory"
+        )
         raise SourceError(path, f"cannot be unpickled ({_brief(error)})", hint) from error
     except (pickle.UnpicklingError, *_DAMAGE) as error:
         raise _damaged(path, error) from error

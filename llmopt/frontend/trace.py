@@ -68,7 +68,7 @@ def trace_module(
                 dynamic_shapes=dynamic_shapes,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-        except Exception as error:  # noqa: BLE001: torch.export raises whatever the module does
+        except Exception as error:  # noqa: BLE001 - torch.export raises whatever the module does
             raise UnsupportedModelError(
                 label,
                 [f"torch.export failed: {_first_lines(error)}"],
@@ -102,7 +102,7 @@ def translate(
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
             )
-        except Exception as error:  # noqa: BLE001: a missing operator surfaces in many types
+        except Exception as error:  # noqa: BLE001 - a missing operator surfaces in many types
             raise UnsupportedModelError(
                 type(module).__name__ if module is not None else "exported program",
                 [f"no ONNX form: {_first_lines(error)}"],
@@ -114,34 +114,46 @@ def translate(
     signature = exported.graph_signature
     _bind(model, {*signature.parameters, *signature.buffers}, exported, read)
     simplify(model)
-    _label(model.graph)
+    label(model.graph)
     return Traced(model, _expected(exported, module), _limit(exported))
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold constants and shape arithmetic, with every weight held back as an input.
-
-    Weights must not be read here (they may not be there yet) and two that happen to be equal
-    must not be merged: a quantized model would store them apart.
-    """
+    """Fold constants and shape arithmetic, with every weight held back as an input."""
     from onnxscript import optimizer
 
+    with quiet(), held_back(model):
+        optimizer.optimize_ir(model, input_size_limit=1 << 14, output_size_limit=1 << 16)
+
+
+@contextlib.contextmanager
+def held_back(model: ir.Model) -> Iterator[None]:
+    """Make every unread weight an input for a while.
+
+    Weights must not be read (they may not be there yet) and two that happen to be equal must not
+    be merged: a quantized model would store them apart.
+    """
     graph = model.graph
-    held = [v for v in graph.initializers.values() if isinstance(v.const_value, Leaf)]
-    tensors = {value: value.const_value for value in held}
-    for value in held:
-        graph.initializers.pop(str(value.name))
+    tensors = {
+        name: value.const_value
+        for name, value in graph.initializers.items()
+        if isinstance(value.const_value, Leaf)
+    }
+    for name in tensors:
+        value = graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
-    with quiet():
-        optimizer.optimize_ir(model, input_size_limit=1 << 14, output_size_limit=1 << 16)
-    for value, tensor in tensors.items():
-        graph.inputs.remove(value)
-        value.const_value = tensor
-        graph.register_initializer(value)
+    try:
+        yield
+    finally:  # by name: a converter may have put a new graph in its place
+        graph = model.graph
+        for value in [v for v in graph.inputs if v.name in tensors]:
+            graph.inputs.remove(value)
+            value.const_value = tensors[str(value.name)]
+            graph.register_initializer(value)
 
 
-def _label(graph: ir.Graph) -> None:
+def label(graph: ir.Graph) -> None:
     """Name each node by the module that it came from, ``layers.0.attention/MatMul``."""
     taken: dict[str, int] = {}
     for node in graph:
@@ -198,7 +210,7 @@ def _bind(
             continue
         held = value.const_value
         sizes = [int(n) for n in held.shape]
-        if name not in state or math.prod(sizes) <= 1 or held.dtype not in _FLOATS:
+        if name not in state or math.prod(sizes) <= 1 or held.dtype not in FLOATS:
             continue
         source = first[name]
         value.const_value = Leaf(source, _typed(read, source, held.dtype), held.dtype, sizes)
@@ -218,7 +230,7 @@ def _typed(read: Read, name: str, dtype: ir.DataType) -> Callable[[], npt.NDArra
     return lambda: np.asarray(read(name)).astype(dtype.numpy(), copy=False)
 
 
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
 def _expected(

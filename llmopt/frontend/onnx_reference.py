@@ -1,0 +1,77 @@
+"""An ONNX file as it is, run by ONNX Runtime without any of its optimizations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.errors import BackendUnavailableError, SourceError
+from llmopt.frontend.reference import Arrays, Transform
+
+
+class OnnxReference:
+    """The file that was imported.
+
+    Args:
+        path: The file.
+        inputs: The names of its inputs.
+        outputs: What the Program calls its outputs, in order.
+        weights: How each weight is read, by its name in the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        weights: Mapping[str, Callable[[], npt.NDArray[Any]]],
+    ) -> None:
+        self._path = path
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._weights = weights
+
+    def run(
+        self, batches: Sequence[Arrays], transform: Transform | None = None
+    ) -> Iterator[Arrays]:
+        """Yield the outputs of each batch."""
+        replaced = self._replaced(transform)
+        session = self._session(replaced)
+        for batch in batches:
+            results = session.run(None, {name: batch[name] for name in self._inputs})
+            yield dict(zip(self._outputs, results, strict=True))
+
+    def _replaced(self, transform: Transform | None) -> dict[str, npt.NDArray[Any]]:
+        if transform is None:
+            return {}
+        return {
+            name: np.ascontiguousarray(transform(name, read()))
+            for name, read in self._weights.items()
+        }
+
+    def _session(self, replaced: Mapping[str, npt.NDArray[Any]]) -> Any:
+        if find_spec("onnxruntime") is None:
+            need = "an ONNX source is checked with it: pip install 'llmopt[runtime]'"
+            raise BackendUnavailableError("onnxruntime", need)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        for name, array in replaced.items():
+            # the session keeps no reference of its own: the arrays live as long as `run` does
+            options.add_initializer(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        try:
+            return onnxruntime.InferenceSession(
+                str(self._path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            line = str(error).partition("\n")[0][:200]
+            raise SourceError(
+                self._path, f"onnxruntime refuses it: {line}", "export it again"
+            ) from error
