@@ -70,10 +70,13 @@ def match(pattern: Pattern, value: ir.Value) -> Bound | None:
 
     Values are bound as ``ir.Value``, numbers as ``float``; ``"root"`` is the matched node.
     """
+    return next(matches(pattern, value), None)
+
+
+def matches(pattern: Pattern, value: ir.Value) -> Iterator[Bound]:
+    """Yield every way in which ``value`` is ``pattern``, as ``match`` returns the first."""
     for bound in _match(pattern, value, {}):
-        bound["root"] = value.producer()
-        return bound
-    return None
+        yield {**bound, "root": value.producer()}
 
 
 def _match(pattern: Pattern, value: ir.Value | None, bound: Bound) -> Iterator[Bound]:

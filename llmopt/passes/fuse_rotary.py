@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Case, feeds
-from llmopt.ir.match import Bound, either, match, op
+from llmopt.ir.match import Bound, either, matches, op
 from llmopt.ir.probe import Probe
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
@@ -58,9 +58,11 @@ class FuseRotary(Pass):
         outcome = Outcome()
         tables: dict[ir.Value, ir.Value | str] = {}
         for node in g.nodes(program.graph, "Add"):
-            bound = match(_PATTERN, node.outputs[0])
-            if bound is None:
+            ways = list(matches(_PATTERN, node.outputs[0]))
+            if not ways:
                 continue
+            # both operands of a product may be x: the one whose halves are turned is
+            bound = next((way for way in ways if _obstacle(way) is None), ways[0])
             reason = _obstacle(bound) or self._fuse(program, node, bound, tables)
             if reason:
                 outcome.miss(node, reason, "rotary")

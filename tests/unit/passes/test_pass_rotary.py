@@ -1,0 +1,193 @@
+"""Rotary embedding is recognized, its angles become one table, and nothing else does."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pytest
+from programs import apply, error_rel, evaluate, inputs, only, operators, program, reasons
+
+from llmopt.ir.feeds import Case
+from llmopt.ir.program import Program
+
+TOLERANCE: Final = 1e-6  # float32, max|a-b| / max|b|
+BODY: Final = """main (float[B,2,S,8] x, {edge}) => (float[B,2,S,8] y)
+<float[1,1,4] freq = {{1,0.5,0.25,0.125}}, int64[1] two = {{2}}, int64[1] one = {{1}},
+ int64[1] i0 = {{0}}, int64[1] i4 = {{4}}, int64[1] i8 = {{8}}, int64[1] axis = {{-1}},
+ float half = {{0.5}}, int64 zero = {{0}}, int64 unit = {{1}}, int64[2] halves = {{4,4}}>
+{{
+   {positions}
+   p3 = Unsqueeze (position, two)
+   pf = Cast <to = 1> (p3)
+   angle = Mul (pf, freq)
+   both = Concat <axis = -1> (angle, angle)
+   cos0 = Cos (both)
+   sin0 = Sin (both)
+   cos = Unsqueeze (cos0, one)
+   sin = Unsqueeze (sin0, one)
+   lower = Slice (x, i0, i4, axis)
+   upper = Slice (x, i4, i8, axis)
+   neg = Neg (upper)
+   turned = Concat <axis = -1> (neg, lower)
+   a = Mul (x, cos)
+   b = Mul (turned, sin)
+   y = Add (a, b)
+}}"""
+GIVEN: Final = BODY.format(
+    edge="int64[B,S] position_ids", positions="position = Identity (position_ids)"
+)
+COUNTED: Final = BODY.format(
+    edge="int64[B,S] input_ids",
+    positions="""n1 = Shape <start = 1, end = 2> (input_ids)
+   n = Squeeze (n1)
+   row = Range (zero, n, unit)
+   position = Unsqueeze (row, i0)""",
+)
+BEHIND: Final = BODY.format(
+    edge="int64[B,S] input_ids, float[B,2,P,8] past_key",
+    positions="""n1 = Shape <start = 1, end = 2> (input_ids)
+   n = Squeeze (n1)
+   p1 = Shape <start = 2, end = 3> (past_key)
+   p = Squeeze (p1)
+   e = Add (n, p)
+   row = Range (p, e, unit)
+   position = Unsqueeze (row, i0)""",
+)
+
+
+def equal(before: Program, after: Program, cases: tuple[Case, ...]) -> bool:
+    pairs = [
+        (evaluate(after, given), evaluate(before, given))
+        for given in map(lambda c: inputs(before, c), cases)
+    ]
+    return all(error_rel(got["y"], want["y"]) < TOLERANCE for got, want in pairs)
+
+
+@pytest.mark.parametrize(
+    ("text", "cases"),
+    [
+        pytest.param(GIVEN, (Case(1, 7), Case(3, 5, 0, "left")), id="positions given"),
+        pytest.param(COUNTED, (Case(1, 7), Case(3, 5)), id="positions counted"),
+        pytest.param(BEHIND, (Case(1, 7, 9), Case(3, 5)), id="positions behind a cache"),
+        pytest.param(
+            GIVEN.replace(
+                "lower = Slice (x, i0, i4, axis)", "lower, upper = Split <axis = 3> (x, halves)"
+            )
+            .replace("   upper = Slice (x, i4, i8, axis)\n", "")
+            .replace("turned = Concat <axis = -1>", "turned = Concat <axis = 3>"),
+            (Case(2, 5),),
+            id="halves by Split",
+        ),
+        pytest.param(
+            GIVEN.replace("cos0 = Cos (both)", "c1 = Cos (both)\n   cos0 = Mul (c1, half)"),
+            (Case(2, 5),),
+            id="scaled tables",
+        ),
+        pytest.param(
+            GIVEN.replace("a = Mul (x, cos)", "a = Mul (cos, x)").replace(
+                "y = Add (a, b)", "y = Add (b, a)"
+            ),
+            (Case(2, 5),),
+            id="operands in the other order",
+        ),
+    ],
+)
+def test_it_becomes_one_operator_with_a_table(text: str, cases: tuple[Case, ...]) -> None:
+    made = program(text)
+    before = made.clone()
+
+    assert apply("fuse-rotary", made).applied == 1
+
+    node = only(made, "RotaryEmbedding")
+    cos, sin = (node.inputs[i].const_value for i in (1, 2))  # type: ignore[union-attr]
+    assert cos is not None
+    assert sin is not None
+    assert list(cos.shape) == list(sin.shape) == [64, 4]
+    assert "Cos" not in operators(made)
+    assert equal(before, made, cases)
+
+
+def test_two_rotations_share_their_tables() -> None:
+    text = GIVEN.replace(
+        "y = Add (a, b)",
+        "r = Add (a, b)\n   b2 = Mul (turned, sin)\n   y0 = Add (a, b2)\n   y = Add (r, y0)",
+    )
+    made = program(text)
+
+    assert apply("fuse-rotary", made).applied == 2
+
+    first, second = (node for node in made.graph if node.op_type == "RotaryEmbedding")
+    assert first.inputs[1:] == second.inputs[1:]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        pytest.param(
+            "upper = Slice (x, i4, i8, axis)",
+            "upper = Slice (x, i0, i4, axis)",
+            "not the halves of x",
+            id="the same half twice",
+        ),
+        pytest.param(
+            "neg = Neg (upper)",
+            "o = Relu (x)\n   u = Slice (o, i4, i8, axis)\n   neg = Neg (u)",
+            "not the halves of x",
+            id="the half of another value",
+        ),
+        pytest.param(
+            "both = Concat <axis = -1> (angle, angle)",
+            "h = Mul (angle, half)\n   both = Concat <axis = -1> (angle, h)",
+            "its halves differ",
+            id="other angles in the second half",
+        ),
+        pytest.param(
+            "pf = Cast <to = 1> (p3)",
+            "pf0 = Cast <to = 1> (p3)\n   top = ReduceMax (pf0)\n   pf = Add (pf0, top)",
+            "no function of the position alone",
+            id="angles that depend on the length",
+        ),
+    ],
+)
+def test_another_rotation_stays_with_a_reason(old: str, new: str, reason: str) -> None:
+    outcome = apply("fuse-rotary", program(GIVEN.replace(old, new)))
+
+    assert outcome.applied == 0
+    assert reason in reasons(outcome)
+    assert [miss.kind for miss in outcome.missed] == ["rotary"]
+
+
+def test_angles_of_the_tokens_are_no_table() -> None:
+    text = BODY.format(edge="int64[B,S] input_ids", positions="position = Identity (input_ids)")
+
+    assert "depends on input_ids" in reasons(apply("fuse-rotary", program(text)))
+
+
+def test_angles_of_an_activation_are_no_table() -> None:
+    text = BODY.format(edge="float[B,S] z", positions="position = Relu (z)")
+
+    assert "depends on z" in reasons(apply("fuse-rotary", program(text)))
+
+
+def test_without_a_longest_sequence_there_is_no_table() -> None:
+    assert "longest sequence is not known" in reasons(apply("fuse-rotary", program(GIVEN, limit=0)))
+
+
+def test_a_short_longest_sequence_gives_a_short_table() -> None:
+    made = program(GIVEN, limit=6)
+
+    assert apply("fuse-rotary", made).applied == 1
+
+    table = only(made, "RotaryEmbedding").inputs[1]
+    assert table is not None
+    assert table.const_value is not None
+    np.testing.assert_array_equal(
+        table.const_value.numpy()[:, 0], np.cos(np.arange(6, dtype=np.float32))
+    )
+
+
+def test_heads_must_be_known() -> None:
+    text = GIVEN.replace("float[B,2,S,8]", "float[B,H,S,8]")
+
+    assert "not [batch, heads, tokens, width]" in reasons(apply("fuse-rotary", program(text)))
