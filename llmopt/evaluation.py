@@ -1,21 +1,36 @@
-"""What quantization cost, measured: an artifact and its source on the same text."""
+"""What quantization cost, measured: an artifact and its source on the same text.
+
+`measure_quality` is what ``compile`` does with a Program at hand; `evaluate` compares an artifact
+with any reference, on the user's text or on the artifact's own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.frontend.reference import Reference
-from llmopt.ir.feeds import Arrays, Case, feeds
+from llmopt.bundle.manifest import Signature
+from llmopt.errors import UsageError
+from llmopt.ir.feeds import Arrays, Case, feeds, resolve
 from llmopt.ir.program import Program, Role
-from llmopt.quantization.evaluation import QualityMeter
+from llmopt.quantization.evaluation import Estimate, Quality, QualityMeter
+from llmopt.runtime import Runner
 
+if TYPE_CHECKING:
+    from llmopt.frontend.reference import Reference
+
+Tokens = npt.NDArray[np.int64]
+Results = Callable[[Sequence[Tokens]], Iterator[Arrays]]
+"""Yields the outputs, logits of every token among them, of each row [S] of tokens."""
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 ROWS: Final = 8
 TOKENS: Final = 96  # 8 x 96 positions: enough for a 99th percentile
+WINDOW: Final = 256
+WINDOWS: Final = 32  # of a longer text: 8192 positions tell enough, in a minute
 
 
 def measure_quality(program: Program, run: Run, reference: Reference) -> dict[str, Any]:
@@ -65,7 +80,7 @@ def full_feeds(tokens: npt.NDArray[np.int64]) -> Arrays:
 def _no_past(program: Program, batch: int) -> Arrays:
     sizes = {"B": batch, "P": 0}
     return {
-        port.name: np.zeros([sizes.get(str(d), d) for d in port.shape], port.dtype)  # type: ignore[misc]
+        port.name: np.zeros([resolve(dim, sizes) for dim in port.shape], port.dtype)
         for port in program.signature.inputs
         if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
@@ -124,5 +139,172 @@ def cosine(found: Arrays, wanted: Arrays, case: Case) -> npt.NDArray[Any]:
     if b.ndim == 3 and b.shape[1] == case.new:
         mask = case.mask() == 1
         a, b = a[mask], b[mask]
+    return _cosines(a, b)
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How far vectors are from their reference's.
+
+    Args:
+        samples: Vectors compared.
+        cosine_mean: The mean of their cosines, 1 where nothing was lost.
+        cosine_min: The lowest.
+    """
+
+    samples: int
+    cosine_mean: Estimate
+    cosine_min: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An artifact against a reference.
+
+    Args:
+        text: What they were compared on, in words.
+        found: What came out.
+    """
+
+    text: str
+    found: Quality | Similarity
+
+
+def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> Evaluation:
+    """Return how far an artifact is from its reference.
+
+    Args:
+        candidate: The artifact.
+        reference: What it should be: `runner_results` or `source_results`.
+        text: What to compare on: for a language model running text, cut into windows of 256
+            tokens; for another, one text a line. None for text that the artifact writes itself
+            (random tokens, where it writes none).
+
+    Raises:
+        UsageError: The text is too short, or the reference is another kind of model.
+    """
+    language = candidate.manifest.task == "generate"
+    rows, label = (_language_rows if language else _other_rows)(candidate, text)
+    pairs = zip(rows, runner_results(candidate)(rows), reference(rows), strict=True)
+    if not language:
+        return Evaluation(label, _similar(found_wanted[1:] for found_wanted in pairs))
+    meter = QualityMeter()
+    for row, found, wanted in pairs:
+        left, right = _logits(found), _logits(wanted)
+        if left.shape != right.shape:
+            raise UsageError(
+                f"the artifact gives logits {list(left.shape)}, the reference "
+                f"{list(right.shape)}: they are different models"
+            )
+        meter.add(right[:-1], left[:-1], row[1:])
+    return Evaluation(label, meter.result())
+
+
+def runner_results(runner: Runner) -> Results:
+    """Return how to get outputs from an artifact."""
+
+    def results(rows: Sequence[Tokens]) -> Iterator[Arrays]:
+        for row in rows:
+            if runner.manifest.task == "generate":
+                yield {"logits": runner.logits(row[None])}
+            else:
+                yield runner.run({runner.session.need("tokens").name: row[None]})
+
+    return results
+
+
+def source_results(signature: Signature, reference: Reference) -> Results:
+    """Return how to get outputs from a source, which ``open_source`` gave."""
+
+    def results(rows: Sequence[Tokens]) -> Iterator[Arrays]:
+        return reference.run([_row_feeds(signature, row) for row in rows])
+
+    return results
+
+
+def _row_feeds(signature: Signature, row: Tokens) -> Arrays:
+    """Return the inputs of one full pass over ``row``, as the signature names them."""
+    batch = feeds(signature, Case(1, len(row), 0, "none"), 2)
+    for port in signature.inputs:
+        if port.role == Role.TOKENS:
+            batch[port.name] = row[None].astype(port.dtype)
+        elif port.role == Role.TOKEN_TYPES:
+            batch[port.name] = np.zeros((1, len(row)), port.dtype)
+    return {name: array for name, array in batch.items() if not name.startswith("past_key_")}
+
+
+def _logits(outputs: Arrays) -> npt.NDArray[Any]:
+    """Return logits [S, V] out of a batch of one.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if "logits" not in outputs:
+        raise UsageError(f"the reference gives {', '.join(outputs)}, and no logits to compare")
+    return np.asarray(outputs["logits"][0])
+
+
+def _language_rows(candidate: Runner, text: str | None) -> tuple[list[Tokens], str]:
+    limit = candidate.manifest.model.max_length or WINDOW
+    if text is None:
+        length = min(TOKENS, limit - 1)
+        rows = _own_rows(candidate, length)
+        return rows, f"{len(rows)} x {length} tokens written by the artifact itself"
+    tokens = np.asarray(candidate.tokenizer.encode(text), np.int64)
+    if len(tokens) < 2:
+        raise UsageError(f"the text has {len(tokens)} tokens: too few to compare anything")
+    size = min(WINDOW, limit)
+    rows = [tokens[start : start + size] for start in range(0, len(tokens) - 1, size)]
+    used = sum(map(len, rows[:WINDOWS]))
+    return rows[:WINDOWS], f"{used} of the {len(tokens)} tokens of the text, {size} at a time"
+
+
+def _own_rows(candidate: Runner, length: int) -> list[Tokens]:
+    """Return rows of tokens that the artifact draws at temperature 1, seeded."""
+    model = candidate.manifest.model
+    start = model.bos if model.bos is not None else (*model.eos, 0)[0]
+    drawn = candidate.generate_ids(
+        [[start]] * ROWS, max_new_tokens=length, temperature=1.0, seed=0, stop_tokens=()
+    )
+    return [np.asarray([start, *row], np.int64) for row in drawn]
+
+
+def _other_rows(candidate: Runner, text: str | None) -> tuple[list[Tokens], str]:
+    limit = candidate.manifest.model.max_length or 64
+    if text is None:
+        rng = np.random.default_rng(0)
+        vocabulary = candidate.manifest.model.vocabulary or 2
+        lengths = [min(limit, 8 * i) for i in range(1, 9)]
+        rows = [rng.integers(0, vocabulary, length) for length in lengths]
+        return rows, f"{len(rows)} rows of random tokens"
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UsageError("the text is empty: give one text a line")
+    encoded, _ = candidate.tokenizer.encode_all(lines, limit)
+    return [np.asarray(row, np.int64) for row in encoded], f"{len(lines)} lines of the text"
+
+
+def _similar(pairs: Iterator[tuple[Arrays, Arrays]]) -> Similarity:
+    """Return the cosines of the last output that both have, one for each vector."""
+    cosines = []
+    for found, wanted in pairs:
+        name = next((name for name in reversed(wanted) if name in found), None)
+        if name is None or found[name].shape != wanted[name].shape:
+            raise UsageError(
+                f"the artifact gives {_shapes(found)}, the reference {_shapes(wanted)}: they are "
+                "different models"
+            )
+        cosines.append(_cosines(found[name], wanted[name]).reshape(-1))
+    together = np.concatenate(cosines)
+    count = together.size
+    error = float(together.std(ddof=1) / np.sqrt(count)) if count > 1 else None
+    return Similarity(count, Estimate(float(together.mean()), error), float(together.min()))
+
+
+def _shapes(outputs: Arrays) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in outputs.items())
+
+
+def _cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.asarray(np.sum(a * b, axis=-1) / np.maximum(norms, 1e-30))

@@ -17,8 +17,13 @@ from llmopt.cli import failures
 COMMANDS: Final[Mapping[str, str]] = {
     "compile": "llmopt.cli.compile:compile_command",
     "run": "llmopt.cli.run:run_command",
+    "bench": "llmopt.cli.bench:bench_command",
+    "evaluate": "llmopt.cli.evaluate:evaluate_command",
+    "inspect": "llmopt.cli.inspect:inspect_command",
+    "opt": "llmopt.cli.opt:opt_command",
     "targets": "llmopt.cli.catalog:targets_command",
     "passes": "llmopt.cli.catalog:passes_command",
+    "doctor": "llmopt.cli.doctor:doctor_command",
 }
 """In the order of ``llmopt --help``: what a new user needs first comes first."""
 

@@ -16,7 +16,7 @@ SCHEMA = 1
 @click.command("targets")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def targets_command(as_json: bool) -> None:  # noqa: FBT001 - click
-    """List the targets, and whether each can build and run on this machine."""
+    """List the targets, and whether each builds and runs here."""
     from llmopt.backends import ALIASES, known_backends
 
     found = []
@@ -58,10 +58,10 @@ def _target_row(target: dict[str, Any]) -> list[str]:
 @click.command("passes")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def passes_command(as_json: bool) -> None:  # noqa: FBT001 - click
-    """List the passes that --passes can name, with their options."""
+    """List the passes and their options."""
     from llmopt.passes import DEFAULT, known_passes
 
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": name,
             "default": name in DEFAULT,
@@ -73,10 +73,7 @@ def passes_command(as_json: bool) -> None:  # noqa: FBT001 - click
     if as_json:
         echo_json({"schema": SCHEMA, "default": list(DEFAULT), "passes": found})
         return
-    rows = [
-        [str(each["name"]), " ".join(map(str, each["options"])), str(each["summary"])]
-        for each in found
-    ]
+    rows = [[each["name"], " ".join(each["options"]), each["summary"]] for each in found]
     click.echo(table(["pass", "options", "what it does"], rows))
     click.echo(f"\ndefault = {','.join(DEFAULT)}")
 

@@ -107,7 +107,7 @@ SCHEMA = 1
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
-    """Compile SOURCE for each TARGET and prove that the result computes the same thing.
+    """Compile SOURCE for each TARGET, and prove the result.
 
     SOURCE is a Hugging Face folder, a .gguf, .onnx, .pt2 or .pt file, or module.py:factory, a
     function that returns an nn.Module.

@@ -44,6 +44,9 @@ def told(arguments: Sequence[str]) -> Iterator[None]:
     except InterruptedByUser as error:
         click.echo(error.message, err=True)
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _end(_worded(error), error.exit_code)
     except click.Abort:

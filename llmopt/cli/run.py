@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from llmopt.cli.artifacts import require_there
 from llmopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def run_command(artifact: Path, more: tuple[str, ...], **options: Any) -> None:
     --inputs writes every output into another .npz file.
     """  # noqa: D301 - \b keeps click from joining the lines
     asked = _mode(more, options)
+    require_there(artifact)
     from llmopt.runtime import load
 
     if asked == "inputs":

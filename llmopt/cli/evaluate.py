@@ -1,0 +1,108 @@
+"""``llmopt evaluate``: what an artifact lost against its source, with standard errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from llmopt.cli.artifacts import is_artifact, require_there
+from llmopt.cli.progress import Progress
+from llmopt.cli.text import echo_json, table
+from llmopt.errors import SourceError, SourceNotFoundError
+
+if TYPE_CHECKING:
+    from llmopt.evaluation import Evaluation, Results
+
+SCHEMA = 1
+_WORDS: Final = {
+    "kl_mean": "mean KL divergence, nats",
+    "kl_p99": "99th percentile of it, nats",
+    "top1": "same most likely token, share",
+    "perplexity": "perplexity of the artifact",
+    "perplexity_reference": "perplexity of the reference",
+    "cosine_mean": "mean cosine",
+    "cosine_min": "lowest cosine",
+}
+
+
+@click.command("evaluate")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--reference",
+    required=True,
+    metavar="SOURCE|ARTIFACT",
+    help="What it was compiled from, or another artifact of the same model.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to compare on.  [default: what the artifact writes itself]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def evaluate_command(artifact: Path, reference: str, text: Path | None, as_json: bool) -> None:  # noqa: FBT001 - click
+    """Measure what an artifact lost against its source.
+
+    For a language model: KL divergence, agreement on the most likely token, and perplexity,
+    each with its standard error. For any other: the cosine of its vectors to the reference's.
+    """
+    require_there(artifact)
+    content = None if text is None else _read(text)
+    with Progress() as progress:
+        result = _evaluate(artifact, reference, content, progress)
+    values = dataclasses.asdict(result.found)
+    about = {"artifact": str(artifact), "reference": reference, "text": result.text}
+    if as_json:
+        echo_json({"schema": SCHEMA} | about | values)
+        return
+    click.echo(f"{artifact} against {reference}, on {result.text}\n")
+    click.echo(table(["", "value", "standard error"], _rows(values)))
+
+
+def _read(path: Path) -> str:
+    hint = "--text takes a file of plain text"
+    if not path.is_file():
+        raise SourceNotFoundError(path, hint)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(path, f"not UTF-8 text ({error.reason})", hint) from error
+
+
+def _evaluate(artifact: Path, reference: str, text: str | None, progress: Progress) -> Evaluation:
+    progress("starting")
+    from llmopt.evaluation import evaluate
+    from llmopt.runtime import load
+
+    candidate = load(artifact)
+    progress("opening the reference")
+    wanted = _reference(reference)
+    progress("comparing")
+    return evaluate(candidate, wanted, text)
+
+
+def _reference(reference: str) -> Results:
+    from llmopt.evaluation import runner_results, source_results
+    from llmopt.runtime import load
+
+    if is_artifact(Path(reference)):
+        return runner_results(load(reference))
+    from llmopt.frontend.source import SourceOptions, open_source
+
+    opened = open_source(reference, SourceOptions())
+    return source_results(opened.program.signature, opened.reference)
+
+
+def _rows(values: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, words in _WORDS.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        estimate = value if isinstance(value, dict) else {"value": value, "error": None}
+        error = estimate["error"]
+        rows.append([words, f"{estimate['value']:.4g}", "-" if error is None else f"{error:.2g}"])
+    return rows
