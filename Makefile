@@ -32,8 +32,7 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy --strict $(CODE)
 	$(BIN)/lint-imports
-	$(BIN)/python docs/generate.py --check
-	$(BIN)/cog --check -I docs docs/*.md README.md
+	$(BIN)/cog --check -P -I docs docs/*.md README.md
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 test: $(STAMP)  ## The quick suite, with branch coverage
@@ -49,8 +48,7 @@ fuzz: $(STAMP)  ## Random graphs and damaged files, ten times as many as the qui
 	LLMOPT_FUZZ=$(or $(N),300) $(PYTEST) tests/fuzz tests/property
 
 docs: $(STAMP)  ## Write the generated pages and build the site: docs/_build/html
-	$(BIN)/python docs/generate.py
-	$(BIN)/cog -r -I docs docs/*.md README.md
+	$(BIN)/cog -r -P -I docs docs/*.md README.md
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(STAMP)  ## Cost and speed against other tools; see bench/README.md

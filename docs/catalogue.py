@@ -1,0 +1,213 @@
+"""What the pages show of the code: passes, rules, schemes, targets, errors, commands.
+
+cog runs these functions where a page calls them, and ``make check`` compares. Each prints
+Markdown; nothing here is written by hand twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import llmopt.backends
+import llmopt.passes
+from llmopt import errors
+from llmopt.passes.base import Pass
+from llmopt.quantization.schemes import SCHEMES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results.json"
+_LABELS = "Rewrites|Needs|Numerics|Scope|Leaves|Source|Args|Raises|Returns"
+_LABEL = re.compile(rf"(?:^|(?<=[.)] ))({_LABELS}): ?", re.MULTILINE)
+
+
+def modules(package: Any) -> Iterator[Any]:
+    """Yield a package and every module in it, by name."""
+    yield package
+    names = [
+        found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    yield from map(importlib.import_module, sorted(names))
+
+
+def all_passes() -> list[type[Pass]]:
+    """Return every pass of llmopt: those of the default pipeline first, in its order."""
+    found = {
+        value.name: value
+        for package in (llmopt.passes, llmopt.backends)
+        for module in modules(package)
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Pass) and hasattr(value, "name")
+    }
+    order = list(dict.fromkeys([*llmopt.passes.DEFAULT, *sorted(found)]))
+    return [found[name] for name in order]
+
+
+def passes() -> None:
+    """Print one section a pass: what it rewrites, its numerics, scope, limits and options."""
+    shown: dict[str, str] = {}
+    for cls in all_passes():
+        print(f"\n## {cls.name}\n")
+        summary, sections = parts(inspect.getdoc(cls) or "")
+        print(f"{summary}\n\n{place(cls)}".strip())
+        text = rewrites(inspect.getmodule(cls))
+        first = shown.setdefault(text, cls.name)
+        if text and first == cls.name:
+            print(f"\n```text\n{text}\n```")
+        elif text:
+            print(f"\nWhat it rewrites is shown at [{first}](#{first}).")
+        definitions(sections)
+        options(cls, sections.get("Args", ""))
+
+
+def place(cls: type[Pass]) -> str:
+    """Return where in a pipeline a pass stands."""
+    if cls.lowers:
+        return "*Lowering: its backend runs it last.*"
+    if cls.name in llmopt.passes.DEFAULT:
+        return ""
+    return "*Not in the default pipeline: `--quantize` adds it.*" if "quantize" in cls.name else ""
+
+
+def rules() -> None:
+    """Print one section a rewrite rule."""
+    import llmopt.passes.rules
+
+    for module in modules(llmopt.passes.rules):
+        summary, sections = parts(inspect.getdoc(module) or "")
+        if "Needs" in sections:
+            print(f"\n### {module.__name__.rpartition('.')[2]}\n\n{summary}")
+            print(f"\n```text\n{rewrites(module)}\n```")
+            definitions(sections)
+
+
+def rewrites(module: Any) -> str:
+    """Return the before and after of a module's docstring, unindented."""
+    doc = inspect.getdoc(module) or ""
+    found = re.search(r"^Rewrites[^\n]*::\n\n((?:    [^\n]*\n?|\n)+)", doc, re.MULTILINE)
+    return textwrap.dedent(found[1]).rstrip() if found else ""
+
+
+def parts(doc: str) -> tuple[str, dict[str, str]]:
+    """Return the text before the first label, and the text of each."""
+    doc = re.sub(r"^Rewrites[^\n]*::\n\n((?:    [^\n]*\n?|\n)+)", "", doc, flags=re.MULTILINE)
+    head, *labelled = _LABEL.split(doc)
+    texts = dict(zip(labelled[::2], map(str.strip, labelled[1::2]), strict=True))
+    return markdown(head), texts
+
+
+def markdown(text: str) -> str:
+    """Return the prose of a docstring as Markdown."""
+    return re.sub(r"``(.+?)``", r"`\1`", text.strip())
+
+
+def definitions(sections: dict[str, str]) -> None:
+    """Print what a docstring says under its labels."""
+    for label in ("Needs", "Numerics", "Scope", "Leaves", "Source"):
+        if text := sections.get(label):
+            flat = re.sub(r"(https?://[^\s,;]+[^\s,;.])", r"<\1>", markdown(text))
+            print(f"\n{label}\n: {' '.join(flat.split())}")
+
+
+def options(cls: type[Any], described: str) -> None:
+    """Print the options of a pass as a table."""
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    if not fields:
+        return
+    texts = dict(re.findall(r"^ *(\w+): ((?:.|\n(?! *\w+: ))+)", described, re.MULTILINE))
+    print("\n| option | default | |\n| --- | --- | --- |")
+    for field in fields:
+        default = str(field.default).lower()
+        print(f"| `{field.name}` | `{default}` | {' '.join(texts.get(field.name, '').split())} |")
+
+
+def schemes() -> None:
+    """Print the schemes and the targets that have kernels for them."""
+    backends = llmopt.backends.known_backends().values()
+    print("\n| scheme | what it is | targets |\n| --- | --- | --- |")
+    for name, summary in SCHEMES.items():
+        targets = ", ".join(f"`{b.name}`" for b in backends if name in b.schemes)
+        print(f"| `{name}` | {summary} | {targets or 'none yet'} |")
+
+
+def targets() -> None:
+    """Print the targets with their aliases."""
+    print("\n| target | alias | artifact | schemes |\n| --- | --- | --- | --- |")
+    for name, backend in llmopt.backends.known_backends().items():
+        also = ", ".join(f"`{a}`" for a, of in llmopt.backends.ALIASES.items() if of == name)
+        schemes_ = ", ".join(f"`{scheme}`" for scheme in sorted(backend.schemes))
+        print(f"| `{name}` | {also} | {backend.summary} | {schemes_} |")
+
+
+def error_classes() -> list[type[errors.LlmoptError]]:
+    """Return every class of the tree, as ``errors.py`` orders them."""
+    found = [v for v in vars(errors).values() if isinstance(v, type)]
+    return [v for v in found if issubclass(v, errors.LlmoptError)]
+
+
+def error_table() -> None:
+    """Print every error with its exit code and meaning."""
+    print("\n| error | exit code | meaning |\n| --- | --- | --- |")
+    for cls in error_classes():
+        first = (inspect.getdoc(cls) or "").partition("\n")[0]
+        print(f"| `{cls.__name__}` | {cls.exit_code} | {markdown(first)} |")
+
+
+def families() -> None:
+    """Print the model families by their ``model_type``."""
+    from llmopt.models.decoder_families import DECODERS
+    from llmopt.models.encoder_families import ENCODERS
+
+    print(f"\nDecoders\n: {', '.join(f'`{name}`' for name in DECODERS)}")
+    print(f"\nEncoders\n: {', '.join(f'`{name}`' for name in ENCODERS)}")
+
+
+def commands() -> dict[str, click.Context]:
+    """Return the command line and each of its commands, by what a user types."""
+    from llmopt.cli import app
+
+    wide: dict[str, Any] = {"terminal_width": 78, "max_content_width": 78}
+    whole = click.Context(app, info_name="llmopt", **{**app.context_settings, **wide})
+    found = {"llmopt": whole}
+    for name in app.list_commands(whole):
+        command = app.get_command(whole, name)
+        assert command is not None
+        settings = {**command.context_settings, **wide}
+        found[f"llmopt {name}"] = click.Context(command, whole, info_name=name, **settings)
+    return found
+
+
+def help_text(context: click.Context) -> str:
+    """Return what ``--help`` prints in a terminal of 80 columns."""
+    return "\n".join(line.rstrip() for line in context.get_help().splitlines())
+
+
+def help_pages() -> None:
+    """Print one section a command: its ``--help``."""
+    for name, context in commands().items():
+        print(f"\n## {name}\n\n```text\n$ {name} --help\n{help_text(context)}\n```")
+
+
+def example(name: str) -> None:
+    """Print a file of ``docs/examples``."""
+    text = (ROOT / "docs" / "examples" / name).read_text().rstrip()
+    print(f"```python\n{text}\n```")
+
+
+def results() -> None:
+    """Print the table of models and targets from the last measured results."""
+    print("\n| model | target | scheme | size | quality | prefill | decode |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in json.loads(RESULTS.read_text())["rows"]:
+        keys = ("model", "target", "scheme", "size", "quality", "prefill", "decode")
+        print("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |")
