@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "runtime"))
-
 from tiny_artifacts import TinyDecoder, TinyEncoder
 
 
