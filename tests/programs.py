@@ -53,11 +53,27 @@ def program(text: str, *, limit: int = 64, weights: Iterable[str] = ()) -> Progr
     return Program(model, Signature(inputs, outputs), Facts(model=ModelFacts(max_length=limit)))
 
 
+def bound(text: str, arrays: Mapping[str, npt.NDArray[Any]]) -> Program:
+    """Return ``program(text)`` with some inputs made weights of a source, unread."""
+    made = program(text)
+    for value in list(made.graph.inputs):
+        array = arrays.get(str(value.name))
+        if array is not None:
+            made.graph.inputs.remove(value)
+            value.const_value = _leaf(str(value.name), array)
+            made.graph.register_initializer(value)
+    ports = tuple(port for port in made.signature.inputs if port.name not in arrays)
+    return Program(made.model, Signature(ports, made.signature.outputs), made.facts)
+
+
+def _leaf(name: str, array: npt.NDArray[Any]) -> Leaf:
+    return Leaf(name, array.copy, ir.DataType.from_numpy(array.dtype), array.shape)
+
+
 def _unread(value: ir.Value) -> None:
     tensor = value.const_value
     assert tensor is not None
-    array = tensor.numpy().copy()
-    value.const_value = Leaf(str(value.name), lambda: array, tensor.dtype, array.shape)
+    value.const_value = _leaf(str(value.name), tensor.numpy())
 
 
 def _port(value: ir.Value) -> Port:

@@ -103,7 +103,7 @@ def _grouped(program: Program, node: ir.Node) -> None:
     attributes: dict[str, Any] = {
         "num_heads": g.attribute(node, "q_num_heads", 0),
         "kv_num_heads": g.attribute(node, "kv_num_heads", 0),
-        "scale": g.attribute(node, "scale", 1.0),
+        **_scale(node),
     }
     if softcap := g.attribute(node, "softcap", 0.0):
         attributes["softcap"] = softcap
@@ -130,6 +130,12 @@ def _grouped(program: Program, node: ir.Node) -> None:
     )
     for old, new in zip(node.outputs, outputs, strict=True):
         g.replace(old, new)
+
+
+def _scale(node: ir.Node) -> dict[str, float]:
+    """Return the scale where it is written; all three operators have the same default."""
+    scale = g.attribute(node, "scale", None)
+    return {} if scale is None else {"scale": scale}
 
 
 def _rotary(q: ir.Value, k: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value | None]] | None:
@@ -237,7 +243,7 @@ def _multi_head(program: Program, node: ir.Node) -> None:
     build = g.Builder(node)
     attributes: dict[str, Any] = {
         "num_heads": g.attribute(node, "q_num_heads", 0),
-        "scale": g.attribute(node, "scale", 1.0),
+        **_scale(node),
     }
     if g.attribute(node, "is_causal", 0):
         attributes["unidirectional"] = 1

@@ -1,0 +1,75 @@
+"""Targets are text; a backend says what it has, and lists what it has not before any work."""
+
+from __future__ import annotations
+
+import pytest
+from programs import program
+
+from llmopt.backends import ALIASES, BACKENDS, find_backend, known_backends
+from llmopt.backends.base import split_target
+from llmopt.backends.onnxruntime import OnnxRuntimeCpu, finish, installed
+from llmopt.errors import UnknownNameError, UsageError
+
+
+def test_a_target_and_its_alias_are_the_same_backend() -> None:
+    assert find_backend("cpu") == find_backend("onnxruntime-cpu") == OnnxRuntimeCpu()
+    assert {*ALIASES.values()} <= {*BACKENDS} <= {*known_backends()}
+
+
+@pytest.mark.parametrize("name", known_backends())
+def test_every_backend_describes_itself(name: str) -> None:
+    cls = known_backends()[name]
+
+    assert cls.name == name
+    assert cls.summary
+    assert cls.schemes
+    assert cls().available().builds == ""
+
+
+def test_an_unknown_target_names_those_there_are() -> None:
+    with pytest.raises(UnknownNameError, match="onnxruntime-cpu"):
+        find_backend("onnxruntime-cpus")
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="threads"):
+        find_backend("cpu{threads=2}")
+
+
+@pytest.mark.parametrize("text", ["", "cpu{", "cpu}", "cpu{a=1}b", "cpu{flag}"])
+def test_text_that_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        split_target(text)
+
+
+def test_options_of_a_target_are_split() -> None:
+    assert split_target(" tvm-cpu{mcpu=znver4, jobs=2} ") == (
+        "tvm-cpu",
+        {"mcpu": "znver4", "jobs": "2"},
+    )
+
+
+def test_operators_without_a_kernel_are_listed() -> None:
+    made = program(
+        """main (float[B,4] x) => (float[B,4] y, float[B,4] z)
+    { a = Swish (x)\n [odd] y = Relu (a)\n z = Relu (x) }"""
+    )
+    next(node for node in made.graph if node.name == "odd").op_type = "NoSuchOperator"
+
+    assert find_backend("cpu").check(made) == ["no CPU kernel for NoSuchOperator ('odd')"]
+
+
+def test_a_finished_model_imports_the_vendors_domain_only_where_it_is_used() -> None:
+    made = program("main (float[B,4] x) => (float[B,4] y) { y = Swish (x) }")
+    finish(made.model)
+    assert "com.microsoft" not in made.graph.opset_imports
+
+    for item in find_backend("cpu").passes(None):
+        item.run(made)
+    finish(made.model)
+
+    assert made.graph.opset_imports["com.microsoft"] == 1
+
+
+def test_an_absent_package_has_no_version() -> None:
+    assert installed("no-such-package-anywhere") == "absent"
