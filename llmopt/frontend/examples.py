@@ -85,8 +85,9 @@ def load_arrays(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SourceNotFoundError(path, "give an .npz file with one array per input")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
+        with path.open("rb") as stream:
+            arrays = np.load(stream, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
                 raise SourceError(path, "one array without a name", "save it with numpy.savez")
             return {name: arrays[name] for name in arrays}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
@@ -108,15 +109,22 @@ def dynamic_shapes(inputs: Tensors) -> dict[str, Any]:
 def free_axes(name: str, tensor: Tensor, inputs: Tensors) -> list[int]:
     """Return the axes of an input that are batch or tokens.
 
-    Integers are [B, S]; real numbers are features, [B, F] or [B, S, F], but for masks, whose
-    axes as long as the tokens are free.
+    Integers are [B, S] and hidden states [B, S, E]. Of other numbers the batch is free; so is, of
+    masks and matrices, what is as long as the tokens.
     """
-    axes = [0, 1] if tensor.dim() == 3 or not tensor.is_floating_point() else [0]
-    if role_of(name) is Role.MASK or tensor.dtype is torch.bool:
-        lengths = {t.shape[1] for t in inputs.values() if t.dim() == 2}
-        axes = [0, *(axis for axis in range(1, tensor.dim()) if tensor.shape[axis] in lengths)]
     if tensor.dim() < 2:
         return []
+    mask = role_of(name) is Role.MASK or tensor.dtype is torch.bool
+    if not mask and (tensor.dim() == 3 or not tensor.is_floating_point()):
+        axes = [0, 1]
+    elif mask or tensor.dim() == 2:
+        matrices = [
+            t for t in inputs.values() if t.dim() == 2 and (mask or not t.is_floating_point())
+        ]
+        lengths = {t.shape[1] for t in matrices}
+        axes = [0, *(axis for axis in range(1, tensor.dim()) if tensor.shape[axis] in lengths)]
+    else:
+        axes = [0]
     return [axis for axis in axes if tensor.shape[axis] > 1]
 
 
@@ -175,13 +183,14 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
     """Return what ``forward`` takes; a script says it in a schema of its own."""
     if not isinstance(module, torch.jit.ScriptModule):
         return list(inspect.signature(module.forward).parameters.values())
+    script: Any = module
     return [
         _KINDS(
             a.name,
             _KINDS.POSITIONAL_OR_KEYWORD,
             default=a.default_value if a.has_default_value() else _KINDS.empty,
         )
-        for a in module.forward.schema.arguments[1:]
+        for a in script.forward.schema.arguments[1:]
     ]
 
 

@@ -58,10 +58,10 @@ def open_module(module: nn.Module, options: SourceOptions, name: str | None = No
         free = dynamic_shapes(named)
         notes += fixed_notes(named, free)
         shapes = options.dynamic_shapes or _arranged(module, inputs, free)
-        traced = trace_module(module, inputs, shapes)
         with torch.no_grad():
             result = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
         outputs = output_names(result, label)
+        traced = trace_module(module, inputs, shapes)
     names = [str(value.name) for value in traced.model.graph.inputs]
     positional = 0 if isinstance(inputs, dict) else len(inputs)
     found = Found(

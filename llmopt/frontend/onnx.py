@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,7 +194,9 @@ def _raise_opset(path: Path, model: ir.Model) -> None:
 
     version = model.graph.opset_imports.get("") or model.graph.opset_imports.pop("ai.onnx", 0)
     try:
-        if version != OPSET:
+        if version > OPSET:
+            raise ValueError("it is newer")  # noqa: TRY301 - one message for whatever fails
+        if version < OPSET:
             with quiet(), held_back(model):
                 version_converter.convert_version(model, OPSET, fallback=True)
     except Exception as error:

@@ -40,21 +40,24 @@ class OnnxReference:
         self, batches: Sequence[Arrays], transform: Transform | None = None
     ) -> Iterator[Arrays]:
         """Yield the outputs of each batch."""
-        replaced = self._replaced(transform)
+        replaced = self._replaced(transform)  # the session only points to them: keep them alive
         session = self._session(replaced)
         for batch in batches:
             results = session.run(None, {name: batch[name] for name in self._inputs})
             yield dict(zip(self._outputs, results, strict=True))
 
-    def _replaced(self, transform: Transform | None) -> dict[str, npt.NDArray[Any]]:
+    def _replaced(self, transform: Transform | None) -> dict[str, Any]:
+        """Return each weight as ``transform`` gives it, as a value of ONNX Runtime."""
         if transform is None:
             return {}
+        from onnxruntime import OrtValue
+
         return {
-            name: np.ascontiguousarray(transform(name, read()))
+            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(transform(name, read())))
             for name, read in self._weights.items()
         }
 
-    def _session(self, replaced: Mapping[str, npt.NDArray[Any]]) -> Any:
+    def _session(self, replaced: Mapping[str, Any]) -> Any:
         if find_spec("onnxruntime") is None:
             need = "an ONNX source is checked with it: pip install 'llmopt[runtime]'"
             raise BackendUnavailableError("onnxruntime", need)
@@ -63,9 +66,8 @@ class OnnxReference:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        for name, array in replaced.items():
-            # the session keeps no reference of its own: the arrays live as long as `run` does
-            options.add_initializer(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        for name, value in replaced.items():
+            options.add_initializer(name, value)
         try:
             return onnxruntime.InferenceSession(
                 str(self._path), options, providers=["CPUExecutionProvider"]

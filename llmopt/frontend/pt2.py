@@ -167,14 +167,15 @@ def _string(text: str, key: str) -> Iterator[str]:
     elif key == "expr_str":
         if not harmless(text):
             yield f"its program evaluates {text[:60]!r}"
-    elif key == "target" and "." in text and text.split(".", maxsplit=1)[0] in _LOOKED_UP:
+    elif key == "target" and text.startswith(_LOOKED_UP):
         if not _OPERATORS.fullmatch(text):
             yield f"its program calls {text[:60]}"
     elif key != "as_string" and not _WORD.match(text):
         yield f"its program has {text[:60]!r} for a {key}"
 
 
-_LOOKED_UP: Final = frozenset({"torch", "_operator", "math"})
+_LOOKED_UP: Final = ("torch", "_operator", "math")
+"""How names begin that torch looks up, part by part, in a module: ``torchx.os`` is torch's os."""
 
 
 def _tree(spec: Any) -> Iterator[str]:

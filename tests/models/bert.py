@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from gpt import LayerNorm, perturbed
 from torch import Tensor, nn
 from typing_extensions import override
-
-from gpt import LayerNorm, perturbed
 
 VOCABULARY, HEADS, WIDTH, LAYERS, LONGEST, FORWARD, TYPES = 31, 3, 8, 2, 48, 56, 2
 HIDDEN = HEADS * WIDTH
