@@ -138,7 +138,7 @@ def _learn(program: Program, found: Found, task: str, vocabulary: int, hidden: i
         family=found.family,
         layers=found.expected.get("attention", 0),
         hidden=hidden,
-        vocabulary=_width(program.signature.find(Role.LOGITS)) or vocabulary,
+        vocabulary=vocabulary or _width(program.signature.find(Role.LOGITS)),
         pooling=None if pooled else "mean",
     )
     program.learn(task=task, model=model, source=found.record, expected=dict(found.expected))

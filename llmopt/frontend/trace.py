@@ -209,7 +209,7 @@ def _bind(
         if name not in names or value.const_value is None:
             continue
         held = value.const_value
-        sizes = [int(n) for n in held.shape]
+        sizes = list(held.shape.numpy())
         if name not in state or math.prod(sizes) <= 1 or held.dtype not in FLOATS:
             continue
         source = first[name]

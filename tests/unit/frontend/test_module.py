@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from llmopt.errors import (
     PickleRefusedError,
@@ -40,6 +41,7 @@ class Tagger(nn.Module):
         self.out = nn.Linear(HIDDEN, width)
         self.causal, self.mixes = causal, mixes
 
+    @override
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.table(input_ids)
         if self.mixes:
@@ -50,7 +52,8 @@ class Tagger(nn.Module):
 class Masked(Tagger):
     """Takes a mask and positions, and returns two things by name."""
 
-    def forward(
+    @override
+    def forward(  # type: ignore[override]
         self, ids: Tensor, mask: Tensor, position_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
         x = self.table(ids) * mask[..., None]
@@ -203,8 +206,8 @@ def test_example_inputs_are_given_by_name_in_order_or_by_file(tmp_path: Path) ->
         }
     with pytest.raises(UsageError, match="without mask"):
         example_inputs(Masked(), SourceOptions(example_inputs={"ids": ids}))
+    given = {"ids": ids, "mask": mask, "other": ids}
     with pytest.raises(UsageError, match="unknown other"):
-        given = {"ids": ids, "mask": mask, "other": ids}
         example_inputs(Masked(), SourceOptions(example_inputs=given))
     with pytest.raises(UsageError, match="is a str"):
         example_inputs(Masked(), SourceOptions(example_inputs={"ids": "a", "mask": mask}))
@@ -223,7 +226,7 @@ def test_inputs_that_cannot_be_guessed_are_asked_for() -> None:
 
     class Broken(Tagger):
         def forward(self, input_ids: Tensor) -> Tensor:
-            raise RuntimeError("never")
+            raise RuntimeError(f"never {len(input_ids)}")
 
     with pytest.raises(UsageError, match=r"'gate'\? pass --example-inputs"):
         opened(Unknown())
@@ -277,7 +280,7 @@ def test_pickled_and_damaged_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "cut.npz", ids=np.zeros(100))
     whole = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match="not an .npz"):
+    with pytest.raises(SourceError, match=r"not an \.npz"):
         load_arrays(tmp_path / "cut.npz")
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(SourceError, match="without a name"):
@@ -330,7 +333,7 @@ def test_a_factory_that_is_none_is_refused(tmp_path: Path) -> None:
         load_factory(f"{path}:make")
     with pytest.raises(UsageError, match="names no factory"):
         call_factory(str(path))
-    with pytest.raises(UsageError, match="it has nn|it has"):
+    with pytest.raises(UsageError, match="it has"):
         load_factory(factory(path, "def other(): pass\n"))
     with pytest.raises(UsageError, match="not callable"):
         load_factory(factory(path, "make = 3\n"))
