@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
-from llmopt.fusion import Fused, fusion_report, require
+from llmopt.fusion import Fused, fusion_report, require, required_kinds
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +120,10 @@ def compile_source(  # noqa: PLR0913: the options that every caller sets stand a
     from llmopt.frontend.source import open_source
 
     backends = [find_backend(target) for target in targets]
+    _check_distinct(backends)
     scheme = _scheme(options, backends)
     pipeline = _pipeline(options)
+    required_kinds(options.require)  # a wrong one is told before any work
     if options.verify not in ("final", "off"):
         raise UsageError(f"--verify {options.verify!r}: choose final or off")
     for backend in backends if output is not None else ():
@@ -142,6 +144,16 @@ def compile_source(  # noqa: PLR0913: the options that every caller sets stand a
         _Compilation(opened, backend, scheme, options, clock).run(place, str(pipeline), ran, report)
         for backend, place in zip(backends, places, strict=True)
     ]
+
+
+def _check_distinct(backends: Sequence[Backend]) -> None:
+    names = [backend.name for backend in backends]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"--target {name} is given twice, and both would be written to one place; "
+                "compile them one by one, each with its own -o"
+            )
 
 
 def _scheme(options: CompileOptions, backends: Sequence[Backend]) -> Scheme | None:
@@ -301,9 +313,7 @@ class _Compilation:
         if self.scheme is None or self.options.verify == "off":
             return {}
         with self.clock("measuring quality against the source"):
-            quality = measure_quality(
-                program, self.backend.open(entry), self.source.reference
-            )
+            quality = measure_quality(program, self.backend.open(entry), self.source.reference)
         bound, found = self.options.max_kl, quality.get("kl_mean")
         if bound is not None and found is None:
             raise UsageError("--max-kl: this model gives no logits to measure it on")

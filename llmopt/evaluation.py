@@ -28,7 +28,7 @@ Results = Callable[[Sequence[Tokens]], Iterator[Arrays]]
 """Yields the outputs, logits of every token among them, of each row [S] of tokens."""
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 ROWS: Final = 8
-TOKENS: Final = 96  # 8 x 96 positions: enough for a 99th percentile
+TOKENS: Final = 88  # 8 x 88 positions: enough for a 99th percentile
 WINDOW: Final = 256
 WINDOWS: Final = 32  # of a longer text: 8192 positions tell enough, in a minute
 
@@ -184,6 +184,11 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
         UsageError: The text is too short, or the reference is another kind of model.
     """
     language = candidate.manifest.task == "generate"
+    if candidate.session.find("tokens") is None:
+        raise UsageError(
+            f"{candidate.folder}: takes no tokens (task {candidate.manifest.task!r}); compare "
+            "what `llmopt run --inputs` gives instead"
+        )
     rows, label = (_language_rows if language else _other_rows)(candidate, text)
     pairs = zip(rows, runner_results(candidate)(rows), reference(rows), strict=True)
     if not language:

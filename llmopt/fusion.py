@@ -55,6 +55,24 @@ def _count(program: Program, kind: str) -> int:
     return len(g.nodes(program.graph, *KINDS[kind]))
 
 
+def required_kinds(requirements: Sequence[str]) -> list[str]:
+    """Return what has to be fused everywhere, from ``"attention=all"`` and the like.
+
+    Raises:
+        UsageError: a requirement is not of that form.
+        UnknownNameError: there is no such kind.
+    """
+    kinds = []
+    for text in requirements:
+        kind, _, amount = text.partition("=")
+        if amount != "all":
+            raise UsageError(f"--require {text!r}: write KIND=all")
+        if kind not in KINDS:
+            raise UnknownNameError("kind of fusion", kind, KINDS)
+        kinds.append(kind)
+    return kinds
+
+
 def require(report: Mapping[str, Fused], requirements: Sequence[str]) -> None:
     """Raise unless every required kind was fused wherever the source has it.
 
@@ -63,15 +81,9 @@ def require(report: Mapping[str, Fused], requirements: Sequence[str]) -> None:
         requirements: ``"attention=all"`` and the like.
 
     Raises:
-        UsageError: a requirement is not of that form.
         FusionError: something was missed.
     """
-    for text in requirements:
-        kind, sign, amount = text.partition("=")
-        if not sign or amount != "all":
-            raise UsageError(f"--require {text!r}: write KIND=all")
-        if kind not in KINDS:
-            raise UnknownNameError("kind of fusion", kind, KINDS)
+    for kind in required_kinds(requirements):
         fused = report.get(kind, Fused(None, 0))
         expected = fused.expected if fused.expected is not None else fused.fused
         if fused.fused < expected or (expected == 0 and kind == "attention"):

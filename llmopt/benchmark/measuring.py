@@ -111,7 +111,10 @@ def check_fits(runner: Runner, workload: Workload) -> None:
     else:
         length = workload.prefill + workload.decode
     if not fitting:
-        raise UsageError(f"{runner.folder}: task {runner.manifest.task!r} cannot run {workload}")
+        raise UsageError(
+            f"{runner.folder}: task {runner.manifest.task!r} cannot run {workload}; prefill=…,"
+            "decode=… is for task generate, encode=… for embed and encode"
+        )
     if facts.max_length and length > facts.max_length:
         raise UsageError(
             f"{runner.folder}: takes {facts.max_length} tokens, {workload} needs {length}"

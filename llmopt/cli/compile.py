@@ -122,7 +122,7 @@ def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa
 
 def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[Artifact]:
     scheme = _scheme(options["quantize"], options["block"])
-    targets = _distinct(options["targets"])
+    targets = options["targets"]
     progress("starting")  # torch takes seconds to import
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.source import SourceOptions
@@ -154,13 +154,6 @@ def _scheme(quantize: str | None, block: int | None) -> str | None:
     return f"{quantize}{{block={block}}}"
 
 
-def _distinct(targets: tuple[str, ...]) -> tuple[str, ...]:
-    for target in targets:
-        if targets.count(target) > 1:
-            raise UsageError(f"--target {target} is given twice: once is enough")
-    return targets
-
-
 def _tell(artifact: Artifact, *, as_json: bool) -> None:
     """Print what was made, and what a user does next."""
     from llmopt.cli.summary import summary
@@ -169,6 +162,6 @@ def _tell(artifact: Artifact, *, as_json: bool) -> None:
         click.echo(f"Note: {note}", err=True)
     if not as_json:
         click.echo(summary(artifact))
-    use = {"generate": '--prompt "The sky is"', "raw": "--inputs FILE.npz -o OUT.npz"}
-    option = use.get(artifact.manifest.task, '--text "The sky is blue."')
+    use = {"generate": '--prompt "The sky is"', "embed": '--text "The sky is blue."'}
+    option = use.get(artifact.manifest.task, "--inputs FILE.npz -o OUT.npz")
     click.echo(f"Next: llmopt run {shlex.quote(str(artifact.path))} {option}", err=True)

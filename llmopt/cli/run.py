@@ -92,10 +92,11 @@ def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
 
 
 def _write_text(runner: Runner, options: Mapping[str, Any]) -> None:
-    if runner.manifest.task != "generate":
+    task = runner.manifest.task
+    if task != "generate":
+        other = "--text" if task == "embed" else "--inputs with -o"
         raise UsageError(
-            f"{runner.folder}: made for task {runner.manifest.task!r}, it does not continue "
-            "text; use --text or --inputs"
+            f"{runner.folder}: made for task {task!r}, it does not continue text; use {other}"
         )
     wanted = {name: options[name] for name in _SAMPLING if options[name] is not None}
     for piece in runner.stream(options["prompt"], **wanted):

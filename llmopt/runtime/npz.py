@@ -14,6 +14,9 @@ from llmopt.bundle.writer import staged_file
 from llmopt.errors import PickleRefusedError, SourceError, SourceNotFoundError
 
 _HINT: Final = "write it with numpy.savez, one array for each input"
+_PLAIN: Final = "save plain arrays of numbers with numpy.savez"
+_PICKLE: Final = b"\x80"
+_ARCHIVES: Final = frozenset({b"PK\x03\x04", b"PK\x05\x06"})  # the second one is empty
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -26,17 +29,24 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """
     if not path.is_file():
         raise SourceNotFoundError(path, _HINT)
+    _check_start(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise SourceError(path, "holds one array without a name", _HINT)
             return {name: arrays[name] for name in arrays}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         if "pickle" in str(error):
-            raise PickleRefusedError(
-                path, "it holds pickled objects", "save plain arrays of numbers with numpy.savez"
-            ) from error
+            raise PickleRefusedError(path, "it holds pickled objects", _PLAIN) from error
         raise SourceError(path, f"not an .npz file ({error})", _HINT) from error
+
+
+def _check_start(path: Path) -> None:
+    """Tell a pickle from other files that are no archive; numpy takes both for a pickle."""
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start[:1] == _PICKLE:
+        raise PickleRefusedError(path, "it is a pickle", _PLAIN)
+    if start not in _ARCHIVES:
+        raise SourceError(path, f"not an .npz file, it starts with {start!r}", _HINT)
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], *, force: bool) -> None:
