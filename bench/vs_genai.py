@@ -1,0 +1,218 @@
+"""Decode and prefill against onnxruntime-genai running its own builder's output.
+
+    python bench/vs_genai.py [--rounds 20] [--json FILE] CASE ...
+
+A case is ``smollm2:w4``, ``smollm2:fp32``, ``llama-1.2b:w4`` or ``llama-1.2b:fp32``. Both sides
+run in this process with the same threads, in turns, on the same fresh random prompt of each
+round; the order swaps from round to round. Printed are medians and the median of the per-round
+ratios with a bootstrap 95 % interval, and the overhead of our runner over a bare session that
+replays the same steps on bound buffers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import shapes
+
+PREFILL, DECODE = 128, 64
+MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": shapes.smollm2, "llama-1.2b": shapes.llama}
+
+
+def build_ours(source: Path, scheme: str, folder: Path) -> None:
+    """Compile with llmopt; verification is not what is measured here."""
+    command = [sys.executable, "-m", "llmopt", "compile", str(source), "--target", "cpu"]
+    command += ["--verify", "off", "-o", str(folder)]
+    command += [] if scheme == "fp32" else ["--quantize", scheme]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def build_genai(source: Path, scheme: str, folder: Path) -> None:
+    """Build with onnxruntime-genai's model builder: logits of the last token only, as ours."""
+    precision = {"fp32": "fp32", "w4": "int4"}[scheme]
+    extra = ["prune_lm_head=true"]
+    extra += ["int4_accuracy_level=4", "int4_block_size=32"] if scheme == "w4" else []
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
+    command += ["-o", str(folder), "-p", precision, "-e", "cpu", "-c", f"{folder}.cache"]
+    command += ["--extra_options", *extra]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Ours:
+    """An artifact run by llmopt's runner."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import llmopt
+
+        self.runner = llmopt.load(folder, threads=threads)
+
+    def run(self, prompt: np.ndarray) -> tuple[float, float]:
+        """Return seconds of the prefill, and seconds for each decoded token."""
+        from llmopt.runtime.steps import Sequences
+
+        sequences = Sequences(self.runner.session, 1, PREFILL + DECODE + 1)
+        start = time.perf_counter()
+        token = np.argmax(sequences.extend(prompt[None])[:, -1], axis=-1)
+        first = time.perf_counter()
+        for _ in range(DECODE):
+            token = np.argmax(sequences.extend(token[:, None])[:, -1], axis=-1)
+        return first - start, (time.perf_counter() - first) / DECODE
+
+
+class Bare:
+    """The same artifact and steps on a bare session: bound buffers and nothing else."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(str(folder / "model.onnx"), options)
+        self.ort = ort
+
+    def run(self, prompt: np.ndarray) -> tuple[float, float]:
+        """Return seconds of the prefill, and seconds for each decoded token."""
+        value = self.ort.OrtValue.ortvalue_from_numpy
+        binding = self.session.io_binding()
+        kept = []
+        for port in self.session.get_inputs():
+            if port.name.startswith("past_key_values"):
+                _, heads, _, width = port.shape
+                cache = value(np.zeros((1, heads, PREFILL + DECODE + 1, width), np.float32))
+                kept.append(cache)
+                binding.bind_ortvalue_input(port.name, cache)
+                present = port.name.replace("past_key_values", "present")
+                binding.bind_ortvalue_output(present, cache)
+        vocabulary = self.session.get_outputs()[0].shape[2]
+        logits = np.zeros((1, 1, vocabulary), np.float32)
+        binding.bind_ortvalue_output("logits", value(logits))
+        mask = np.ones((1, PREFILL + DECODE + 1), np.int64)
+
+        def step(tokens: np.ndarray, start: int) -> None:
+            end = start + tokens.shape[1]
+            binding.bind_ortvalue_input("input_ids", value(tokens))
+            binding.bind_ortvalue_input("attention_mask", value(mask[:, :end]))
+            binding.bind_ortvalue_input("position_ids", value(np.arange(start, end)[None]))
+            self.session.run_with_iobinding(binding)
+
+        begin = time.perf_counter()
+        step(prompt[None], 0)
+        first = time.perf_counter()
+        for index in range(DECODE):
+            step(np.array([[index + 5]]), PREFILL + index)
+        return first - begin, (time.perf_counter() - first) / DECODE
+
+
+class Genai:
+    """onnxruntime-genai on its own builder's model."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime_genai as genai
+
+        file = folder / "genai_config.json"
+        config = json.loads(file.read_text())
+        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+        file.write_text(json.dumps(config))
+        self.genai = genai
+        self.model = genai.Model(str(folder))
+
+    def run(self, prompt: np.ndarray) -> tuple[float, float]:
+        """Return seconds of the prefill, and seconds for each decoded token."""
+        params = self.genai.GeneratorParams(self.model)
+        length = PREFILL + DECODE + 1
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = self.genai.Generator(self.model, params)
+        start = time.perf_counter()
+        generator.append_tokens(prompt.astype(np.int32))
+        generator.generate_next_token()  # chooses the first token; the next calls run a step each
+        first = time.perf_counter()
+        for _ in range(DECODE):
+            generator.generate_next_token()
+        return first - start, (time.perf_counter() - first) / DECODE
+
+
+def interval(ratios: np.ndarray) -> tuple[float, float]:
+    """Return a bootstrap 95 % interval of the median."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (4000, len(ratios))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def compare(case: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """Return the measurements of one case."""
+    name, scheme = case.split(":")
+    source, ours, theirs = (work / f"{name}{part}" for part in ("", f"-{scheme}", f"-{scheme}-genai"))
+    if not source.exists():
+        MAKERS[name](source)
+    if not ours.exists():
+        build_ours(source, scheme, ours)
+    if not (theirs / "genai_config.json").exists():
+        build_genai(source, scheme, theirs)
+    sides = {"ours": Ours(ours, threads), "genai": Genai(theirs, threads), "bare": Bare(ours, threads)}
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(0)
+    samples: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for number in range(rounds + 2):
+        prompt = rng.integers(10, vocabulary, PREFILL)
+        order = list(sides) if number % 2 else list(sides)[::-1]
+        for side in order:
+            time.sleep(0.15)  # idle threads of the other side stop spinning
+            found = sides[side].run(prompt)
+            if number >= 2:  # two rounds of warm-up
+                samples[side].append(found)
+    return report(case, {side: np.array(values) for side, values in samples.items()})
+
+
+def report(case: str, samples: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Print and return medians, ratios and their intervals."""
+    result: dict[str, Any] = {"case": case, "samples": {k: v.tolist() for k, v in samples.items()}}
+    for index, metric in enumerate(("prefill", "decode")):
+        tokens = PREFILL if metric == "prefill" else 1
+        rates = {side: tokens / float(np.median(v[:, index])) for side, v in samples.items()}
+        ratio = samples["genai"][:, index] / samples["ours"][:, index]
+        low, high = interval(ratio)
+        overhead = samples["ours"][:, index] / samples["bare"][:, index] - 1
+        cost = interval(overhead)
+        result[metric] = {"tokens_per_s": rates, "ratio": float(np.median(ratio))}
+        result[metric] |= {"ratio_95": [low, high], "overhead_95": list(cost)}
+        print(
+            f"{case:18} {metric:8} ours {rates['ours']:8.1f}  genai {rates['genai']:8.1f} tok/s"
+            f"  ratio {np.median(ratio):.3f} [{low:.3f}, {high:.3f}]"
+            f"  overhead {np.median(overhead):+.1%} [{cost[0]:+.1%}, {cost[1]:+.1%}]"
+        )
+    return result
+
+
+def main() -> None:
+    """Measure the cases that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("cases", nargs="+", metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, help="keeps checkpoints and models between runs")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = chosen.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        results = [compare(case, work, chosen.rounds, chosen.threads) for case in chosen.cases]
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
