@@ -94,7 +94,7 @@ class Artifact:
         }
 
 
-def compile_source(  # noqa: PLR0913: the options that every caller sets stand alone
+def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller sets stand alone
     source: str | Path | torch.nn.Module,
     targets: Sequence[str],
     output: Path | None,

@@ -116,6 +116,7 @@ def _save(model: ir.Model, output: Path, *, force: bool) -> None:
     import onnx_ir as ir
 
     from llmopt.bundle.writer import staged_file
+    from llmopt.ir.saving import save_with_data
 
     tensors = (value.const_value for value in model.graph.initializers.values())
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) < _EMBEDDED_BYTES:
@@ -124,7 +125,7 @@ def _save(model: ir.Model, output: Path, *, force: bool) -> None:
         return
     data = output.with_name(f"{output.name}.data")
     with staged_file(data, force=force) as weights, staged_file(output, force=force) as staging:
-        ir.save(model, staging, format="protobuf", external_data=weights.name)
+        save_with_data(model, staging, weights.name)
         _rename_data(staging, data.name)
 
 

@@ -20,6 +20,7 @@ from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.backends.onnxruntime.session import open_session
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program, Role
+from llmopt.ir.saving import save_with_data
 from llmopt.passes.base import Pass
 
 ENTRY: Final = "model.onnx"
@@ -54,7 +55,7 @@ class OnnxRuntimeCpu(Backend):
         model = program.model
         finish(model)
         _declare_last_token(program)
-        ir.save(model, folder / ENTRY, external_data=DATA, alignment=_ALIGNMENT)
+        save_with_data(model, folder / ENTRY, DATA, alignment=_ALIGNMENT)
         if (config := genai_config(program, ENTRY)) is not None:
             (folder / GENAI).write_bytes(config)
         return Lowered(ENTRY, program, {"onnxruntime": installed("onnxruntime"), "opset": OPSET})
