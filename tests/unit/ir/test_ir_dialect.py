@@ -79,7 +79,8 @@ QKV = "float[B,S,8] q, float[B,S,8] k, float[B,S,8] v"
     [
         pytest.param(
             QKV,
-            "float[B,S,8] y) { y = Attention <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (q, k, v) }",
+            "float[B,S,8] y) { y = Attention"
+            " <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (q, k, v) }",
             "",
             id="well-formed",
         ),
@@ -91,7 +92,8 @@ QKV = "float[B,S,8] q, float[B,S,8] k, float[B,S,8] v"
         ),
         pytest.param(
             "float[B,S,8] q, float[B,X,8] k, float[B,X,8] v",
-            "float[B,S,8] y) { y = Attention <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (q, k, v) }",
+            "float[B,S,8] y) { y = Attention"
+            " <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (q, k, v) }",
             "aligns top-left",
             id="causal with other keys",
         ),

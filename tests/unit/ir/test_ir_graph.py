@@ -56,7 +56,10 @@ def test_constants_and_what_is_none(made: Program) -> None:
     assert g.constant(value(made, "w"), 2) is None
     assert g.weight(value(made, "w")) is not None
     assert g.weight(value(made, "a")) is None
-    assert g.constant(None) is g.weight(None) is g.shape(None) is g.rank(None) is None
+    assert g.constant(None) is None
+    assert g.weight(None) is None
+    assert g.shape(None) is None
+    assert g.rank(None) is None
 
 
 def test_an_initializer_that_a_caller_may_override_is_no_constant(made: Program) -> None:
@@ -79,7 +82,7 @@ def test_shapes_and_unknown_sizes(made: Program) -> None:
 
 
 def test_broadcast_takes_what_is_not_one() -> None:
-    shapes = [["B", 1, 1, "T"], ["S", 1]]
+    shapes: list[list[int | str]] = [["B", 1, 1, "T"], ["S", 1]]
     first, second = (ir.Value(name="v", shape=ir.Shape(s)) for s in shapes)
 
     assert str(g.broadcast(first, second)) == "[B,1,S,T]"

@@ -61,9 +61,9 @@ def test_inputs_are_read_by_name_and_constants_as_they_are() -> None:
             id="random",
         ),
         pytest.param(
-            """main (bool c) => (int64 y) <int64 one = {1}> {
-                y = If (c) <then_branch = t () => (int64 p) { p = Constant <value_int = 1> () },
-                            else_branch = e () => (int64 q) { q = Constant <value_int = 2> () }> }""",
+            """main (bool c) => (int64 y) {
+            y = If (c) <then_branch = t () => (int64 p) { p = Constant <value_int = 1> () },
+                        else_branch = e () => (int64 q) { q = Constant <value_int = 2> () }> }""",
             "If 'y' cannot be evaluated ahead",
             id="a branch",
         ),
@@ -75,7 +75,8 @@ def test_what_cannot_be_evaluated_says_why(text: str, reason: str) -> None:
 
 def test_sizes_that_do_not_fit_are_told_and_not_raised() -> None:
     part = probe(
-        "main (int64[B,S] input_ids) => (int64[n] y) <int64[5] five = {0,1,2,3,4}, int64[1] i = {0}>"
+        "main (int64[B,S] input_ids) => (int64[n] y)"
+        "<int64[5] five = {0,1,2,3,4}, int64[1] i = {0}>"
         "{ s = Shape <start = 1, end = 2> (input_ids)\n e = Expand (i, s)\n y = Add (e, five) }"
     )
 
@@ -148,10 +149,12 @@ def test_documented_examples() -> None:
 
 def test_a_program_finds_its_ports_and_clones_apart() -> None:
     made = program(
-        "main (int64[B,S] input_ids, float[B,1,P,2] past_key_1) => (float[B,S,2] logits)"
-        "{ f = Cast <to = 1> (input_ids)\n u = Unsqueeze (f, i)\n logits = Concat <axis = 2> (u, u) }".replace(
-            ") {", ")"
-        ).replace("logits){", "logits) <int64[1] i = {2}> {")
+        """main (int64[B,S] input_ids, float[B,1,P,2] past_key_1) => (float[B,S,2] logits)
+        <int64[1] i = {2}> {
+            f = Cast <to = 1> (input_ids)
+            u = Unsqueeze (f, i)
+            logits = Concat <axis = 2> (u, u)
+        }"""
     )
     copy = made.clone()
     copy.learn(task="generate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from llmopt.ir import weights
@@ -19,7 +20,7 @@ class Counted:
     def leaf(self, name: str) -> Leaf:
         """Return the array as a weight of the source."""
 
-        def read() -> np.ndarray:  # type: ignore[type-arg]
+        def read() -> npt.NDArray[np.float32]:
             self.reads += 1
             return self.array
 

@@ -270,7 +270,8 @@ def test_scores_of_rank_3_and_scores_that_come_in_stay() -> None:
 def test_a_boolean_and_an_additive_mask_become_one() -> None:
     spelled = SMALL.format(
         more=", bool[B,1,S,T] seen, float[1,2,S,T] f",
-        middle="a = Add (p, f)\n   u = Not (seen)\n   m0 = Where (u, low, a)\n   m = Add (m0, bias1)",
+        middle="a = Add (p, f)\n   u = Not (seen)\n"
+        "   m0 = Where (u, low, a)\n   m = Add (m0, bias1)",
     ).replace("float[1,1,1,1] bias1 = {1}", "float[1,1] bias1 = {1}")
     assert "not [..., S, T]" in reasons(apply("fuse-attention", program(spelled)))
     made = program(spelled.replace("m = Add (m0, bias1)", "m = Identity (m0)"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from programs import program
 
@@ -14,7 +13,9 @@ from llmopt.ir.program import Program
 from llmopt.passes.masks import Meaning, allowed_by, predict, understand
 
 CONSTANTS: Final = """int64 zero = {0}, int64 one = {1}, int64[1] i0 = {0}, int64[1] i1 = {1},
-int64[2] i01 = {0,1}, int64[2] i12 = {1,2}, int64[3] i012 = {0,1,2}, int64[1] i2 = {2}, int64 three = {3}, int64 four = {4}, int64 thirty = {30},
+int64[2] i01 = {0,1}, int64[2] i12 = {1,2},
+int64[3] i012 = {0,1,2}, int64[1] i2 = {2},
+int64 three = {3}, int64 four = {4}, int64 thirty = {30},
 float fzero = {0}, float fone = {1}, float low = {-10000}, float min = {-3.4028234e38},
 float ninf = {-inf}, float small = {-5}"""
 
@@ -48,7 +49,8 @@ def cached(body: str) -> Program:
         "   t1 = Shape <start = 1, end = 2> (attention_mask)\n   t = Squeeze (t1)\n"
         "   s1 = Shape <start = 1, end = 2> (input_ids)\n   s = Squeeze (s1)\n"
         "   p1 = Shape <start = 2, end = 3> (past_key)\n   p = Squeeze (p1)\n"
-        f"   j = Range (zero, t, one)\n   q = Range (p, t, one)\n   i = Unsqueeze (q, i1)\n{body}\n}}"
+        "   j = Range (zero, t, one)\n   q = Range (p, t, one)\n   i = Unsqueeze (q, i1)\n"
+        f"{body}\n}}"
     )
 
 
@@ -72,7 +74,8 @@ def meaning(of: Program) -> Meaning | str:
             id="difference not negative",
         ),
         pytest.param(
-            f"{SQUARE} d = Sub (i, j)\n a = Abs (d)\n m = Less (a, four)\n mask = Unsqueeze (m, i01)",
+            f"{SQUARE} d = Sub (i, j)\n a = Abs (d)\n m = Less (a, four)\n"
+            " mask = Unsqueeze (m, i01)",
             "bool",
             Meaning(left=3, right=3),
             id="window to both sides",
@@ -127,7 +130,8 @@ def meaning(of: Program) -> Meaning | str:
             id="two added masks, beyond the lowest number",
         ),
         pytest.param(
-            f"{SQUARE} nn = Concat <axis = 0> (n1, n1)\n f = ConstantOfShape <value = float[1] {{-1e9}}> (nn)\n"
+            f"{SQUARE} nn = Concat <axis = 0> (n1, n1)\n"
+            " f = ConstantOfShape <value = float[1] {-1e9}> (nn)\n"
             " u = Trilu <upper = 1> (f, one)\n mask = Unsqueeze (u, i01)",
             "float",
             Meaning(causal=True),
@@ -177,7 +181,10 @@ def test_a_mask_behind_a_cache_counts_from_the_past(compare: str, expected: Mean
 
 
 def test_a_causal_buffer_is_causal_and_a_band_in_it_is_seen() -> None:
-    buffer = f"{SQUARE} rows = Slice (table, i0, n1, i0)\n m = Slice (rows, i0, n1, i1)\n mask = Unsqueeze (m, i01)"
+    buffer = (
+        f"{SQUARE} rows = Slice (table, i0, n1, i0)\n m = Slice (rows, i0, n1, i1)\n"
+        " mask = Unsqueeze (m, i01)"
+    )
     tril = np.tril(np.ones((64, 64), bool))
     for table, expected in (
         (tril, Meaning(causal=True)),
@@ -192,7 +199,8 @@ def test_a_causal_buffer_is_causal_and_a_band_in_it_is_seen() -> None:
     ("body", "dtype", "reason"),
     [
         pytest.param(
-            f"{SQUARE} d = Sub (j, i)\n f = Cast <to = 1> (d)\n s = Mul (f, slopes)\n mask = Unsqueeze (s, i0)",
+            f"{SQUARE} d = Sub (j, i)\n f = Cast <to = 1> (d)\n s = Mul (f, slopes)\n"
+            " mask = Unsqueeze (s, i0)",
             "float",
             "values other than 0",
             id="linear bias",
@@ -231,7 +239,8 @@ def test_a_causal_buffer_is_causal_and_a_band_in_it_is_seen() -> None:
             id="random",
         ),
         pytest.param(
-            f"{SQUARE} m = Less (j, three)\n r = Concat <axis = 0> (m, m)\n mask = Unsqueeze (r, i012)",
+            f"{SQUARE} m = Less (j, three)\n r = Concat <axis = 0> (m, m)\n"
+            " mask = Unsqueeze (r, i012)",
             "bool",
             "does not broadcast",
             id="another shape",
@@ -248,7 +257,8 @@ def test_a_causal_buffer_is_causal_and_a_band_in_it_is_seen() -> None:
 def test_what_is_more_than_a_mask_stays(body: str, dtype: str, reason: str) -> None:
     extra = (
         ", float[2,1,1] slopes = {0.5,0.25},"
-        " int64[2,1,1] reach = {2,3}, int64[20] row = {0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19}"
+        " int64[2,1,1] reach = {2,3},"
+        " int64[20] row = {0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19}"
     )
     made = mask_of(body, dtype, extra)
 

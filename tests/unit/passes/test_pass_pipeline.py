@@ -36,7 +36,7 @@ class Tunable(Pass):
         return Outcome()
 
 
-KNOWN = {**known_passes(), "tunable": Tunable}
+KNOWN: dict[str, type[Pass]] = {**known_passes(), "tunable": Tunable}
 
 
 def test_default_stands_for_the_default_passes() -> None:
@@ -165,12 +165,12 @@ def test_a_pass_that_leaves_the_dialect_is_stopped_unless_it_lowers() -> None:
 
 def test_an_outcome_counts_and_names() -> None:
     outcome = Outcome()
-    assert not outcome.modified
+    assert outcome.modified is False
     outcome.hit(2)
     outcome.miss(ir.node("Relu", []), "no name", "norm")
     outcome.miss("label", "a name")
 
-    assert outcome.modified
+    assert outcome == Outcome(2, outcome.missed)
     assert outcome.missed == [Miss("Relu", "no name", "norm"), Miss("label", "a name")]
 
 

@@ -49,7 +49,10 @@ CASES: Final = (Case(3, 1, 6), Case(1, 5, 6), Case(3, 5, 0))
 
 
 def test_an_attention_with_a_cache_of_its_own_keeps_it() -> None:
-    body = "   y, present_key, present_value = Attention <is_causal = 1> (q, k, v, , past_key, past_value)"
+    body = (
+        "   y, present_key, present_value = Attention <is_causal = 1>"
+        " (q, k, v, , past_key, past_value)"
+    )
     made = graph(f"{EDGE}, {CACHE}", f"float[B,4,S,8] y, {SHOWN}", body)
     before = made.clone()
 

@@ -59,7 +59,7 @@ BEHIND: Final = BODY.format(
 def equal(before: Program, after: Program, cases: tuple[Case, ...]) -> bool:
     pairs = [
         (evaluate(after, given), evaluate(before, given))
-        for given in map(lambda c: inputs(before, c), cases)
+        for given in (inputs(before, case) for case in cases)
     ]
     return all(error_rel(got["y"], want["y"]) < TOLERANCE for got, want in pairs)
 
