@@ -57,7 +57,9 @@ def pt2(name: str, folder: Path) -> Form:
 def torchscript(name: str, folder: Path) -> Form:
     made = load_factory(f"{MODELS / name}.py:make").eval()
     with quiet():
-        script = torch.jit.trace(made, tuple(examples(name).values()), strict=False)
+        script = torch.jit.trace(  # type: ignore[no-untyped-call]
+            made, tuple(examples(name).values()), strict=False
+        )
         script.save(str(folder / "model.pt"))
     return folder / "model.pt", SourceOptions()
 

@@ -66,4 +66,5 @@ class Bert(nn.Module):
 
 def make() -> nn.Module:
     """Return a BERT in which no parameter has its initial value."""
-    return perturbed(Bert(), seed=2)
+    module: nn.Module = perturbed(Bert(), seed=2)
+    return module

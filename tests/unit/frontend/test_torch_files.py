@@ -72,7 +72,7 @@ def saved_pt2(module: torch.nn.Module, path: Path, shapes: Any = FREE) -> Path:
 
 def saved_script(module: torch.nn.Module, path: Path) -> Path:
     with quiet():
-        torch.jit.trace(module, (IDS,)).save(str(path))
+        torch.jit.trace(module, (IDS,)).save(str(path))  # type: ignore[no-untyped-call]
     return path
 
 
