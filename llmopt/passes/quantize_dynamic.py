@@ -60,7 +60,7 @@ class QuantizeDynamic(Pass):
         for node, value, base in list(candidates(program)):
             if not g.is_op(node, "MatMul"):
                 continue
-            if int(base.shape[1]) < SHORTEST:
+            if base.shape.numpy()[1] < SHORTEST:
                 reason = f"its weight has {base.shape[1]} inputs, fewer than {SHORTEST}"
                 outcome.miss(node, reason)
                 continue
@@ -87,7 +87,7 @@ class QuantizeDynamic(Pass):
         tensor = g.weight(value)
         assert tensor is not None
         limit = self.limit
-        shape = [int(size) for size in tensor.shape]
+        shape = list(tensor.shape.numpy())
         codes = weights.Derived(
             f"int8-codes-{limit}",
             [tensor],
@@ -132,9 +132,9 @@ def _activations(build: g.Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 def rounding(program: Program, limit: int = QuantizeDynamic.limit) -> Callable[[str, Array], Array]:
     """Return what ``quantize-dynamic`` would do to each parameter: name, value to value."""
-    turned = {}
+    turned: dict[str, bool] = {}
     for node, _, base in candidates(program):
-        if g.is_op(node, "MatMul") and int(base.shape[1]) >= SHORTEST:
+        if g.is_op(node, "MatMul") and base.shape.numpy()[1] >= SHORTEST:
             turned |= dict(leaf_turns(base, turned=False))
 
     def transform(name: str, array: Array) -> Array:

@@ -285,3 +285,33 @@ def test_a_boolean_and_an_additive_mask_become_one() -> None:
     for case in (Case(2, 3), Case(1, 5)):
         given = inputs(before, case)
         assert error_rel(evaluate(made, given)["y"], evaluate(before, given)["y"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        pytest.param(
+            "a = Add (p, f)\n   b = Add (a, f)\n   m = Where (seen, b, low)", id="two biases"
+        ),
+        pytest.param(
+            "u = Not (seen)\n   a = Where (u, low, p)\n   m = Where (more, a, low)",
+            id="two boolean masks",
+        ),
+        pytest.param("a = Where (less, low, p)\n   m = Add (f, a)", id="dropped, then a bias"),
+    ],
+)
+def test_masks_that_come_together_become_one(middle: str) -> None:
+    more = ", bool[B,1,S,T] seen, bool[S,T] more, bool[B,1,S,T] less0, float[1,2,S,T] f"
+    spelled = SMALL.format(more=more, middle=f"less = Not (less0)\n   {middle}")
+    # keys may also come tokens first, and be turned in one step
+    spelled = spelled.replace("float[B,2,T,4] k", "float[B,T,2,4] k").replace(
+        "perm = [0,1,3,2]", "perm = [0,2,3,1]"
+    )
+    made = program(spelled)
+    before = made.clone()
+
+    assert apply("fuse-attention", made).applied == 1
+
+    for case in (Case(2, 3), Case(1, 5)):
+        given = inputs(before, case)
+        assert error_rel(evaluate(made, given)["y"], evaluate(before, given)["y"]) < TOLERANCE
