@@ -162,6 +162,11 @@ def _tell(artifact: Artifact, *, as_json: bool) -> None:
         click.echo(f"Note: {note}", err=True)
     if not as_json:
         click.echo(summary(artifact))
+    click.echo(f"Next: llmopt run {shlex.quote(str(artifact.path))} {_use(artifact)}", err=True)
+
+
+def _use(artifact: Artifact) -> str:
+    """Return the options of ``llmopt run`` that try it out."""
     use = {"generate": '--prompt "The sky is"', "embed": '--text "The sky is blue."'}
-    option = use.get(artifact.manifest.task, "--inputs FILE.npz -o OUT.npz")
-    click.echo(f"Next: llmopt run {shlex.quote(str(artifact.path))} {option}", err=True)
+    reads_text = (artifact.path / "tokenizer.json").is_file()
+    return use.get(artifact.manifest.task if reads_text else "", "--inputs FILE.npz -o OUT.npz")

@@ -84,7 +84,8 @@ def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
         raise UsageError(f"{more[0]!r} is one argument too many; quote a prompt of several words")
     used = {"prompt": (*_SAMPLING,), "inputs": ("output", "force")}
     for name in (*_SAMPLING, "output", "force"):
-        if options[name] and name not in used.get(mode, ()):
+        left_out = options[name] is None or options[name] is False  # a seed of 0 is given
+        if not left_out and name not in used.get(mode, ()):
             raise UsageError(
                 f"--{name.replace('_', '-')} has no effect with --{mode}; leave it out"
             )

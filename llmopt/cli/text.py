@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -36,13 +37,7 @@ def digits(value: float, count: int = 3) -> str:
     """
     if value == 0 or abs(value) >= 10**count:
         return f"{value:.0f}"
-    places = count - len(f"{abs(value):.0f}") if abs(value) >= 1 else _small_places(value, count)
-    return f"{value:.{max(places, 0)}f}"
-
-
-def _small_places(value: float, count: int) -> int:
-    exponent = int(f"{abs(value):e}".partition("e")[2])
-    return count - 1 - exponent
+    return f"{Decimal(f'{value:.{count - 1}e}'):f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -31,7 +31,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise SourceNotFoundError(path, _HINT)
     _check_start(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         if "pickle" in str(error):
@@ -56,5 +56,8 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], *, force: 
         OutputExistsError: Something is there, and ``force`` is off.
         StorageError: It could not be written.
     """
-    with staged_file(path, force=force) as staging, staging.open("wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]  # its stub takes flags by name too
+    # Not numpy.savez: it takes names as keywords, and cannot save an array called "file".
+    with staged_file(path, force=force) as staging, zipfile.ZipFile(staging, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

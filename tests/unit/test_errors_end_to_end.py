@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-
 from tiny_artifacts import TinyEncoder
 from tiny_sources import Bomb, bigram_file, cut, gguf_file, llama_folder, torch_archive
 
@@ -239,7 +238,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(line: str, what: str, tmp_path:
         text=True,
         check=False,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)),  # noqa: PLW1509
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)),
     )
 
     assert done.returncode == 1, done.stderr

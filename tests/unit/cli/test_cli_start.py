@@ -1,3 +1,5 @@
+"""The command line before any command: imports, help, errors."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +13,17 @@ from click.testing import Result
 
 from llmopt.cli.app import COMMANDS, app
 
-HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "numpy", "gguf", "rich", "tokenizers"}
+HEAVY = {
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "transformers",
+    "numpy",
+    "gguf",
+    "rich",
+    "tokenizers",
+}
 
 
 def loaded_by(code: str) -> tuple[set[str], float]:
@@ -23,7 +35,9 @@ def loaded_by(code: str) -> tuple[set[str], float]:
         "names = sorted({name.partition('.')[0] for name in sys.modules})\n"
         "print(json.dumps([names, time.process_time()]))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     names, spent_s = json.loads(done.stdout)
     return set(names), spent_s
 
