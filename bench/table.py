@@ -61,13 +61,15 @@ def rows(model: str, folder: Path) -> list[dict[str, Any]]:
     for scheme in schemes:
         path = folder / f"{package}-{scheme or 'fp32'}"
         options = ["--quantize", scheme] if scheme else []
-        arguments = [source(package, pattern), "--target", TARGET, *options, "-o", path]
-        compiled[scheme] = llmopt("compile", *arguments)["artifacts"][0]
+        found = llmopt(
+            "compile", source(package, pattern), "--target", TARGET, *options, "-o", path
+        )
+        compiled[scheme] = found["artifacts"][0]
     measured = llmopt("bench", *(artifact["path"] for artifact in compiled.values()))
-    found = []
+    made = []
     for (scheme, artifact), result in zip(compiled.items(), measured["artifacts"], strict=True):
         metrics = result["metrics"]
-        found.append(
+        made.append(
             {
                 "model": model,
                 "target": TARGET,
@@ -82,7 +84,7 @@ def rows(model: str, folder: Path) -> list[dict[str, Any]]:
                 "machine": f"{measured['threads']} threads, {measured['machine']['processor']}",
             }
         )
-    return found
+    return made
 
 
 def main() -> None:

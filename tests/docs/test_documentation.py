@@ -17,9 +17,10 @@ import pytest
 import llmopt
 from llmopt.backends import ALIASES, BACKENDS
 from llmopt.errors import FusionError
+from llmopt.fusion import fusion_report, require
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.passes.pipeline import Pipeline, load_plugin
+from llmopt.passes.pipeline import Pipeline, Ran, load_plugin
 from llmopt.quantization.schemes import SCHEMES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -137,13 +138,19 @@ def test_examples_are_shown_as_they_are() -> None:
 
 def test_the_pass_of_the_tutorial_fuses_what_was_missed(encoder: Program) -> None:
     known = {**llmopt.passes.known_passes(), **load_plugin(str(EXAMPLES / "means.py"))}
-    norms = {}
+    reports = {}
     for text in ("default", "fuse-means,default"):
         program = encoder.clone()
-        Pipeline.parse(text, known=known).run(program)
-        norms[text] = sum(node.op_type == "LayerNormalization" for node in program.graph)
+        ran: list[Ran] = []
+        Pipeline.parse(text, known=known).run(program, lambda *told: ran.append(told[-1]))  # noqa: B023
+        reports[text] = fusion_report(program, ran)
 
-    assert norms == {"default": 0, "fuse-means,default": 4}
+    assert {text: report["norm"].fused for text, report in reports.items()} == {
+        "default": 0,
+        "fuse-means,default": 4,
+    }
+    with pytest.raises(FusionError, match="0 of 4"):
+        require(reports["default"], ["norm=all"])
 
 
 def test_the_pass_of_the_tutorial_leaves_what_is_no_mean(encoder: Program) -> None:
@@ -172,16 +179,6 @@ def test_the_module_of_the_tutorial_compiles_as_shown(tmp_path: Path) -> None:
         "norm": 4,
         "activation": 2,
     }
-
-
-def test_without_the_pass_the_requirement_fails_as_shown(tmp_path: Path) -> None:
-    with pytest.raises(FusionError, match="0 of 4"):
-        llmopt.compile(
-            f"{EXAMPLES / 'encoder.py'}:make",
-            output=tmp_path / "encoder",
-            require=["norm=all"],
-            verify="off",
-        )
 
 
 def test_the_backend_of_the_documentation_runs_what_it_wrote(
