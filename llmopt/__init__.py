@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
-    from llmopt.api import compile, load, trace  # noqa: A004: the design's name
+    from llmopt.api import compile, load, trace  # noqa: A004 - the name of the design
     from llmopt.compiler import Artifact
     from llmopt.ir.program import Program
     from llmopt.passes.base import Miss, Outcome, Pass

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmopt.runtime import Runner
 
 
-def compile(  # noqa: A001, PLR0913: the design's name; every option is a keyword
+def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a keyword
     source: str | Path | torch.nn.Module,
     *,
     target: str = "onnxruntime-cpu",
@@ -63,9 +63,7 @@ def compile(  # noqa: A001, PLR0913: the design's name; every option is a keywor
     from llmopt.frontend.source import SourceOptions
 
     options = CompileOptions(quantize, passes, plugins, require, verify, max_kl, force)
-    reading = SourceOptions(
-        model, trust_pickle, task, example_inputs, dynamic_shapes, max_length
-    )
+    reading = SourceOptions(model, trust_pickle, task, example_inputs, dynamic_shapes, max_length)
     place = None if output is None else Path(output)
     return compile_source(source, [target], place, options, reading, progress)[0]
 

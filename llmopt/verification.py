@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
-from llmopt.ir.feeds import Arrays, Case, feeds
+from llmopt.ir.feeds import Arrays, Case, feeds, resolve
 from llmopt.ir.program import Program, Role
 
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
@@ -100,9 +100,7 @@ def verify(
     vocabulary = program.facts.model.vocabulary or 2
     batches = [_source_feeds(program.signature, case, vocabulary) for case in cases]
     compared = []
-    for case, batch, wanted in zip(
-        cases, batches, reference.run(batches, transform), strict=True
-    ):
+    for case, batch, wanted in zip(cases, batches, reference.run(batches, transform), strict=True):
         found = _run(program, run, case, batch)
         compared.append(_compare(case, found, wanted))
     result = Verification("passed", tuple(compared), tolerance)
@@ -165,11 +163,9 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         prefill: How many tokens the first step takes.
     """
     total = batch["input_ids"].shape[1]
+    sizes = {"B": len(batch["input_ids"]), "P": 0}
     caches = {
-        port.name: np.zeros(
-            [len(batch["input_ids"]) if d == "B" else 0 if d == "P" else int(d) for d in port.shape],
-            port.dtype,
-        )
+        port.name: np.zeros([resolve(d, sizes) for d in port.shape], port.dtype)
         for port in signature.inputs
         if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
@@ -197,9 +193,8 @@ def _compare(case: Case, found: Arrays, wanted: Arrays) -> Compared:
         left = found[name]
         if left.shape != right.shape:
             return Compared(f"{case.label}: shape {left.shape}, not {right.shape}", name, np.inf)
-        if right.ndim >= 2 and right.shape[:2] == mask.shape:
-            left, right = left[mask], right[mask]
-        errors.append(Compared(case.label, name, relative_error(left, right)))
+        real = mask if right.ndim >= 2 and right.shape[:2] == mask.shape else ...
+        errors.append(Compared(case.label, name, relative_error(left[real], right[real])))
     return max(errors, key=lambda each: each.error_rel)
 
 

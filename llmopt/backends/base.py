@@ -77,7 +77,6 @@ class Backend(abc.ABC):
     def write(self, program: Program, folder: Path) -> Lowered:
         """Write a lowered Program into ``folder``."""
 
-
     @abc.abstractmethod
     def open(self, entry: Path, *, exact: bool = False) -> Run:
         """Return a function from inputs to outputs of what was written, on this machine.

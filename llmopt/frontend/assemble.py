@@ -107,14 +107,14 @@ class Assembly:
             name,
             lambda: read(name).astype(dtype.numpy(), copy=False),
             dtype,
-            [int(n) for n in tensor.shape],
+            [int(n) for n in tensor.shape.numpy()],
         )
         return self._register(name, leaf)
 
     def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
             name=unused(self.graph, name),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )

@@ -43,9 +43,7 @@ def read_parameters(definition: Definition, checkpoint: Checkpoint) -> Read:
     return read
 
 
-def trace_definition(
-    definition: Definition, read: Read, facts: Facts
-) -> Program:
+def trace_definition(definition: Definition, read: Read, facts: Facts) -> Program:
     """Return the Program of a definition, its weights unread.
 
     Args:
@@ -120,7 +118,8 @@ def _trace(
     sizes = {"B": _B, "S": _S, "P": _P, "T": _S + _P, "K": _S}
     examples, dynamic = [], []
     for dims, dtype in inputs.values():
-        examples.append(torch.ones([sizes.get(str(d), d) for d in dims], dtype=dtype))  # type: ignore[misc]
+        shape = [sizes[d] if isinstance(d, str) else d for d in dims]
+        examples.append(torch.ones(shape, dtype=dtype))
         dynamic.append({i: _DYNAMIC for i, d in enumerate(dims) if isinstance(d, str)})
     traced = trace_module(_Part(whole, compute), examples, (tuple(dynamic),), read=_unread)
     graph = traced.model.graph
@@ -134,9 +133,7 @@ def _unread(name: str) -> npt.NDArray[Any]:
     raise AssertionError(f"{name} was read while tracing")
 
 
-def _decoder(
-    definition: Definition, config: DecoderConfig, read: Read, facts: Facts
-) -> Program:
+def _decoder(definition: Definition, config: DecoderConfig, read: Read, facts: Facts) -> Program:
     kinds = {kind: config.layers.index(kind) for kind in dict.fromkeys(config.layers)}
     module = definition.module(layers=list(kinds.values()))
     assert isinstance(module, Decoder)
@@ -273,9 +270,7 @@ def _renamer(old: str, new: str) -> Callable[[str], str]:
     return rename
 
 
-def _encoder(
-    definition: Definition, config: EncoderConfig, read: Read, facts: Facts
-) -> Program:
+def _encoder(definition: Definition, config: EncoderConfig, read: Read, facts: Facts) -> Program:
     kinds = {kind: config.layers.index(kind) for kind in dict.fromkeys(config.layers)}
     module = definition.module(layers=list(kinds.values()))
     assert isinstance(module, Encoder)
@@ -284,9 +279,7 @@ def _encoder(
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bool(config.token_types)
     roles = {"input_ids": Role.TOKENS, "attention_mask": Role.MASK}
     values = {name: whole.input(name, ir.DataType.INT64, ["B", "S"]) for name in names}
-    ports = [
-        Port(name, roles.get(name, Role.TOKEN_TYPES), "int64", ("B", "S")) for name in names
-    ]
+    ports = [Port(name, roles.get(name, Role.TOKEN_TYPES), "int64", ("B", "S")) for name in names]
     hidden, mask = whole.add(_encoder_prelude(module, names), list(values.values()))
     graphs = {kind: _encoder_layer(module, index, mask) for kind, index in kinds.items()}
     for index, kind in enumerate(config.layers):
@@ -307,7 +300,7 @@ def _encoder_prelude(module: Encoder, names: Sequence[str]) -> ir.Graph:
     def compute(input_ids: Tensor, attention_mask: Tensor, *types: Tensor) -> Any:
         return module.embed(input_ids, *types), module.context(attention_mask)
 
-    return _trace(module, compute, {name: (("B", "S"), torch.int64) for name in names})
+    return _trace(module, compute, dict.fromkeys(names, (("B", "S"), torch.int64)))
 
 
 def _encoder_layer(module: Encoder, index: int, mask: ir.Value) -> ir.Graph:

@@ -1,4 +1,4 @@
-"""The files that an artifact ships beside its model: tokenizer, chat format, generation defaults."""
+"""The files that an artifact ships beside its model: tokenizer, chat, generation defaults."""
 
 from __future__ import annotations
 

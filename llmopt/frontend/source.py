@@ -172,7 +172,7 @@ def _pooling_mode(file: Path, settings: Mapping[str, Any]) -> str:
     }
     if isinstance(mode := settings.get("pooling_mode"), str):
         return mode
-    chosen = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
+    chosen = [k for k, v in settings.items() if k.startswith("pooling_mode_") and v is True]
     if len(chosen) != 1 or chosen[0] not in names:
         known = ", ".join(names.values())
         raise SourceError(file, f"poolings {chosen} asked for", f"exactly one of {known} is known")
@@ -200,7 +200,7 @@ def _facts(
         "pad": config.get("pad_token_id"),
     }
     decoder = isinstance(definition.config, DecoderConfig)
-    limit = _limit(path, config, definition)
+    limit = _limit(path, definition)
     special["max_length"] = min(limit, options.max_length or limit)
     if decoder:
         model = decoder_facts(definition, definition.config, **special)
@@ -209,7 +209,7 @@ def _facts(
         model = encoder_facts(definition, definition.config, **special)
         task = "embed" if definition.config.pooling is not None else "encode"
     files, notes = shipped_files(path, generation, model)
-    kind = "gguf" if path.suffix == ".gguf" or not (path / "config.json").is_file() else "huggingface"
+    kind = "huggingface" if (path / "config.json").is_file() else "gguf"
     facts = Facts(
         task=options.task or task,
         model=model,
@@ -222,7 +222,7 @@ def _facts(
     return facts, notes
 
 
-def _limit(path: Path, config: Mapping[str, Any], definition: Any) -> int:
+def _limit(path: Path, definition: Any) -> int:
     """Return the longest sequence: sentence-transformers cuts texts shorter than the model."""
     limit = int(definition.config.max_length)
     file = path / "sentence_bert_config.json"
@@ -238,5 +238,3 @@ def _generation(path: Path) -> dict[str, Any]:
         return {}
     found = json.loads(file.read_bytes())
     return found if isinstance(found, dict) else {}
-
-

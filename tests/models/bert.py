@@ -37,11 +37,14 @@ class Block(nn.Module):
         scores = torch.matmul(q / math.sqrt(WIDTH), k.transpose(2, 3)) + bias
         y = torch.matmul(scores.softmax(-1), v).permute(0, 2, 1, 3).contiguous()
         x = self.norm1(x + self.out(y.view(x.shape[0], x.shape[1], HIDDEN)))
-        return self.norm2(x + self.down(nn.functional.gelu(self.up(x))))
+        result: Tensor = self.norm2(x + self.down(nn.functional.gelu(self.up(x))))
+        return result
 
 
 class Bert(nn.Module):
     """Token ids and a padding mask to hidden states."""
+
+    order: Tensor
 
     def __init__(self) -> None:
         super().__init__()

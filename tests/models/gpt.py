@@ -49,7 +49,8 @@ class Attention(nn.Module):
         scores = q @ k.transpose(-2, -1) / math.sqrt(WIDTH)
         scores = scores.masked_fill(self.tril[:tokens, :tokens] == 0, float("-inf"))
         y = torch.softmax(scores, dim=-1) @ v
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, HIDDEN))
+        mixed: Tensor = self.out(y.transpose(1, 2).reshape(batch, tokens, HIDDEN))
+        return mixed
 
 
 class Block(nn.Module):
@@ -67,7 +68,8 @@ class Block(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm2(x)))))
+        result: Tensor = x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm2(x)))))
+        return result
 
 
 class Gpt(nn.Module):
@@ -87,7 +89,8 @@ class Gpt(nn.Module):
         x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def make() -> nn.Module:
