@@ -30,7 +30,7 @@ Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 ROWS: Final = 8
 TOKENS: Final = 88  # 8 x 88 positions: enough for a 99th percentile
 WINDOW: Final = 256
-WINDOWS: Final = 32  # of a longer text: 8192 positions tell enough, in a minute
+WINDOWS: Final = 16  # of a longer text: 4096 positions tell enough
 
 
 def measure_quality(program: Program, run: Run, reference: Reference) -> dict[str, Any]:
