@@ -6,7 +6,13 @@ it, so that ``llmopt --help`` answers at once.
 
 from __future__ import annotations
 
-from llmopt.cli.app import app
+import sys
+
+try:
+    from llmopt.cli.app import app
+except KeyboardInterrupt:  # Ctrl-C right after the start: the same line as later
+    sys.stderr.write("interrupted; nothing was written\n")
+    raise SystemExit(130) from None
 
 __all__ = ["app", "main"]
 
