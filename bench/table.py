@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,7 @@ def rows(model: str, folder: Path) -> list[dict[str, Any]]:
                 or speed(metrics, "encode_tokens_per_s"),
                 "decode": speed(metrics, "decode_tokens_per_s"),
                 "workload": measured["workload"],
+                "load_average": round(os.getloadavg()[0], 1),
                 "machine": f"{measured['threads']} threads, {measured['machine']['processor']}",
             }
         )

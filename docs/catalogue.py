@@ -168,8 +168,8 @@ def families() -> None:
     from llmopt.models.decoder_families import DECODERS
     from llmopt.models.encoder_families import ENCODERS
 
-    print(f"\nDecoders\n: {', '.join(f'`{name}`' for name in DECODERS)}")
-    print(f"\nEncoders\n: {', '.join(f'`{name}`' for name in ENCODERS)}")
+    print(f"\n- decoders: {', '.join(f'`{name}`' for name in DECODERS)}")
+    print(f"- encoders: {', '.join(f'`{name}`' for name in ENCODERS)}")
 
 
 def commands() -> dict[str, click.Context]:
@@ -214,4 +214,6 @@ def results() -> None:
         cells += [f"{row['error_rel']:.0e}", row["quality"], row["prefill"], row["decode"]]
         print("| " + " | ".join(cells) + " |")
     workloads = list(dict.fromkeys(f"`{row['workload']}`" for row in rows))
-    print(f"\nTokens a second, {rows[0]['machine']}, {' and '.join(workloads)}.")
+    load = max(row["load_average"] for row in rows)
+    also = f", while the machine also did other work (load average {load})" if load > 2.5 else ""
+    print(f"\nTokens a second, {rows[0]['machine']}, {' and '.join(workloads)}{also}.")
