@@ -3,10 +3,12 @@
     python bench/vs_genai.py [--rounds 20] [--json FILE] CASE ...
 
 A case is ``smollm2:w4``, ``smollm2:fp32``, ``llama-1.2b:w4`` or ``llama-1.2b:fp32``. Both sides
-run in this process with the same threads, in turns, on the same fresh random prompt of each
-round; the order swaps from round to round. Printed are medians and the median of the per-round
-ratios with a bootstrap 95 % interval, and the overhead of our runner over a bare session that
-replays the same steps on bound buffers.
+run in one process with the same threads, in turns, on the same fresh random prompt of each
+round; the order swaps from round to round. Where a session's weights come to lie in memory moves
+its speed by several percent, so the rounds are spread over fresh processes that load the two in
+turn first. Printed are medians and the median of the per-round ratios with a 95 % interval from
+a bootstrap of processes and rounds within them, and the overhead of our runner over the same
+session's bare ``run_with_iobinding`` on bound buffers.
 """
 
 from __future__ import annotations
@@ -72,15 +74,12 @@ class Ours:
 
 
 class Bare:
-    """The same artifact and steps on a bare session: bound buffers and nothing else."""
+    """The runner's own session and steps: bound buffers and nothing else."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, ours: Ours) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(folder / "model.onnx"), options)
+        self.session = ours.runner.session._session  # noqa: SLF001 - the same weights in memory
         self.ort = ort
 
     def run(self, prompt: np.ndarray) -> tuple[float, float]:
@@ -145,15 +144,23 @@ class Genai:
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """Return a bootstrap 95 % interval of the median."""
+    """Return a bootstrap 95 % interval of the median of [processes, rounds]."""
     rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (4000, len(ratios))), axis=1)
+    processes, rounds = ratios.shape
+    medians = []
+    for _ in range(4000):
+        chosen = ratios[rng.integers(0, processes, processes)]
+        medians.append(
+            np.median(
+                np.take_along_axis(chosen, rng.integers(0, rounds, (processes, rounds)), axis=1)
+            )
+        )
     low, high = np.quantile(medians, [0.025, 0.975])
     return float(low), float(high)
 
 
-def compare(case: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
-    """Return the measurements of one case."""
+def prepare(case: str, work: Path) -> None:
+    """Make the checkpoint and both models, where they are not there yet."""
     name, scheme = case.split(":")
     source, ours = work / name, work / f"{name}-{scheme}"
     theirs = work / f"{name}-{scheme}-genai"
@@ -163,13 +170,22 @@ def compare(case: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
         build_ours(source, scheme, ours)
     if not (theirs / "genai_config.json").exists():
         build_genai(source, scheme, theirs)
+
+
+def measure(case: str, work: Path, rounds: int, threads: int, seed: int) -> dict[str, Any]:
+    """Return the samples of one process: side to [rounds, (prefill, decode)] seconds."""
+    name, scheme = case.split(":")
+    folders = {"ours": work / f"{name}-{scheme}", "genai": work / f"{name}-{scheme}-genai"}
+    makers: dict[str, type[Ours | Genai]] = {"ours": Ours, "genai": Genai}
+    loading = list(makers) if seed % 2 else list(makers)[::-1]
     sides: dict[str, Ours | Genai | Bare] = {
-        "ours": Ours(ours, threads),
-        "genai": Genai(theirs, threads),
-        "bare": Bare(ours, threads),
+        side: makers[side](folders[side], threads) for side in loading
     }
-    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
-    rng = np.random.default_rng(0)
+    runner = sides["ours"]
+    assert isinstance(runner, Ours)
+    sides["bare"] = Bare(runner)
+    vocabulary = json.loads((work / name / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(seed)
     samples: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for number in range(rounds + 2):
         prompt = rng.integers(10, vocabulary, PREFILL)
@@ -179,7 +195,20 @@ def compare(case: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
             found = sides[side].run(prompt)
             if number >= 2:  # two rounds of warm-up
                 samples[side].append(found)
-    return report(case, {side: np.array(values) for side, values in samples.items()})
+    return samples
+
+
+def compare(case: str, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return the measurements of one case, from fresh processes."""
+    prepare(case, work)
+    found = []
+    for seed in range(chosen.processes):
+        command = [sys.executable, __file__, case, "--work", str(work), "--child", str(seed)]
+        command += ["--rounds", str(chosen.rounds), "--threads", str(chosen.threads)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found.append(json.loads(done.stdout))
+    sides = {side: np.array([each[side] for each in found]) for side in found[0]}
+    return report(case, sides)
 
 
 def report(case: str, samples: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -187,10 +216,10 @@ def report(case: str, samples: dict[str, np.ndarray]) -> dict[str, Any]:
     result: dict[str, Any] = {"case": case, "samples": {k: v.tolist() for k, v in samples.items()}}
     for index, metric in enumerate(("prefill", "decode")):
         tokens = PREFILL if metric == "prefill" else 1
-        rates = {side: tokens / float(np.median(v[:, index])) for side, v in samples.items()}
-        ratio = samples["genai"][:, index] / samples["ours"][:, index]
+        rates = {side: tokens / float(np.median(v[..., index])) for side, v in samples.items()}
+        ratio = samples["genai"][..., index] / samples["ours"][..., index]
         low, high = interval(ratio)
-        overhead = samples["ours"][:, index] / samples["bare"][:, index] - 1
+        overhead = samples["ours"][..., index] / samples["bare"][..., index] - 1
         cost = interval(overhead)
         result[metric] = {"tokens_per_s": rates, "ratio": float(np.median(ratio))}
         result[metric] |= {"ratio_95": [low, high], "overhead_95": list(cost)}
@@ -206,15 +235,21 @@ def main() -> None:
     """Measure the cases that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("cases", nargs="+", metavar="CASE")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=6, help="of each process")
+    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, help="keeps checkpoints and models between runs")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    if chosen.child is not None:
+        case, rounds, threads = chosen.cases[0], chosen.rounds, chosen.threads
+        print(json.dumps(measure(case, chosen.work, rounds, threads, chosen.child)))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         work = chosen.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        results = [compare(case, work, chosen.rounds, chosen.threads) for case in chosen.cases]
+        results = [compare(case, work, chosen) for case in chosen.cases]
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(results, indent=2) + "\n")
 
