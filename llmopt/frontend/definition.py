@@ -276,7 +276,7 @@ def _encoder(definition: Definition, config: EncoderConfig, read: Read, facts: F
     assert isinstance(module, Encoder)
     module.eval()
     whole = Assembly(read)
-    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bool(config.token_types)
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.token_types > 1)
     roles = {"input_ids": Role.TOKENS, "attention_mask": Role.MASK}
     values = {name: whole.input(name, ir.DataType.INT64, ["B", "S"]) for name in names}
     ports = [Port(name, roles.get(name, Role.TOKEN_TYPES), "int64", ("B", "S")) for name in names]

@@ -1,0 +1,105 @@
+"""Compiling, end to end, on sources of a few kilobytes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import gpt
+import numpy as np
+import pytest
+import tiny_sources
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+import llmopt
+from llmopt.errors import AccuracyError, FusionError, UsageError
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files.pop("build-report.json")
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = tiny_sources.llama_folder(tmp_path / "llama")
+
+    made = [
+        llmopt.compile(source, output=tmp_path / f"out{number}", quantize="w4{block=16}")
+        for number in range(2)
+    ]
+
+    assert digests(made[0].path) == digests(made[1].path)
+    assert made[0].manifest.verification["status"] == "passed"
+    assert made[0].manifest.verification["worst_error_rel"] <= 1e-3
+    assert made[0].manifest.quality["kl_mean"] > 0
+
+
+def test_quality_past_the_bound_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tiny_sources.llama_folder(tmp_path / "llama")
+
+    with pytest.raises(AccuracyError, match="mean KL divergence"):
+        llmopt.compile(source, output=tmp_path / "out", quantize="w4{block=16}", max_kl=1e-9)
+
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="give --quantize too"):
+        llmopt.compile(source, output=tmp_path / "out", max_kl=1.0)
+
+
+class Spoiled(gpt.Attention):
+    """Attention whose scores pass through something that no attention has."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            part.view(batch, tokens, gpt.HEADS, gpt.WIDTH).transpose(1, 2)
+            for part in self.qkv(x).split(gpt.HIDDEN, dim=-1)
+        )
+        scores = torch.relu(q @ k.transpose(-2, -1) / math.sqrt(gpt.WIDTH))
+        scores = scores.masked_fill(self.tril[:tokens, :tokens] == 0, float("-inf"))
+        y = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
+        mixed: Tensor = self.out(y.reshape(batch, tokens, gpt.HIDDEN))
+        return mixed
+
+
+def spoiled() -> nn.Module:
+    """Return a GPT of which the second attention is spoiled."""
+    module = gpt.Gpt()
+    block: Any = module.blocks[1]
+    block.attention = Spoiled()
+    return gpt.perturbed(module, seed=1)
+
+
+def test_a_spoiled_layer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match=r"1 of 2 fused; blocks\.1\.attention.*Relu"):
+        llmopt.compile(spoiled(), output=tmp_path / "out", require=["attention=all"])
+
+    artifact = llmopt.compile(spoiled(), output=tmp_path / "out")
+
+    assert artifact.fusion["attention"].fused == 1
+    assert artifact.manifest.verification["status"] == "passed"
+
+
+@pytest.mark.parametrize("scheme", ["w8", "w8a8-dynamic"])
+def test_an_encoder_is_proven_in_every_scheme(scheme: str, tmp_path: Path) -> None:
+    import bert
+
+    artifact = llmopt.compile(bert.make(), output=tmp_path / "out", quantize=scheme)
+
+    assert artifact.manifest.verification["worst_error_rel"] <= 1e-3
+    assert artifact.manifest.quality["cosine_mean"] > 0.9
+
+
+def test_a_decoder_answers_through_its_cache(tmp_path: Path) -> None:
+    source = tiny_sources.llama_folder(tmp_path / "llama")
+    runner = llmopt.load(llmopt.compile(source, output=tmp_path / "out"))
+    ids = np.array([[5, 9, 11, 3, 8, 7]])
+
+    assert np.allclose(runner.logits(ids, prefill=2), runner.logits(ids, prefill=6), atol=1e-4)
+    with pytest.raises(llmopt.LlmoptError):
+        runner.generate("word", chat=True)
