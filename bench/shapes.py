@@ -67,8 +67,15 @@ def smollm2(folder: Path, dtype: str = "float32") -> None:
 
 
 def llama(folder: Path, config: Mapping[str, Any] = LLAMA) -> None:
-    """Write a random Llama as a Hugging Face folder, bfloat16."""
+    """Write a random Llama as a Hugging Face folder, bfloat16.
+
+    SmolLM2's tokenizer goes with it, because other tools' builders want one.
+    """
+    from llmopt.frontend.tokenizer import tokenizer_files
+
     folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files(smollm2_gguf()).items():
+        (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     shared = config["num_key_value_heads"] * config["head_dim"]
