@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmopt.frontend.reference import Reference
+    from llmopt.models import Definition
 
 KINDS = "give a Hugging Face folder, .gguf, .onnx, .pt2, .pt, or module.py:factory"
 
@@ -105,11 +106,29 @@ def open_folder(path: Path, options: SourceOptions) -> Source:
     checkpoint = open_checkpoint(_weights(path), trust_pickle=options.trust_pickle)
     config = _config(path)
     definition = define(config, checkpoint.names(), equal=_equal(checkpoint))
+    _check_shapes(path, definition, checkpoint)
     facts, notes = _facts(path, config, definition, options)
     read = read_parameters(definition, checkpoint)
     program = trace_definition(definition, read, facts)
     name = path.resolve().name if path.is_dir() else path.stem
     return Source(name, program, StreamedReference(definition, read), tuple(notes))
+
+
+def _check_shapes(path: Path, definition: Definition, checkpoint: Checkpoint) -> None:
+    """Raise unless every tensor has the shape that the config gives its parameter.
+
+    Raises:
+        SourceError: naming the first few that differ.
+    """
+    wanted = {name: tuple(p.shape) for name, p in definition.module().named_parameters()}
+    wrong = [
+        f"{recipe.sources[0]} is {list(found)}, not {list(wanted[name])}"
+        for name, recipe in definition.recipes().items()
+        if (found := recipe.shape(checkpoint.shape)) != wanted[name]
+    ]
+    if wrong:
+        problem = f"{len(wrong)} tensors do not fit config.json: {'; '.join(wrong[:3])}"
+        raise SourceError(path, problem, "take both from the same place")
 
 
 def _weights(path: Path) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import llmopt
-from llmopt.errors import AccuracyError, FusionError, UsageError
+from llmopt.errors import AccuracyError, FusionError, SourceError, UsageError
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -48,6 +48,13 @@ def test_quality_past_the_bound_is_an_error_and_leaves_nothing(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="give --quantize too"):
         llmopt.compile(source, output=tmp_path / "out", max_kl=1.0)
+
+
+def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path) -> None:
+    source = tiny_sources.llama_folder(tmp_path / "llama", intermediate_size=40)
+
+    with pytest.raises(SourceError, match=r"6 tensors do not fit.*gate_proj.*\[48, 32\], not"):
+        llmopt.compile(source, output=tmp_path / "out")
 
 
 class Spoiled(gpt.Attention):
