@@ -199,7 +199,7 @@ def _raise_opset(path: Path, model: ir.Model) -> None:
         if version < OPSET:
             with quiet(), held_back(model):
                 version_converter.convert_version(model, OPSET, fallback=True)
-    except Exception as error:
+    except Exception as error:  # the converter raises whatever an adapter does
         line = str(error).partition("\n")[0][:200]
         raise UnsupportedModelError(
             path.name,

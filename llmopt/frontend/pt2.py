@@ -73,7 +73,7 @@ def load_exported(path: Path, *, trust: bool) -> ExportedProgram:
             programs = load_pt2(str(path)).exported_programs
     except PickleRefusedError:
         raise
-    except Exception as error:
+    except Exception as error:  # a damaged archive may raise anything
         problem = f"not a readable exported program ({_brief(error)})"
         raise SourceError(path, problem, _AGAIN) from error
     if len(programs) != 1:

@@ -125,7 +125,7 @@ def _open_script(path: Path, options: SourceOptions, names: list[str]) -> Source
     try:
         with quiet(), torch.no_grad():
             exported = TS2EPConverter(script, args).convert()
-    except Exception as error:
+    except Exception as error:  # torch's converter raises whatever it meets
         raise UnsupportedModelError(
             path.name,
             [f"TorchScript that torch cannot convert: {_brief(error)}"],

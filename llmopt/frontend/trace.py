@@ -68,7 +68,7 @@ def trace_module(
                 dynamic_shapes=dynamic_shapes,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-        except Exception as error:
+        except Exception as error:  # torch's exporter raises whatever the module does
             raise UnsupportedModelError(
                 label,
                 [f"torch.export failed: {_first_lines(error)}"],
@@ -102,7 +102,7 @@ def translate(
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
             )
-        except Exception as error:
+        except Exception as error:  # torch's exporter raises whatever the module does
             raise UnsupportedModelError(
                 type(module).__name__ if module is not None else "exported program",
                 [f"no ONNX form: {_first_lines(error)}"],

@@ -65,7 +65,7 @@ def opened(path: Path) -> Source:
 
 
 @pytest.mark.parametrize("external", [False, True])
-def test_weights_stay_where_they_are_until_they_are_read(tmp_path: Path, external: bool) -> None:  # noqa: FBT001
+def test_weights_stay_where_they_are_until_they_are_read(tmp_path: Path, external: bool) -> None:
     source = opened(saved(model(), tmp_path, external=external))
     graph = source.program.graph
     assert graph.opset_imports == {"": OPSET}

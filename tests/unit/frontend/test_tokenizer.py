@@ -125,7 +125,7 @@ def test_byte_level_ids_are_those_of_transformers(pre: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True)])
-def test_the_flags_add_ends(bos: bool, eos: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_the_flags_add_ends(bos: bool, eos: bool, tmp_path: Path) -> None:
     flags = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
     path = save(tmp_path / "m.gguf", byte_level_metadata("gpt-2") | flags)
     assert_same(path, TEXTS)

@@ -204,7 +204,7 @@ def test_a_program_evaluates_no_python_for_its_dimensions(
         ("Mul(", False),
     ],
 )
-def test_only_arithmetic_on_symbols_is_harmless(text: str, fine: bool) -> None:  # noqa: FBT001
+def test_only_arithmetic_on_symbols_is_harmless(text: str, fine: bool) -> None:
     assert harmless(text) is fine
 
 

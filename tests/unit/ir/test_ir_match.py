@@ -54,7 +54,7 @@ TEXT = """main (float[4] x, float[4] z) => (float[4] y)
         ),
     ],
 )
-def test_a_pattern_matches(name: str, pattern: Pattern, found: bool) -> None:  # noqa: FBT001
+def test_a_pattern_matches(name: str, pattern: Pattern, found: bool) -> None:
     made = program(TEXT.replace("y) ", "y) "))
     values = {v.name: v for node in made.graph for v in node.outputs}
 

@@ -101,7 +101,7 @@ def test_a_tied_head_is_listed_once() -> None:
 
 
 @pytest.mark.parametrize("same", [True, False, None])
-def test_a_head_beside_a_tied_embedding_stays_unless_it_is_equal(same: bool | None) -> None:  # noqa: FBT001
+def test_a_head_beside_a_tied_embedding_stays_unless_it_is_equal(same: bool | None) -> None:
     asked = []
 
     def equal(a: str, b: str) -> bool:
