@@ -285,6 +285,25 @@ def test_ctrl_c_ends_quietly_and_leaves_what_was_there(stage: str, tmp_path: Pat
     assert everything(tmp_path) == before
 
 
+def test_ctrl_c_inside_an_exec_has_the_same_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import llmopt.cli.catalog\n"
+        "def interrupted(*_, **__):\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "llmopt.cli.catalog.targets_command.callback = interrupted\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "llmopt", "targets"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.stderr == "interrupted; nothing was written\n"
+    assert result.returncode == 130
+
+
 @pytest.mark.parametrize("where", ["onnx_ir.save", "llmopt.verification.verify"])
 def test_ctrl_c_while_the_artifact_is_written_leaves_what_was_there(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
