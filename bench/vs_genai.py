@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 
-PREFILL, DECODE = 128, 64
+PREFILL = 128
 MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": shapes.smollm2, "llama-1.2b": shapes.llama}
 
 
@@ -60,17 +60,17 @@ class Ours:
 
         self.runner = llmopt.load(folder, threads=threads)
 
-    def run(self, prompt: np.ndarray) -> tuple[float, float]:
+    def run(self, prompt: np.ndarray, decode: int) -> tuple[float, float]:
         """Return seconds of the prefill, and seconds for each decoded token."""
         from llmopt.runtime.steps import Sequences
 
-        sequences = Sequences(self.runner.session, 1, PREFILL + DECODE + 1)
+        sequences = Sequences(self.runner.session, 1, PREFILL + decode + 1)
         start = time.perf_counter()
         token = np.argmax(sequences.extend(prompt[None])[:, -1], axis=-1)
         first = time.perf_counter()
-        for _ in range(DECODE):
+        for _ in range(decode):
             token = np.argmax(sequences.extend(token[:, None])[:, -1], axis=-1)
-        return first - start, (time.perf_counter() - first) / DECODE
+        return first - start, (time.perf_counter() - first) / decode
 
 
 class Bare:
@@ -79,10 +79,14 @@ class Bare:
     def __init__(self, ours: Ours) -> None:
         import onnxruntime as ort
 
-        self.session = ours.runner.session._session  # noqa: SLF001 - the same weights in memory
+        from llmopt.runtime.engines.onnxruntime import OnnxRuntimeSession
+
+        session = ours.runner.session
+        assert isinstance(session, OnnxRuntimeSession)
+        self.session = session._session  # noqa: SLF001 - the same weights in memory
         self.ort = ort
 
-    def run(self, prompt: np.ndarray) -> tuple[float, float]:
+    def run(self, prompt: np.ndarray, decode: int) -> tuple[float, float]:
         """Return seconds of the prefill, and seconds for each decoded token."""
         value = self.ort.OrtValue.ortvalue_from_numpy
         binding = self.session.io_binding()
@@ -90,7 +94,7 @@ class Bare:
         for port in self.session.get_inputs():
             if port.name.startswith("past_key_values"):
                 _, heads, _, width = port.shape
-                cache = value(np.zeros((1, heads, PREFILL + DECODE + 1, width), np.float32))
+                cache = value(np.zeros((1, heads, PREFILL + decode + 1, width), np.float32))
                 kept.append(cache)
                 binding.bind_ortvalue_input(port.name, cache)
                 present = port.name.replace("past_key_values", "present")
@@ -98,7 +102,7 @@ class Bare:
         vocabulary = self.session.get_outputs()[0].shape[2]
         logits = np.zeros((1, 1, vocabulary), np.float32)
         binding.bind_ortvalue_output("logits", value(logits))
-        mask = np.ones((1, PREFILL + DECODE + 1), np.int64)
+        mask = np.ones((1, PREFILL + decode + 1), np.int64)
 
         def step(tokens: np.ndarray, start: int) -> None:
             end = start + tokens.shape[1]
@@ -110,9 +114,9 @@ class Bare:
         begin = time.perf_counter()
         step(prompt[None], 0)
         first = time.perf_counter()
-        for index in range(DECODE):
+        for index in range(decode):
             step(np.array([[index + 5]]), PREFILL + index)
-        return first - begin, (time.perf_counter() - first) / DECODE
+        return first - begin, (time.perf_counter() - first) / decode
 
 
 class Genai:
@@ -128,19 +132,19 @@ class Genai:
         self.genai = genai
         self.model = genai.Model(str(folder))
 
-    def run(self, prompt: np.ndarray) -> tuple[float, float]:
+    def run(self, prompt: np.ndarray, decode: int) -> tuple[float, float]:
         """Return seconds of the prefill, and seconds for each decoded token."""
         params = self.genai.GeneratorParams(self.model)
-        length = PREFILL + DECODE + 1
+        length = PREFILL + decode + 1
         params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = self.genai.Generator(self.model, params)
         start = time.perf_counter()
         generator.append_tokens(prompt.astype(np.int32))
         generator.generate_next_token()  # chooses the first token; the next calls run a step each
         first = time.perf_counter()
-        for _ in range(DECODE):
+        for _ in range(decode):
             generator.generate_next_token()
-        return first - start, (time.perf_counter() - first) / DECODE
+        return first - start, (time.perf_counter() - first) / decode
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
@@ -172,9 +176,10 @@ def prepare(case: str, work: Path) -> None:
         build_genai(source, scheme, theirs)
 
 
-def measure(case: str, work: Path, rounds: int, threads: int, seed: int) -> dict[str, Any]:
+def measure(case: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """Return the samples of one process: side to [rounds, (prefill, decode)] seconds."""
     name, scheme = case.split(":")
+    work, threads, seed = chosen.work, chosen.threads, chosen.child
     folders = {"ours": work / f"{name}-{scheme}", "genai": work / f"{name}-{scheme}-genai"}
     makers: dict[str, type[Ours | Genai]] = {"ours": Ours, "genai": Genai}
     loading = list(makers) if seed % 2 else list(makers)[::-1]
@@ -187,12 +192,12 @@ def measure(case: str, work: Path, rounds: int, threads: int, seed: int) -> dict
     vocabulary = json.loads((work / name / "config.json").read_text())["vocab_size"]
     rng = np.random.default_rng(seed)
     samples: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    for number in range(rounds + 2):
+    for number in range(chosen.rounds + 2):
         prompt = rng.integers(10, vocabulary, PREFILL)
         order = list(sides) if number % 2 else list(sides)[::-1]
         for side in order:
             time.sleep(0.15)  # idle threads of the other side stop spinning
-            found = sides[side].run(prompt)
+            found = sides[side].run(prompt, chosen.decode)
             if number >= 2:  # two rounds of warm-up
                 samples[side].append(found)
     return samples
@@ -205,6 +210,7 @@ def compare(case: str, work: Path, chosen: argparse.Namespace) -> dict[str, Any]
     for seed in range(chosen.processes):
         command = [sys.executable, __file__, case, "--work", str(work), "--child", str(seed)]
         command += ["--rounds", str(chosen.rounds), "--threads", str(chosen.threads)]
+        command += ["--decode", str(chosen.decode)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(json.loads(done.stdout))
     sides = {side: np.array([each[side] for each in found]) for side in found[0]}
@@ -237,14 +243,14 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", metavar="CASE")
     parser.add_argument("--rounds", type=int, default=6, help="of each process")
     parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--decode", type=int, default=64, help="tokens decoded in a round")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, help="keeps checkpoints and models between runs")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     if chosen.child is not None:
-        case, rounds, threads = chosen.cases[0], chosen.rounds, chosen.threads
-        print(json.dumps(measure(case, chosen.work, rounds, threads, chosen.child)))
+        print(json.dumps(measure(chosen.cases[0], chosen)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = chosen.work or Path(scratch)

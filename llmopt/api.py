@@ -26,6 +26,8 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     verify: str = "final",
     max_kl: float | None = None,
     force: bool = False,
+    batch: int = 8,
+    defer_engine: bool = False,
     model: str | None = None,
     task: str | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | str | Path | None = None,
@@ -48,6 +50,8 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
         verify: ``"final"`` compares the artifact with the source; ``"off"`` does not.
         max_kl: The largest mean KL divergence that quantization may cost, nats.
         force: Whether an existing output is replaced.
+        batch: Most sequences at once, for targets that must know before they build.
+        defer_engine: Whether what needs the device is built there, at the first load.
         model: ``file.py:factory`` of the module that a state_dict belongs to.
         task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; found out if not given.
         example_inputs: What to call a module with: by name, in order, or the path of an .npz.
@@ -62,7 +66,9 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.source import SourceOptions
 
-    options = CompileOptions(quantize, passes, plugins, require, verify, max_kl, force)
+    options = CompileOptions(
+        quantize, passes, plugins, require, verify, max_kl, force, batch, defer_engine
+    )
     reading = SourceOptions(model, trust_pickle, task, example_inputs, dynamic_shapes, max_length)
     place = None if output is None else Path(output)
     return compile_source(source, [target], place, options, reading, progress)[0]

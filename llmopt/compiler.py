@@ -40,6 +40,8 @@ class CompileOptions:
         verify: ``"final"`` or ``"off"``.
         max_kl: The largest mean KL divergence from the source that is accepted, nats.
         force: Whether an existing output is replaced.
+        batch: Most sequences at once, for backends that must know.
+        defer_engine: Whether what needs the device is built there, at the first load.
     """
 
     quantize: str | None = None
@@ -49,6 +51,8 @@ class CompileOptions:
     verify: str = "final"
     max_kl: float | None = None
     force: bool = False
+    batch: int = 8
+    defer_engine: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,7 @@ class _Compilation:
         self, place: Path, pipeline: str, ran: Sequence[Ran], report: Mapping[str, Fused]
     ) -> Artifact:
         """Lower, write, prove, and put the artifact in its place."""
+        from llmopt.backends.base import Demand
         from llmopt.bundle.writer import staged_folder
 
         program = self.source.program.clone()
@@ -245,8 +250,9 @@ class _Compilation:
             raise UnsupportedModelError(self.source.name, problems, hint)
         with staged_folder(place, force=self.options.force) as folder:
             lowering = self._lower(program, done)
+            demand = Demand(self.options.batch, self.options.defer_engine)
             with self.clock("writing"):
-                lowered = self.backend.write(program, folder)
+                lowered = self.backend.write(program, folder, demand)
                 for name, content in program.facts.files.items():
                     (folder / name).write_bytes(content)
             proof = self._prove(program, folder / lowered.entry)
@@ -254,12 +260,15 @@ class _Compilation:
             text = ",".join(filter(None, [pipeline, lowering]))
             manifest = self._manifest(program, lowered.entry, text, proof, quality)
             manifest = dataclasses.replace(
-                manifest, versions={**manifest.versions, **lowered.versions}
+                manifest,
+                versions={**manifest.versions, **lowered.versions},
+                requires=lowered.requires,
             )
             self._finish(folder, manifest)
         from llmopt.bundle.manifest import Manifest
 
-        return Artifact(place, Manifest.read(place), tuple(done), report, self.source.notes)
+        notes = (*self.source.notes, *lowered.notes)
+        return Artifact(place, Manifest.read(place), tuple(done), report, notes)
 
     def _lower(self, program: Program, done: list[Ran]) -> str:
         from llmopt.passes.pipeline import Pipeline
@@ -294,18 +303,19 @@ class _Compilation:
         return None
 
     def _prove(self, program: Program, entry: Path) -> Verification:
-        from llmopt.verification import TOLERANCE, Verification, verify
+        from llmopt.verification import Verification, verify
 
         if self.options.verify == "off":
             return Verification("off")
         with self.clock("verifying against the source"):
-            return verify(
+            proof = verify(
                 program,
                 self.backend.open(entry, exact=True),
                 self.source.reference,
-                tolerance=TOLERANCE,
+                tolerance=self.backend.tolerance(self.options.quantize),
                 transform=self._transform(),
             )
+        return dataclasses.replace(proof, proven_by=self.backend.proven_by)
 
     def _quality(self, program: Program, entry: Path) -> dict[str, Any]:
         from llmopt.evaluation import measure_quality
@@ -335,7 +345,7 @@ class _Compilation:
 
         precision = {} if self.scheme is None else {"weights": str(self.scheme)}
         return Manifest(
-            target=self.backend.name,
+            target=self.backend.target,
             entry=entry,
             task=program.facts.task,
             versions={"llmopt": llmopt.__version__},

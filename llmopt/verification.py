@@ -23,9 +23,6 @@ from llmopt.ir.program import Program, Role
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 Array = npt.NDArray[Any]
 
-TOLERANCE: Final = 1e-3
-"""Sums of thousands of float32 products in another order; rounded weights are compared with the
-source's own, rounded the same way, and multiplied in float32."""
 _LENGTHS: Final = (1, 7, 33)
 _STEPS: Final = 4
 
@@ -53,11 +50,13 @@ class Verification:
         status: ``"passed"`` or ``"off"``.
         cases: Every case.
         tolerance: What each had to keep.
+        proven_by: What ran the artifact, where that is not the target itself.
     """
 
     status: str
     cases: tuple[Compared, ...] = ()
     tolerance: float = 0.0
+    proven_by: str = ""
 
     @property
     def worst(self) -> Compared | None:
@@ -67,7 +66,7 @@ class Verification:
     def summary(self) -> dict[str, Any]:
         """Return what manifests and ``--json`` show."""
         worst = self.worst
-        return {
+        return ({"proven_by": self.proven_by} if self.proven_by else {}) | {
             "status": self.status,
             "cases": len(self.cases),
             "tolerance": self.tolerance,

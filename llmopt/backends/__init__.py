@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Final
 
-from llmopt.backends.base import Backend, refuse_options, split_target
+from llmopt.backends.base import Backend, split_target
 from llmopt.errors import UnknownNameError
 
 __all__ = ["ALIASES", "BACKENDS", "Backend", "find_backend", "known_backends"]
@@ -38,8 +38,7 @@ def find_backend(target: str) -> Backend:
     found = known.get(ALIASES.get(name, name))
     if found is None:
         raise UnknownNameError("target", name, [*known, *ALIASES], "`llmopt targets` lists them")
-    refuse_options(name, options)
-    return found()
+    return found.configured(options)
 
 
 def _load(where: str) -> type[Backend]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 import numpy.typing as npt
 
@@ -17,6 +18,9 @@ from llmopt.passes.base import Pass
 
 Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
+TOLERANCE: Final = 1e-3
+"""Sums of thousands of float32 products in another order; rounded weights are compared with the
+source's own, rounded the same way, and multiplied in float32."""
 _TARGET: Final = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
@@ -34,6 +38,19 @@ class Availability:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What an artifact has to serve, where a backend must know before it builds.
+
+    Args:
+        batch: Most sequences at once.
+        defer_engine: Whether the part that needs the device is built there, at the first load.
+    """
+
+    batch: int = 8
+    defer_engine: bool = False
+
+
+@dataclass(frozen=True)
 class Lowered:
     """What a backend wrote.
 
@@ -41,15 +58,22 @@ class Lowered:
         entry: The file in the folder to open first.
         program: The Program as it was lowered.
         versions: Of what it was made with.
+        requires: What the machine that runs it must have, and the bounds it was built for:
+            ``{"cpu_features": ["avx2"], "batch": 8}``. A runner refuses what does not fit.
+        notes: What a user should know.
     """
 
     entry: str
     program: Program
     versions: Mapping[str, str | int]
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Backend(abc.ABC):
     """A place to lower a Program to. Subclasses are frozen dataclasses of options.
+
+    Every option is text, has a default, and is written ``name{option=value,...}``.
 
     Attributes:
         name: The target's name, without options.
@@ -60,6 +84,35 @@ class Backend(abc.ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     schemes: ClassVar[frozenset[str]]
+
+    @classmethod
+    def configured(cls, options: Mapping[str, str]) -> Self:
+        """Return the backend with these options.
+
+        Raises:
+            UnknownNameError: it has no such option.
+        """
+        known = [field.name for field in _options(cls)]
+        for key in options:
+            if key not in known:
+                raise UnknownNameError(f"option of target {cls.name}", key, known)
+        return cls(**options)
+
+    @property
+    def target(self) -> str:
+        """The target as text, with the options that were set."""
+        given = [(option, getattr(self, option.name)) for option in _options(type(self))]
+        changed = [f"{o.name}={value}" for o, value in given if value != o.default]
+        return self.name + (f"{{{','.join(changed)}}}" if changed else "")
+
+    @property
+    def proven_by(self) -> str:
+        """What runs the artifact while it is verified, where that is not the target itself."""
+        return ""
+
+    def tolerance(self, scheme: str | None) -> float:  # noqa: ARG002 - most have one for all
+        """Return the relative error that verification allows."""
+        return TOLERANCE
 
     @abc.abstractmethod
     def available(self) -> Availability:
@@ -74,7 +127,7 @@ class Backend(abc.ABC):
         """Return the lowering passes, in order."""
 
     @abc.abstractmethod
-    def write(self, program: Program, folder: Path) -> Lowered:
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         """Write a lowered Program into ``folder``."""
 
     @abc.abstractmethod
@@ -111,11 +164,5 @@ def split_target(text: str) -> tuple[str, dict[str, str]]:
     return match["name"], options
 
 
-def refuse_options(name: str, options: Mapping[str, str]) -> None:
-    """Raise if a target that has no options was given some.
-
-    Raises:
-        UnknownNameError: naming the first.
-    """
-    for key in options:
-        raise UnknownNameError(f"option of target {name}", key, ())
+def _options(backend: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(backend) if dataclasses.is_dataclass(backend) else ()

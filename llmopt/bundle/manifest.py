@@ -205,6 +205,7 @@ class Manifest:
         files: Every file but the manifest and the build report.
         verification: What was checked and how far it was off.
         quality: What quantization cost, measured.
+        requires: What the machine must have, and the bounds that it was built for.
         schema: Version of this format.
     """
 
@@ -220,6 +221,7 @@ class Manifest:
     files: tuple[FileRecord, ...] = ()
     verification: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @classmethod
@@ -253,6 +255,7 @@ class Manifest:
             files=tuple(map(FileRecord.read, data.items("files"))),
             verification=data.mapping("verification"),
             quality=data.mapping("quality"),
+            requires=data.mapping("requires"),
             schema=schema,
         )
 

@@ -100,6 +100,19 @@ SCHEMA = 1
     help="The most tokens of one sequence.  [default: the model's own limit]",
 )
 @click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Most sequences at once, for targets that must know before they build.",
+)
+@click.option(
+    "--defer-engine",
+    is_flag=True,
+    help="Leave what needs the device to the first load there.",
+)
+@click.option(
     "--trust-pickle",
     is_flag=True,
     help="Execute the code that a pickled file carries. Only for files you made yourself.",

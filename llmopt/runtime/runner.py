@@ -23,7 +23,7 @@ from llmopt.runtime.generation import (
     check_tokens,
 )
 from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
-from llmopt.runtime.session import Array, Session
+from llmopt.runtime.session import Array, open_session
 from llmopt.runtime.steps import Sequences
 from llmopt.runtime.tokens import Tokenizer
 
@@ -48,7 +48,7 @@ class Runner:
         self.folder = folder
         self.manifest = Manifest.read(folder)
         self.manifest.check_sizes(folder)
-        self.session = Session(folder, self.manifest, threads)
+        self.session = open_session(folder, self.manifest, threads)
         self._warned = False
 
     @overload

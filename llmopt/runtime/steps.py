@@ -1,15 +1,15 @@
-"""Running a decoder step by step: one class for each way an artifact keeps its cache."""
+"""Running a decoder step by step, whatever keeps its cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from llmopt.bundle.manifest import Port
 from llmopt.errors import UsageError
-from llmopt.runtime.session import Array, Session, aligned_zeros
+from llmopt.runtime.session import Array, Session
 
 
 @dataclass(frozen=True)
@@ -52,123 +52,6 @@ class Stepper(Protocol):
         """Return logits [B, K, V]; the array is overwritten by the next run."""
 
 
-class SharedCache:
-    """Past and present are one buffer per layer, which the model writes in place.
-
-    Args:
-        session: The model.
-        batch: B.
-        capacity: Most tokens a row can come to.
-    """
-
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
-        self._session = session
-        self._binding = session.bind()
-        self._logits = session.need("logits")
-        self._mask_memory = np.ones(batch * capacity, np.int64)
-        self._fast: _OneToken | None = None
-        for past, present in _cache_pairs(session):
-            shape = cache_shape(past, batch, capacity)
-            self._binding.share(past.name, present.name, aligned_zeros(shape, past.dtype))
-
-    def run(self, step: Step) -> Array:
-        """Return logits [B, K, V]; the array is overwritten by the next run."""
-        if step.tokens.shape[1] == 1:
-            return self._run_one(step)
-        self._fast = None
-        self._bind(step.feeds(self._session))
-        if step.every and self._session.find("logits_to_keep") is not None:
-            # the artifact declares logits of one token, and a bound output must be as declared
-            self._binding.allocate(self._logits.name)
-            self._binding.run()
-            return self._binding.allocated(self._logits.name)
-        logits = self._fetch_logits(step)
-        self._binding.run()
-        return logits
-
-    def _run_one(self, step: Step) -> Array:
-        """Run a step of one token: buffers stay bound, and only the growing mask is bound anew."""
-        mask = self._mask_memory[: step.mask.size].reshape(step.mask.shape)
-        mask[...] = step.mask
-        if self._fast is None:
-            # These are written to below, so they must not be the caller's.
-            feeds = {name: array.copy() for name, array in step.feeds(self._session).items()}
-            self._bind(feeds)
-            self._fast = _OneToken.of(self._session, feeds, self._fetch_logits(step))
-        self._fast.tokens[...] = step.tokens
-        if self._fast.positions is not None:
-            self._fast.positions[...] = step.positions
-        self._binding.feed(self._fast.mask_name, mask)
-        self._binding.run()
-        return self._fast.logits
-
-    def _bind(self, feeds: dict[str, Array]) -> None:
-        for name, array in feeds.items():
-            self._binding.feed(name, array)
-
-    def _fetch_logits(self, step: Step) -> Array:
-        batch, new = step.tokens.shape
-        free = new if step.every or self._session.find("logits_to_keep") is None else 1
-        _, kept, width = self._logits.shape
-        vocabulary = self._session.manifest.model.vocabulary
-        shape = (
-            batch,
-            kept if isinstance(kept, int) else free,
-            width if isinstance(width, int) else vocabulary,
-        )
-        logits = aligned_zeros(shape, self._logits.dtype)
-        self._binding.fetch(self._logits.name, logits)
-        return logits
-
-
-@dataclass(frozen=True)
-class _OneToken:
-    """The buffers of a step of one token."""
-
-    tokens: Array
-    positions: Array | None
-    mask_name: str
-    logits: Array
-
-    @classmethod
-    def of(cls, session: Session, feeds: dict[str, Array], logits: Array) -> _OneToken:
-        positions = session.find("positions")
-        return cls(
-            tokens=feeds[session.need("tokens").name],
-            positions=None if positions is None else feeds[positions.name],
-            # Without a mask the model could not tell how much of the buffer is in use.
-            mask_name=session.need("mask").name,
-            logits=logits,
-        )
-
-
-class ConcatCache:
-    """Present is past and the new tokens, another tensor at each step.
-
-    Args:
-        session: The model.
-        batch: B.
-    """
-
-    def __init__(self, session: Session, batch: int) -> None:
-        self._session = session
-        self._pairs = _cache_pairs(session)
-        self._names = [session.need("logits").name, *(present.name for _, present in self._pairs)]
-        self._cache: dict[str, Any] = {
-            past.name: session.value(np.zeros(cache_shape(past, batch, 0), past.dtype))
-            for past, _ in self._pairs
-        }
-
-    def run(self, step: Step) -> Array:
-        """Return logits [B, K, V]."""
-        session = self._session
-        feeds = {name: session.value(array) for name, array in step.feeds(session).items()}
-        logits, *presents = session.run_values(self._cache | feeds, self._names)
-        pasts = (past.name for past, _ in self._pairs)
-        self._cache = dict(zip(pasts, presents, strict=True))
-        return np.asarray(logits.numpy())
-
-
 class NoCache:
     """The model has no cache: every step runs the whole prefix again.
 
@@ -204,7 +87,7 @@ class Sequences:
     def __init__(self, session: Session, batch: int, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        self._stepper = make_stepper(session, batch, capacity)
+        self._stepper = session.stepper(batch, capacity)
         self._mask = np.ones((batch, capacity), np.int64)
         self._real = np.zeros((batch, 1), np.int64)
 
@@ -246,17 +129,6 @@ class Sequences:
         return placed
 
 
-def make_stepper(session: Session, batch: int, capacity: int) -> Stepper:
-    """Return the way of stepping that the artifact's manifest asks for."""
-    match session.manifest.model.cache:
-        case "shared":
-            return SharedCache(session, batch, capacity)
-        case "concat":
-            return ConcatCache(session, batch)
-        case "none":
-            return NoCache(session)
-
-
 def cache_shape(port: Port, batch: int, length: int) -> tuple[int, ...]:
     """Return the shape [B, G, length, D] of a cache input whose batch and length are free."""
     _, heads, _, width = port.shape
@@ -265,7 +137,8 @@ def cache_shape(port: Port, batch: int, length: int) -> tuple[int, ...]:
     return batch, heads, length, width
 
 
-def _cache_pairs(session: Session) -> list[tuple[Port, Port]]:
+def cache_pairs(session: Session) -> list[tuple[Port, Port]]:
+    """Return the input and the output of every cache: keys by layer, then values by layer."""
     pairs: list[tuple[Port, Port]] = []
     for part in ("key", "value"):
         pasts, presents = session.layered(f"past_{part}"), session.layered(f"present_{part}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmopt.backends import find_backend
+from llmopt.backends.base import Demand
 from llmopt.frontend.module import load_factory
 from llmopt.frontend.source import SourceOptions, open_source
 from llmopt.frontend.trace import quiet
@@ -144,7 +145,7 @@ def test_every_form_of_a_model_is_fused_and_computes_what_it_did(
     assert not {"Softmax", "Sqrt", "ReduceMean"} & set(operators)
     backend = find_backend("cpu")
     Pipeline(backend.passes(None)).run(program)
-    backend.write(program, tmp_path)
+    backend.write(program, tmp_path, Demand())
     assert worst(source.reference, program, tmp_path / "model.onnx") <= TOLERANCE
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 import onnx_ir as ir
 from typing_extensions import override
 
-from llmopt.backends.base import Availability, Backend, Lowered, Run
+from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
 from llmopt.backends.onnxruntime.genai import FILE as GENAI
 from llmopt.backends.onnxruntime.genai import genai_config
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
@@ -51,7 +51,7 @@ class OnnxRuntimeCpu(Backend):
         return (LowerWeights(), LowerAttention(), FuseSkipNorm(), LowerActivations())
 
     @override
-    def write(self, program: Program, folder: Path) -> Lowered:
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         model = program.model
         finish(model)
         _declare_last_token(program)

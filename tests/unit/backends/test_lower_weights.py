@@ -10,6 +10,7 @@ import pytest
 from programs import apply, bound, error_rel, evaluate, inputs, open_session, operators, run
 
 from llmopt.backends import find_backend
+from llmopt.backends.base import Demand
 from llmopt.backends.onnxruntime import DATA, ENTRY, finish
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.ir.feeds import Case
@@ -105,7 +106,7 @@ def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
         low = Pipeline((LowerWeights(accuracy_level=0),)).run(made)
         folder = tmp_path / label
         folder.mkdir()
-        find_backend("cpu").write(low, folder)
+        find_backend("cpu").write(low, folder, Demand())
         sizes[label] = sum(file.stat().st_size for file in folder.glob(f"{ENTRY}*"))
         given = inputs(before, Case(2, 3), 512)
         got, want = open_session(folder / ENTRY, given), evaluate(before, given)
@@ -125,7 +126,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         )
         folder = tmp_path / label
         folder.mkdir()
-        find_backend("cpu").write(Pipeline((LowerWeights(),)).run(made), folder)
+        find_backend("cpu").write(Pipeline((LowerWeights(),)).run(made), folder, Demand())
         contents.append([(folder / name).read_bytes() for name in (ENTRY, DATA)])
 
     assert contents[0] == contents[1]

@@ -11,9 +11,10 @@ from tiny_artifacts import EOS, GROUPS, MAX_LENGTH, VOCABULARY, WIDTH, TinyDecod
 
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.runtime import Runner, load
+from llmopt.runtime.engines.onnxruntime import OnnxRuntimeSession, SharedCache
 from llmopt.runtime.generation import capacity_for, padding_token
 from llmopt.runtime.session import Array, aligned_zeros
-from llmopt.runtime.steps import Sequences, SharedCache
+from llmopt.runtime.steps import Sequences
 
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100]]
 REFERENCE = TinyDecoder()
@@ -88,6 +89,7 @@ def test_the_same_seed_gives_the_same_tokens_for_every_cache(folders: Path) -> N
 
 def test_the_shared_cache_is_written_in_place(folders: Path) -> None:
     session = load(folders / "shared", threads=1).session
+    assert isinstance(session, OnnxRuntimeSession)
     stepper = SharedCache(session, 1, 16)
     kept = stepper._binding._kept
     buffers = {name: array for name, array in kept.items() if "past" in name}

@@ -1,0 +1,319 @@
+"""The one place that touches onnxruntime: opening a model, running it, binding buffers to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from typing_extensions import override
+
+from llmopt.bundle.manifest import Manifest
+from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
+from llmopt.runtime.pages import large_pages
+from llmopt.runtime.session import Array, Session, aligned_zeros, zeros_together
+from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
+
+PROVIDERS: Final[Mapping[str, str]] = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-arm64": "CPUExecutionProvider",
+}
+_INSTALL: Final = "it is not installed; pip install 'llmopt[runtime]'"
+_ERRORS_ONLY: Final = 3
+
+
+class OnnxRuntimeSession(Session):
+    """An artifact opened by onnxruntime.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        threads: Threads inside one operator; None for as many as the process may use.
+
+    Raises:
+        BackendUnavailableError: onnxruntime or the provider is not here.
+        ArtifactError: The model file cannot be opened, or is not what the manifest says.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+        super().__init__(manifest, threads)
+        self._ort = _import_onnxruntime()
+        with large_pages():
+            self._session = self._open(folder)
+        self._check_names(folder)
+
+    @override
+    def stepper(self, batch: int, capacity: int) -> Stepper:
+        match self.manifest.model.cache:
+            case "shared":
+                return SharedCache(self, batch, capacity)
+            case "concat":
+                return ConcatCache(self, batch)
+            case "none":
+                return NoCache(self)
+
+    @override
+    def run(
+        self, feeds: Mapping[str, Array], names: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        wanted = list(names or self.outputs)
+        try:
+            results = self._session.run(wanted, dict(feeds))
+        except self._failures as error:
+            raise self._failed(error) from error
+        return dict(zip(wanted, results, strict=True))
+
+    def run_values(self, feeds: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+        """Return outputs that stay where they are: values to be fed to the next call."""
+        try:
+            values: list[Any] = self._session.run_with_ort_values(list(names), dict(feeds))
+        except self._failures as error:
+            raise self._failed(error) from error
+        return values
+
+    def value(self, array: Array) -> Any:
+        """Return ``array`` as a value of the backend, sharing its memory."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def bind(self) -> Binding:
+        """Return an empty set of buffers to run with."""
+        return Binding(self)
+
+    @property
+    def _failures(self) -> tuple[type[Exception], ...]:
+        state = self._ort.capi.onnxruntime_pybind11_state
+        names = ("Fail", "InvalidArgument", "NotImplemented", "RuntimeException", "EPFail")
+        # Bound runs raise plain RuntimeError for all of these.
+        return (RuntimeError, *(getattr(state, name) for name in names))
+
+    def _failed(self, error: Exception) -> LlmoptError:
+        return LlmoptError(f"onnxruntime could not run the model: {_first_line(error)}")
+
+    def _open(self, folder: Path) -> Any:
+        provider = self._provider()
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        state = self._ort.capi.onnxruntime_pybind11_state
+        broken = (*self._failures, state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile)
+        path = folder / self.manifest.entry
+        try:
+            session = self._ort.InferenceSession(path, options, providers=[provider])
+        except broken as error:
+            raise ArtifactError(path, self._why_not_opened(error)) from error
+        if session.get_providers()[0] != provider:  # it falls back without a word
+            raise BackendUnavailableError("onnxruntime", f"{provider} did not start")
+        return session
+
+    def _provider(self) -> str:
+        name = self.manifest.target.partition("{")[0]
+        provider = PROVIDERS[name]
+        available = self._ort.get_available_providers()
+        if provider not in available:
+            raise BackendUnavailableError(name, f"onnxruntime has no {provider}, only {available}")
+        return provider
+
+    def _why_not_opened(self, error: Exception) -> str:
+        made = self.manifest.versions.get("onnxruntime")
+        here = self._ort.__version__
+        tail = "" if made in {None, here} else f" (made with onnxruntime {made}, this is {here})"
+        return f"onnxruntime cannot open it: {_first_line(error)}{tail}"
+
+    def _check_names(self, folder: Path) -> None:
+        session = self._session
+        inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
+        there = {node.name for node in [*inputs, *session.get_outputs()]}
+        missing = [name for name in (*self.inputs, *self.outputs) if name not in there]
+        if missing:
+            entry = folder / self.manifest.entry
+            raise ArtifactError(entry, f"the manifest names {missing[0]!r}, the model has no such")
+
+
+class Binding:
+    """Buffers that a model reads and writes in place, kept from one run to the next."""
+
+    def __init__(self, session: OnnxRuntimeSession) -> None:
+        self._session = session
+        self._binding = session._session.io_binding()  # noqa: SLF001 - the two are one seam
+        self._kept: dict[str, Array] = {}
+        self._bound: list[str] = []  # outputs, in the order that onnxruntime gives them back
+
+    def feed(self, name: str, array: Array) -> None:
+        """Read input ``name`` from ``array``, now and until it is fed another."""
+        self._kept[name] = array
+        self._binding.bind_ortvalue_input(name, self._session.value(array))
+
+    def fetch(self, name: str, array: Array) -> None:
+        """Write output ``name`` into ``array``, which has exactly its shape."""
+        self._kept[name] = array
+        self._remember(name)
+        self._binding.bind_ortvalue_output(name, self._session.value(array))
+
+    def allocate(self, name: str) -> None:
+        """Let onnxruntime allocate output ``name``: what a run gives may differ from its shape."""
+        self._kept.pop(name, None)
+        self._remember(name)
+        self._binding.bind_output(name)
+
+    def allocated(self, name: str) -> Array:
+        """Return a copy of output ``name`` after a run."""
+        value = self._binding.get_outputs()[self._bound.index(name)]
+        return np.array(value.numpy())
+
+    def _remember(self, name: str) -> None:
+        if name not in self._bound:
+            self._bound.append(name)
+
+    def share(self, past: str, present: str, array: Array) -> None:
+        """Let input ``past`` and output ``present`` be the same memory."""
+        value = self._session.value(array)
+        self._kept[past] = array
+        self._remember(present)
+        self._binding.bind_ortvalue_input(past, value)
+        self._binding.bind_ortvalue_output(present, value)
+
+    def run(self) -> None:
+        """Run the model once on these buffers.
+
+        Raises:
+            LlmoptError: onnxruntime could not run it.
+        """
+        session = self._session
+        try:
+            session._session.run_with_iobinding(self._binding)  # noqa: SLF001 - as above
+        except session._failures as error:  # noqa: SLF001 - as above
+            raise session._failed(error) from error  # noqa: SLF001 - as above
+
+
+class SharedCache:
+    """Past and present are one buffer per layer, which the model writes in place.
+
+    Args:
+        session: The model.
+        batch: B.
+        capacity: Most tokens a row can come to.
+    """
+
+    def __init__(self, session: OnnxRuntimeSession, batch: int, capacity: int) -> None:
+        self._session = session
+        self._binding = session.bind()
+        self._logits = session.need("logits")
+        self._mask_memory = np.ones(batch * capacity, np.int64)
+        self._fast: _OneToken | None = None
+        pairs = cache_pairs(session)
+        shapes = [cache_shape(past, batch, capacity) for past, _ in pairs]
+        caches = zeros_together(shapes, [past.dtype for past, _ in pairs])
+        for (past, present), cache in zip(pairs, caches, strict=True):
+            self._binding.share(past.name, present.name, cache)
+
+    def run(self, step: Step) -> Array:
+        """Return logits [B, K, V]; the array is overwritten by the next run."""
+        if step.tokens.shape[1] == 1:
+            return self._run_one(step)
+        self._fast = None
+        self._bind(step.feeds(self._session))
+        if step.every and self._session.find("logits_to_keep") is not None:
+            # the artifact declares logits of one token, and a bound output must be as declared
+            self._binding.allocate(self._logits.name)
+            self._binding.run()
+            return self._binding.allocated(self._logits.name)
+        logits = self._fetch_logits(step)
+        self._binding.run()
+        return logits
+
+    def _run_one(self, step: Step) -> Array:
+        """Run a step of one token: buffers stay bound, and only the growing mask is bound anew."""
+        mask = self._mask_memory[: step.mask.size].reshape(step.mask.shape)
+        mask[...] = step.mask
+        if self._fast is None:
+            # These are written to below, so they must not be the caller's.
+            feeds = {name: array.copy() for name, array in step.feeds(self._session).items()}
+            self._bind(feeds)
+            self._fast = _OneToken.of(self._session, feeds, self._fetch_logits(step))
+        self._fast.tokens[...] = step.tokens
+        if self._fast.positions is not None:
+            self._fast.positions[...] = step.positions
+        self._binding.feed(self._fast.mask_name, mask)
+        self._binding.run()
+        return self._fast.logits
+
+    def _bind(self, feeds: dict[str, Array]) -> None:
+        for name, array in feeds.items():
+            self._binding.feed(name, array)
+
+    def _fetch_logits(self, step: Step) -> Array:
+        batch, new = step.tokens.shape
+        free = new if step.every or self._session.find("logits_to_keep") is None else 1
+        _, kept, width = self._logits.shape
+        vocabulary = self._session.manifest.model.vocabulary
+        shape = (
+            batch,
+            kept if isinstance(kept, int) else free,
+            width if isinstance(width, int) else vocabulary,
+        )
+        logits = aligned_zeros(shape, self._logits.dtype)
+        self._binding.fetch(self._logits.name, logits)
+        return logits
+
+
+@dataclass(frozen=True)
+class _OneToken:
+    """The buffers of a step of one token."""
+
+    tokens: Array
+    positions: Array | None
+    mask_name: str
+    logits: Array
+
+    @classmethod
+    def of(cls, session: OnnxRuntimeSession, feeds: dict[str, Array], logits: Array) -> _OneToken:
+        positions = session.find("positions")
+        return cls(
+            tokens=feeds[session.need("tokens").name],
+            positions=None if positions is None else feeds[positions.name],
+            # Without a mask the model could not tell how much of the buffer is in use.
+            mask_name=session.need("mask").name,
+            logits=logits,
+        )
+
+
+class ConcatCache:
+    """Present is past and the new tokens, another tensor at each step.
+
+    Args:
+        session: The model.
+        batch: B.
+    """
+
+    def __init__(self, session: OnnxRuntimeSession, batch: int) -> None:
+        self._session = session
+        self._pairs = cache_pairs(session)
+        self._names = [session.need("logits").name, *(present.name for _, present in self._pairs)]
+        self._cache: dict[str, Any] = {
+            past.name: session.value(np.zeros(cache_shape(past, batch, 0), past.dtype))
+            for past, _ in self._pairs
+        }
+
+    def run(self, step: Step) -> Array:
+        """Return logits [B, K, V]."""
+        session = self._session
+        feeds = {name: session.value(array) for name, array in step.feeds(session).items()}
+        logits, *presents = session.run_values(self._cache | feeds, self._names)
+        pasts = (past.name for past, _ in self._pairs)
+        self._cache = dict(zip(pasts, presents, strict=True))
+        return np.asarray(logits.numpy())
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailableError("onnxruntime", _INSTALL) from error
+    return onnxruntime
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
