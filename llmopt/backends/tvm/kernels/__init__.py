@@ -1,0 +1,1 @@
+"""Kernels in TVMScript, one file each, chosen by the processor's features and the shape."""
