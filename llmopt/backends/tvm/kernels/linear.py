@@ -1,0 +1,236 @@
+"""Products with weights: which kernels compute one, and how its weight is packed for them.
+
+`choose` takes what is wanted and gives kernels and a packing, `pack` applies the packing. The
+packing depends on the weight, its scheme and the processor, not on how many rows there are or
+whether the product is exact: all kernels of one weight read the same arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm.kernels import linear_pack
+from llmopt.backends.tvm.kernels.kernel import Kernel
+from llmopt.backends.tvm.kernels.linear_storage import (
+    Storage,
+    block_storage,
+    channel_storage,
+    groups,
+)
+from llmopt.quantization.dynamic import Columns
+from llmopt.quantization.numerics import Quantized
+from llmopt.quantization.packing import Packed
+from llmopt.quantization.schemes import Blockwise, DynamicInt8
+
+Array = npt.NDArray[Any]
+Weight = Array | Quantized | Packed | Columns
+EPILOGUES: Final = ("bias", "gelu", "gelu_tanh", "swiglu", "residual")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product ``y = epilogue(x @ W.T)`` of x [M, K] with a weight W [N, K].
+
+    Args:
+        n: Rows of the weight; gate and up rows together, where the epilogue is gated.
+        k: Columns of the weight.
+        scheme: How the weight is rounded; None for float32.
+        rows: ``"one"`` for M = 1, ``"many"`` for any M, known when the kernel runs.
+        epilogue: Of ``"bias"``, then one of ``"gelu"``, ``"gelu_tanh"``, ``"swiglu"`` (the first
+            half of the rows are gates, the result has N / 2 columns), then ``"residual"``.
+        features: The processor's instructions.
+        exact: Whether activations stay float32 where a scheme would round them.
+        scale: Type in which scales of blocks are stored. ``"float16"`` saves half a bit a weight
+            in blocks of 32 and rounds each scale by at most 2**-11 of it.
+        limit: The largest magnitude of int8 codes, as ``quantize-dynamic`` was told.
+
+    Raises:
+        ValueError: an unknown epilogue, or steps in another order.
+    """
+
+    n: int
+    k: int
+    scheme: Blockwise | DynamicInt8 | None = None
+    rows: Literal["one", "many"] = "many"
+    epilogue: tuple[str, ...] = ()
+    features: Features = Features()  # noqa: RUF009 - frozen
+    exact: bool = False
+    scale: Literal["float16", "float32"] = "float16"
+    limit: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what no kernel has."""
+        order = [("bias",), ("gelu", "gelu_tanh", "swiglu"), ("residual",)]
+        places = [next((i for i, of in enumerate(order) if s in of), -1) for s in self.epilogue]
+        if -1 in places or places != sorted(set(places)):
+            raise ValueError(f"epilogue {self.epilogue}: bias, an activation, residual at most")
+        if self.paired and self.n % 2:
+            raise ValueError(f"n={self.n}: a gated product has as many gate rows as up rows")
+
+    @property
+    def paired(self) -> bool:
+        """Whether gate and up rows belong together."""
+        return "swiglu" in self.epilogue
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return self.n // 2 if self.paired else self.n
+
+    @property
+    def storage(self) -> Storage | None:
+        """How integer weights are stored; None for float32."""
+        if isinstance(self.scheme, Blockwise):
+            return block_storage(self.scheme, self.k, self.scale, self.features)
+        if isinstance(self.scheme, DynamicInt8):
+            return channel_storage(self.k, self.limit, self.features)
+        return None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the weight of a product is laid out: see `linear_storage`.
+
+    Args:
+        n: Rows of the weight.
+        k: Columns of the weight.
+        storage: Of integer weights; None for float32.
+        paired: Whether each tile has gates and what they multiply.
+    """
+
+    n: int
+    k: int
+    storage: Storage | None
+    paired: bool
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The shape and type of each array that `pack` returns, by its name."""
+        count = groups(self.n, paired=self.paired)
+        if self.storage is None:
+            return {"weights": ((count, self.k, 16), "float32")}
+        storage = self.storage
+        found: dict[str, tuple[tuple[int, ...], str]] = {
+            "codes": ((count, storage.columns * storage.bits // 32, 16), "int32"),
+            "scale": ((count, storage.blocks, 16), storage.scale),
+        }
+        if storage.zero_points:
+            kind = "int8" if storage.signed else "uint8"
+            found["zero_point"] = ((count, storage.blocks, 16), kind)
+        return found
+
+
+@dataclass(frozen=True)
+class LinearKernels:
+    """How a product is computed.
+
+    Args:
+        kernels: To be called in order. Inputs: ``x`` [M, K], the arrays of the packing by name,
+            ``bias`` [N] and ``residual`` [M, columns] where the epilogue has them; output: ``y``
+            [M, columns]. All float32 where the packing does not say otherwise.
+        packing: Of the weight.
+    """
+
+    kernels: tuple[Kernel, ...]
+    packing: Packing
+
+
+def choose(wanted: Linear) -> LinearKernels:
+    """Return the kernels of a product and the packing they read."""
+    packing = Packing(wanted.n, wanted.k, wanted.storage, wanted.paired)
+    return LinearKernels((_kernel(wanted, packing),), packing)
+
+
+def pack(weight: Weight, packing: Packing) -> dict[str, Array]:
+    """Return the arrays of a weight by the kernels' names of them.
+
+    Args:
+        weight: [N, K] of any float type, rounded here if the packing is of integers; or
+            `Quantized` or `Packed` in the packing's scheme; or `Columns` of int8, [K, N].
+        packing: As `choose` gave it.
+
+    Raises:
+        ValueError: the weight is not of the packing's shape or scheme.
+        UnsupportedModelError: a scale or a code that the packing cannot hold.
+    """
+    n, paired, storage = packing.n, packing.paired, packing.storage
+    _check(weight, packing)
+    if storage is None:
+        assert isinstance(weight, np.ndarray)
+        return linear_pack.pack_floats(weight, n, paired=paired)
+    if isinstance(weight, Columns):
+        return linear_pack.pack_channels(weight, n, storage, paired=paired)
+    return linear_pack.pack_blocks(weight, n, storage, paired=paired)
+
+
+def _check(weight: Weight, packing: Packing) -> None:
+    if isinstance(weight, Columns):
+        found: tuple[int, ...] = weight.codes.shape[::-1]
+    elif isinstance(weight, np.ndarray):
+        found = weight.shape
+    else:
+        found = (len(weight.scale), weight.columns)
+    if found != (packing.n, packing.k):
+        raise ValueError(f"weight {found} for a packing of {(packing.n, packing.k)}")
+    channels = packing.storage is not None and packing.storage.channels
+    if isinstance(weight, Columns) != channels:
+        raise ValueError(f"a {type(weight).__name__} does not fit {packing.storage}")
+
+
+def _kernel(wanted: Linear, packing: Packing) -> Kernel:
+    from llmopt.backends.tvm.kernels.linear_script import Argument, function
+
+    m: int | str = 1 if wanted.rows == "one" else "m"
+    arguments = [Argument("x", (m, wanted.k))]
+    arguments += [Argument(name, *of) for name, of in packing.arrays.items()]
+    if "bias" in wanted.epilogue:
+        arguments.append(Argument("bias", (wanted.n,)))
+    if "residual" in wanted.epilogue:
+        arguments.append(Argument("residual", (m, wanted.columns)))
+    inputs = tuple(argument.name for argument in arguments)
+    arguments.append(Argument("y", (m, wanted.columns)))
+    name = _name(wanted)
+    return Kernel(name, function(name, arguments, _body(wanted)), inputs, ("y",))
+
+
+def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
+    """Return what emits the kernel's code."""
+    from llmopt.backends.tvm.kernels import linear_exact, linear_float, linear_gemm, linear_gemv
+    from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
+    from llmopt.backends.tvm.kernels.linear_products import products
+
+    storage, features, k = wanted.storage, wanted.features, wanted.k
+    one = wanted.rows == "one"
+
+    def body(buffers: Mapping[str, Any]) -> None:
+        epilogue = Epilogue(wanted.n, wanted.epilogue, buffers)
+        if storage is None:
+            emit = linear_float.emit_row if one else linear_float.emit_rows
+            emit(buffers, epilogue, k, features)
+        elif wanted.exact:
+            linear_exact.emit(buffers, epilogue, k, storage, features.lanes)
+        else:
+            unit = products(features, largest=storage.largest, signed=storage.signed)
+            (linear_gemv if one else linear_gemm).emit(buffers, epilogue, k, storage, unit)
+
+    return body
+
+
+def _name(wanted: Linear) -> str:
+    """Return a name that no other product has."""
+    scheme = wanted.scheme
+    kind = "f32" if scheme is None else "w8a8"
+    if isinstance(scheme, Blockwise):
+        zero = "" if scheme.symmetric else "z"
+        kind = f"w{scheme.bits}{zero}_b{scheme.block}_{wanted.scale}"
+    elif scheme is not None:
+        kind += f"_{wanted.limit}"
+    use = ("decode" if wanted.rows == "one" else "prefill") + ("_exact" if wanted.exact else "")
+    parts = [f"linear_{kind}_{use}_n{wanted.n}_k{wanted.k}", *wanted.epilogue]
+    return "_".join([*parts, wanted.features.label])

@@ -1,0 +1,147 @@
+"""Float activations times integer weights, for verification: what is rounded is the weights.
+
+Codes are turned into numbers in registers, one column of 16 outputs at a time::
+
+    lane of 32 bits -> shift, mask -> code of column k -> (code - zero) * scale -> times x[m, k]
+
+Roofline: conversions, four instructions for each vector of weights, shared by 4 rows. It need
+not be fast: it proves the graph and the packing to the tolerance of float32, which the integer
+kernels, exact on integers, then share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
+from llmopt.backends.tvm.kernels.linear_gemm import each_piece
+from llmopt.backends.tvm.kernels.linear_script import (
+    Expr,
+    Register,
+    T,
+    bind,
+    cast,
+    integer,
+    load,
+    number,
+    serial,
+    splat,
+    when,
+)
+from llmopt.backends.tvm.kernels.linear_storage import GROUPS, LANES, Storage, groups
+
+_AT_ONCE: Final = 4
+
+
+def emit(
+    buffers: Mapping[str, Any], epilogue: Epilogue, k: int, storage: Storage, lanes: int
+) -> None:
+    """Emit the kernel: ``x`` [M, K], the weight's arrays, ``y`` [M, N].
+
+    Args:
+        buffers: By name.
+        epilogue: What follows.
+        k: Columns of the weight.
+        storage: How the weight is stored.
+        lanes: Of the processor's vectors.
+    """
+    m = buffers["x"].shape[0]
+    tiles = groups(epilogue.n, paired=epilogue.paired) // GROUPS
+
+    def piece(first: Expr, tile: Expr) -> None:
+        rows = [bind(T.min(first + i, m - 1)) for i in range(_AT_ONCE)]
+        found = [_Group(buffers, storage, tile * GROUPS + g, lanes) for g in range(GROUPS)]
+        values = [group.sums(rows, k) for group in found]
+        for i in range(_AT_ONCE):
+            with when(first + i < m):
+                epilogue.write(first + i, tile, [value[i] for value in values])
+
+    each_piece(m, tiles, _AT_ONCE, piece)
+
+
+class _Group:
+    """One group of 16 outputs."""
+
+    def __init__(
+        self, buffers: Mapping[str, Any], storage: Storage, group: Expr, lanes: int
+    ) -> None:
+        self.buffers = buffers
+        self.storage = storage
+        self.group = group
+        self.lanes = lanes
+        self.places = range(0, LANES, lanes)
+        self.each = 32 // storage.bits  # columns in a lane
+
+    def sums(self, rows: Sequence[Expr], k: int) -> list[list[Expr]]:
+        """Emit the sums over columns and return the vectors of each row."""
+        registers = [[Register(self.lanes) for _ in self.places] for _ in rows]
+        for register in (one for row in registers for one in row):
+            register.set(number(0, self.lanes))
+        whole, spare = divmod(k, self.storage.block)
+        if whole:
+            with serial(whole) as block:
+                self._block(block, self.storage.block, rows, registers)
+        if spare:
+            self._block(whole, spare, rows, registers)
+        return [[register.get() for register in row] for row in registers]
+
+    def _block(
+        self, block: Expr, width: int, rows: Sequence[Expr], registers: list[list[Register]]
+    ) -> None:
+        scales = [bind(self._float("scale", block, at)) for at in self.places]
+        zeros = [bind(self._zero(block, at)) for at in self.places]
+        words, spare = divmod(width, self.each)
+
+        def emit_word(word: Expr, columns: int) -> None:
+            at_word = block * (self.storage.block // self.each) + word
+            codes = [bind(self._codes(at_word, at)) for at in self.places]
+            for column in range(columns):
+                numbers = [
+                    bind((self._number(code, column) - zero) * scale)
+                    for code, zero, scale in zip(codes, zeros, scales, strict=True)
+                ]
+                self._add(at_word * self.each + column, numbers, rows, registers)
+
+        if words:
+            with serial(words) as word:
+                emit_word(word, self.each)
+        if spare:
+            emit_word(words, spare)
+
+    def _add(
+        self,
+        column: Expr,
+        numbers: Sequence[Expr],
+        rows: Sequence[Expr],
+        registers: list[list[Register]],
+    ) -> None:
+        for row, vectors in zip(rows, registers, strict=True):
+            x = bind(splat(load(self.buffers["x"], [row, column], 1), self.lanes))
+            for register, value in zip(vectors, numbers, strict=True):
+                register.set(register.get() + x * value)
+
+    def _codes(self, word: Expr, at: int) -> Expr:
+        return load(self.buffers["codes"], [self.group, word, at], self.lanes)
+
+    def _number(self, codes: Expr, column: int) -> Expr:
+        """Return the code of one column as a number."""
+        if self.storage.bits == 4:
+            shift = 8 * (column % 4) + 4 * (column // 4)
+            code = (codes >> integer(shift, self.lanes)) & integer(15, self.lanes)
+        elif self.storage.signed:
+            left = codes << integer(24 - 8 * column, self.lanes)
+            code = left >> integer(24, self.lanes)
+        else:
+            code = (codes >> integer(8 * column, self.lanes)) & integer(255, self.lanes)
+        return cast("float32", code, self.lanes)
+
+    def _zero(self, block: Expr, at: int) -> Expr:
+        if not self.storage.zero_points:
+            return number(self.storage.middle, self.lanes)
+        points = load(self.buffers["zero_point"], [self.group, block, at], self.lanes)
+        return cast("float32", cast("int32", points, self.lanes), self.lanes)
+
+    def _float(self, name: str, block: Expr, at: int) -> Expr:
+        value = load(self.buffers[name], [self.group, block, at], self.lanes)
+        return value if self.storage.scale == "float32" else cast("float32", value, self.lanes)

@@ -1,0 +1,77 @@
+"""Many rows times integer weights, for prefill and encoders: ``w4``, ``w8``, ``w8a8-dynamic``.
+
+Rows are rounded to int8 by all threads; then threads share pieces of the result, a piece being a
+tile of 32 outputs times up to 252 rows::
+
+             32 outputs                A tile's weights, 32 * K / 2 bytes in 4 bits, stay in the
+           ┌────────────┐              nearest cache while its rows pass, a few at a time; they
+     rows  │ 6 rows     │  AVX-512     are unpacked in registers once for those rows. The next
+           │ 6 rows     │              piece of the same thread has the same rows, which stay in
+           │ ...        │              the second cache, and the next tile.
+           └────────────┘
+
+The last rows are computed together with copies of the last one, which are not stored, so the
+code exists once.
+
+Roofline: multipliers. 6 rows and 2 vectors of 512 bits are 96 instructions of 64 products for
+every 32 columns, beside 12 * (convert, multiply, multiply-add) for the scales of a block and 24
+to unpack 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
+from llmopt.backends.tvm.kernels.linear_products import Products
+from llmopt.backends.tvm.kernels.linear_quantize import allocate, quantize_row
+from llmopt.backends.tvm.kernels.linear_script import Expr, T, bind, parallel, serial, when
+from llmopt.backends.tvm.kernels.linear_storage import GROUPS, Storage, groups
+from llmopt.backends.tvm.kernels.linear_tile import Tile
+
+ROWS: Final = 252
+"""Rows of a piece: their codes, 252 * K bytes, fit the second cache for K up to some thousands."""
+_SHAPES: Final = {(16, 32): (6, 2), (8, 16): (3, 1), (4, 32): (3, 1), (4, 16): (2, 1)}
+"""Lanes and registers of a processor: rows at once, groups at once."""
+
+
+def emit(
+    buffers: Mapping[str, Any], epilogue: Epilogue, k: int, storage: Storage, products: Products
+) -> None:
+    """Emit the kernel of many rows.
+
+    Args:
+        buffers: ``x`` [M, K], the weight's arrays, what the epilogue reads, ``y`` [M, N].
+        epilogue: What follows.
+        k: Columns of the weight.
+        storage: How the weight is stored.
+        products: How integers are multiplied here.
+    """
+    m = buffers["x"].shape[0]
+    activations = allocate(m, storage)
+    with parallel(m) as row:
+        quantize_row(buffers["x"], row, k, storage, activations)
+    at_once, together = _SHAPES[products.lanes, products.registers]
+    tiles = groups(epilogue.n, paired=epilogue.paired) // GROUPS
+    tile_of = Tile(storage, products, activations, buffers)
+
+    def piece(first: Expr, tile: Expr) -> None:
+        rows = [bind(T.min(first + i, m - 1)) for i in range(at_once)]
+        values = tile_of.emit(rows, tile, together)
+        for i, value in enumerate(values):
+            with when(first + i < m):
+                epilogue.write(first + i, tile, value)
+
+    each_piece(m, tiles, at_once, piece)
+
+
+def each_piece(m: Expr, tiles: int, at_once: int, emit_piece: Any) -> None:
+    """Emit the loops over pieces: ``emit_piece(first row, tile)`` for ``at_once`` rows."""
+    size = ROWS // at_once * at_once
+    chunks = T.floordiv(m + size - 1, size)
+    with parallel(chunks * tiles) as index:
+        tile, chunk = bind(T.floormod(index, tiles)), bind(T.floordiv(index, tiles))
+        rows = bind(T.min(m - chunk * size, T.int64(size)))
+        with serial(T.floordiv(rows + at_once - 1, at_once)) as step:
+            emit_piece(bind(chunk * size + step * at_once), tile)

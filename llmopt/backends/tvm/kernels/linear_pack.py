@@ -1,0 +1,146 @@
+"""Weights from rows into the layout of the kernels, some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.backends.tvm.kernels.linear_storage import LANES, Storage, groups
+from llmopt.errors import UnsupportedModelError
+from llmopt.quantization.dynamic import Columns
+from llmopt.quantization.numerics import Quantized, quantize_blockwise
+from llmopt.quantization.packing import Packed, unpack
+from llmopt.quantization.schemes import Blockwise
+
+Array = npt.NDArray[Any]
+_CHUNK: Final = 1 << 19  # codes at a time
+
+
+def pack_floats(weight: Array, n: int, *, paired: bool) -> dict[str, Array]:
+    """Return ``weights`` [G, K, 16] float32 of a weight [N, K]."""
+    k = weight.shape[1]
+    packed = np.zeros((groups(n, paired=paired), k, LANES), np.float32)
+    for part, rows in _parts(n, k, paired=paired):
+        values = _take(weight, rows).astype(np.float32)
+        packed[part] = values.reshape(-1, LANES, k).transpose(0, 2, 1)
+    return {"weights": packed}
+
+
+def pack_blocks(
+    weight: Array | Quantized | Packed, n: int, storage: Storage, *, paired: bool
+) -> dict[str, Array]:
+    """Return ``codes``, ``scale`` and ``zero_point`` of a weight [N, K] in blocks.
+
+    A weight in floats is rounded to the nearest code on the way.
+    """
+    scheme = Blockwise(storage.bits, storage.block, not storage.zero_points)
+    arrays = _empty(n, storage, paired=paired)
+    for part, rows in _parts(n, storage.columns, paired=paired):
+        some = _codes(weight, rows, scheme)
+        _fill(arrays, part, storage, (some.codes, some.scale, some.zero_point, rows))
+    return arrays
+
+
+def pack_channels(weight: Columns, n: int, storage: Storage, *, paired: bool) -> dict[str, Array]:
+    """Return ``codes`` and ``scale`` of int8 codes [K, N] with one scale a column.
+
+    Raises:
+        UnsupportedModelError: a code is beyond what the kernel multiplies exactly.
+    """
+    arrays = _empty(n, storage, paired=paired)
+    k = weight.codes.shape[0]
+    for part, rows in _parts(n, storage.columns, paired=paired):
+        codes = np.zeros((len(rows), storage.columns), np.int16)
+        codes[:, :k] = _take(weight.codes.T, rows)
+        if storage.middle == 64 and np.abs(codes).max() > 64:
+            problem = "int8 codes beyond -64 ... 64 saturate on AVX2"
+            raise UnsupportedModelError("weight", [problem], "quantize-dynamic{limit=64}")
+        scale = _take(weight.scale[:, None], rows)
+        stored = (codes + storage.middle).astype(np.int8 if storage.signed else np.uint8)
+        _write(arrays, part, stored.view(np.uint8), scale)
+    return arrays
+
+
+def _empty(n: int, storage: Storage, *, paired: bool) -> dict[str, Array]:
+    count, width = groups(n, paired=paired), storage.columns * storage.bits // 32
+    arrays = {
+        "codes": np.empty((count, width, LANES), np.int32),
+        "scale": np.empty((count, storage.blocks, LANES), storage.scale),
+    }
+    if storage.zero_points:
+        dtype = np.int8 if storage.signed else np.uint8
+        arrays["zero_point"] = np.empty((count, storage.blocks, LANES), dtype)
+    return arrays
+
+
+def _parts(n: int, columns: int, *, paired: bool) -> Iterator[tuple[slice, npt.NDArray[np.intp]]]:
+    """Yield runs of groups and the row of each of their lanes, -1 where there is none."""
+    count = groups(n, paired=paired)
+    step = max(1, _CHUNK // (columns * LANES))
+    for start in range(0, count, step):
+        part = slice(start, min(count, start + step))
+        yield part, _rows(np.arange(part.start, part.stop), n, paired=paired)
+
+
+def _rows(group: npt.NDArray[np.intp], n: int, *, paired: bool) -> npt.NDArray[np.intp]:
+    lane = np.arange(LANES)
+    if not paired:
+        rows = group[:, None] * LANES + lane
+        return np.where(rows < n, rows, -1).ravel()
+    half = n // 2
+    rows = (group // 2)[:, None] * LANES + lane
+    return np.where(rows < half, rows + (group % 2)[:, None] * half, -1).ravel()
+
+
+def _take(values: Array, rows: npt.NDArray[np.intp]) -> Array:
+    """Return some rows, zeros where there is none."""
+    taken = values[np.maximum(rows, 0)]
+    if (rows < 0).any():
+        taken[rows < 0] = 0
+    return taken
+
+
+def _codes(
+    weight: Array | Quantized | Packed, rows: npt.NDArray[np.intp], scheme: Blockwise
+) -> Quantized:
+    there = np.maximum(rows, 0)
+    if isinstance(weight, Packed):
+        points = None if weight.zero_point is None else weight.zero_point[there]
+        some = Packed(weight.data[there], weight.scale[there], points, scheme, weight.columns)
+        return unpack(some)
+    if isinstance(weight, Quantized):
+        points = None if weight.zero_point is None else weight.zero_point[there]
+        return Quantized(weight.codes[there], weight.scale[there], points, scheme, weight.columns)
+    return quantize_blockwise(_take(weight, rows), scheme)
+
+
+def _fill(
+    arrays: dict[str, Array],
+    part: slice,
+    storage: Storage,
+    some: tuple[Array, Array, Array | None, npt.NDArray[np.intp]],
+) -> None:
+    codes, scale, points, rows = some
+    scale = np.where(rows[:, None] < 0, 0, scale)
+    if storage.signed:
+        codes = codes ^ np.uint8(128)
+    if points is not None:
+        stored = points ^ np.uint8(128) if storage.signed else points
+        arrays["zero_point"][part] = _by_lane(stored).view(arrays["zero_point"].dtype)
+    if storage.bits == 4:
+        words = np.ascontiguousarray(codes).view(np.uint32)
+        codes = np.ascontiguousarray(words[:, ::2] | words[:, 1::2] << 4).view(np.uint8)
+    _write(arrays, part, codes, scale)
+
+
+def _write(arrays: dict[str, Array], part: slice, codes: Array, scale: Array) -> None:
+    arrays["codes"][part] = _by_lane(np.ascontiguousarray(codes).view(np.int32))
+    arrays["scale"][part] = _by_lane(scale)
+
+
+def _by_lane(values: Array) -> Array:
+    """Return rows [groups * 16, X] as [groups, X, 16]."""
+    return values.reshape(-1, LANES, values.shape[1]).transpose(0, 2, 1)

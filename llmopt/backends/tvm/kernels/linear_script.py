@@ -1,0 +1,173 @@
+"""The words that products are written in: a thin layer over TVMScript's builder.
+
+Kernels are plain Python that runs once and emits a function: a Python loop is unrolled code, a
+`with serial(n)` is a loop of the kernel. One vector lives in one `Register`, because TVM moves
+whatever is larger than a kilobyte from the stack to its heap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Var
+from tvm.tirx.script import builder as T  # noqa: N812 - the script language's own name
+
+__all__ = [
+    "Argument",
+    "Expr",
+    "Register",
+    "T",
+    "bind",
+    "bits",
+    "cast",
+    "function",
+    "integer",
+    "intrinsic",
+    "load",
+    "number",
+    "parallel",
+    "serial",
+    "splat",
+    "store",
+    "typed",
+    "when",
+]
+
+Expr = Any
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of a kernel.
+
+    Args:
+        name: Its name in `Kernel.inputs` or `Kernel.outputs`.
+        shape: Sizes; the text ``"m"`` stands for the number of rows, known when the kernel runs.
+        dtype: Element type.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+def function(
+    name: str, arguments: Sequence[Argument], body: Callable[[Mapping[str, Any]], None]
+) -> Any:
+    """Return the function ``name`` whose code ``body`` emits, given its buffers by name."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True})
+        sizes: dict[str, Expr] = {}
+        buffers = {}
+        for argument in arguments:
+            shape = [_size(size, sizes) for size in argument.shape]
+            buffer = T.Buffer(shape, argument.dtype)
+            buffers[argument.name] = T.arg(argument.name, buffer)
+        body(buffers)
+    return builder.get()
+
+
+def _size(size: int | str, sizes: dict[str, Expr]) -> Expr:
+    if isinstance(size, int):
+        return T.int64(size)
+    if size not in sizes:
+        sizes[size] = Var(size, "int64")
+    return sizes[size]
+
+
+def typed(dtype: str, lanes: int) -> str:
+    """Return the name of a vector type.
+
+    >>> typed("int32", 16), typed("int32", 1)
+    ('int32x16', 'int32')
+    """
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """Return a vector of one value."""
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def number(value: float, lanes: int = 1) -> Expr:
+    """Return a float32 constant."""
+    return splat(T.float32(value), lanes)
+
+
+def integer(value: int, lanes: int = 1) -> Expr:
+    """Return an int32 constant."""
+    return splat(T.int32(value), lanes)
+
+
+def load(buffer: Any, index: Sequence[Expr], lanes: int) -> Expr:
+    """Return ``lanes`` neighbours of a buffer."""
+    return buffer.vload(list(index), dtype=typed(str(buffer.ty.dtype), lanes))
+
+
+def store(buffer: Any, index: Sequence[Expr], value: Expr, lanes: int) -> None:
+    """Write ``lanes`` neighbours of a buffer."""
+    *first, last = index
+    T.buffer_store(buffer, value, [*first, T.ramp(last, 1, lanes) if lanes > 1 else last])
+
+
+def cast(dtype: str, value: Expr, lanes: int) -> Expr:
+    """Return ``value`` converted."""
+    return T.Cast(typed(dtype, lanes), value)
+
+
+def bits(dtype: str, value: Expr, lanes: int) -> Expr:
+    """Return the bits of ``value`` as another type."""
+    return T.reinterpret(typed(dtype, lanes), value)
+
+
+def bind(value: Expr) -> Expr:
+    """Return ``value`` as a variable, so that its many uses compute it once."""
+    return T.Bind(value)
+
+
+def intrinsic(name: str, dtype: str, *operands: Expr) -> Expr:
+    """Return LLVM's intrinsic ``name``, which reads nothing but its operands."""
+    return T.call_llvm_pure_intrin(dtype, name, *operands)
+
+
+def serial(extent: Expr) -> Any:
+    """Return a loop to be entered, ``with serial(n) as i``."""
+    return T.serial(extent)
+
+
+def parallel(extent: Expr) -> Any:
+    """Return a loop whose iterations threads share, each a run of neighbours."""
+    return T.parallel(extent)
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """Emit what follows under a condition; a Python bool decides at once."""
+    with T.If(condition), T.Then():
+        yield
+
+
+class Register:
+    """One vector that changes in loops; LLVM keeps it in a register.
+
+    Args:
+        lanes: How many elements.
+        dtype: Their type.
+    """
+
+    def __init__(self, lanes: int, dtype: str = "float32") -> None:
+        self.lanes = lanes
+        self.buffer = T.alloc_buffer((lanes,), dtype, scope="local")
+
+    def get(self) -> Expr:
+        """Return its value."""
+        return load(self.buffer, [0], self.lanes)
+
+    def set(self, value: Expr) -> None:
+        """Give it a value."""
+        store(self.buffer, [0], value, self.lanes)

@@ -1,0 +1,115 @@
+"""How weights of products lie in memory: one layout for decoding and prefill.
+
+Sixteen outputs make a *group*: as many as a vector of 512 bits has lanes of 32 bits. Two groups
+are next to each other in a *tile*; the gate and the up rows of a gated feed-forward take one
+group each of every tile. Rows that fill the last tile are zeros::
+
+    float32   weights [G, K, 16] float32          weights[g, k, i] = W[row(g, i), k]
+
+    w4        codes   [G, K'/8, 16] int32         a lane is 8 codes of one row:
+                bits  31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
+                k     8j+7  8j+3  8j+6  8j+2  8j+5  8j+1  8j+4  8j+0
+    w8, int8  codes   [G, K'/4, 16] int32         a lane is 4 codes of one row, k = 4j first
+
+    scale      [G, K'/block, 16]                  float16 or float32; int8: [G, 1, 16] float32
+    zero_point [G, K'/block, 16] uint8 or int8    only where the scheme stores one
+
+``codes & 0x0f0f0f0f`` are the four bytes k = 8j … 8j+3 of 16 rows, ``codes >> 4 & 0x0f0f0f0f``
+the next four, which is what products of four bytes take, and 16 rows of a tile of AMX. A row of
+an embedding tied to a head can be gathered from the same arrays, 64 bytes apart.
+
+Codes of 4 bits are stored as they are. Codes of 8 bits are stored as what multiplies exactly:
+unsigned for VNNI, signed for the others; int8 codes of -64 … 64 as 0 … 128 for AVX2. `middle` is
+the stored code that means zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from llmopt.backends.tvm.features import Features
+from llmopt.quantization.schemes import Blockwise
+
+LANES: Final = 16
+"""Outputs in a group."""
+GROUPS: Final = 2
+"""Groups in a tile."""
+STEP: Final = 32
+"""The padded length of a row is a multiple of it, or of the block where that is smaller."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the codes of a weight are stored.
+
+    Args:
+        bits: Width of a code: 4 or 8.
+        block: Columns that share a scale; the whole padded row where a row has one scale.
+        columns: Length of a padded row, K'.
+        middle: The stored code of zero, where no zero point is stored.
+        signed: Whether stored codes of 8 bits are signed.
+        zero_points: Whether each block has its own.
+        scale: Type of the scales.
+        channels: Whether a row has one scale, as int8 codes have, and not one a block.
+    """
+
+    bits: int
+    block: int
+    columns: int
+    middle: int
+    signed: bool
+    zero_points: bool
+    scale: str
+    channels: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """How many scales a row has."""
+        return self.columns // self.block
+
+    @property
+    def largest(self) -> int:
+        """The largest stored code, or magnitude of one."""
+        return 2 * self.middle if self.middle == 64 else (1 << self.bits) - 1
+
+    @property
+    def offset(self) -> int:
+        """What is added to an unsigned code of a block to store it."""
+        return -128 if self.signed else 0
+
+
+def block_storage(scheme: Blockwise, k: int, scale: str, features: Features) -> Storage:
+    """Return how a weight in blocks is stored for a processor."""
+    signed = scheme.bits == 8 and not (features.avx512vnni or features.avxvnni)
+    middle = 0 if signed else scheme.middle
+    columns = scheme.padded(k)
+    return Storage(scheme.bits, scheme.block, columns, middle, signed, not scheme.symmetric, scale)
+
+
+def channel_storage(k: int, limit: int, features: Features) -> Storage:
+    """Return how int8 codes of -limit … limit with one scale a row are stored."""
+    columns = -(-k // STEP) * STEP
+    vnni = features.avx512vnni or features.avxvnni
+    middle = 128 if vnni else 64 if features.avx2 and limit <= 64 else 0
+    return Storage(
+        8,
+        columns,
+        columns,
+        middle,
+        signed=middle == 0,
+        zero_points=False,
+        scale="float32",
+        channels=True,
+    )
+
+
+def groups(n: int, *, paired: bool) -> int:
+    """Return how many groups ``n`` rows take.
+
+    >>> groups(576, paired=False), groups(40, paired=False), groups(40, paired=True)
+    (36, 4, 4)
+    """
+    rows = n // 2 if paired else n
+    size = LANES if paired else LANES * GROUPS
+    return -(-rows // size) * GROUPS

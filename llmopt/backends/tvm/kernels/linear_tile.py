@@ -1,0 +1,191 @@
+"""A tile of a product with integer weights: some rows of activations times 32 outputs.
+
+For each block of columns the sums of integer products stay in registers, and the scales of the
+weights and of the activations are applied once::
+
+    for block:                                       x codes   int8 [rows, K']
+        sums = correction of the block               weights   [2 groups, K'/8, 16] int32
+        for 8 (4 bits) or 4 (8 bits) columns:
+            weights of 16 outputs -> one or two vectors of four bytes
+            sums += weights * activations            one instruction for lanes * 4 products
+        result += float(sums) * (scale of weights * scale of activations)
+
+Registers: rows * vectors of sums and as many of results, the weights and a mask. With AVX-512 all
+32 outputs go at once, two vectors; with shorter vectors one group of 16 after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llmopt.backends.tvm.kernels.linear_products import Products
+from llmopt.backends.tvm.kernels.linear_quantize import Activations
+from llmopt.backends.tvm.kernels.linear_script import (
+    Expr,
+    Register,
+    bind,
+    cast,
+    integer,
+    load,
+    number,
+    serial,
+    splat,
+)
+from llmopt.backends.tvm.kernels.linear_storage import GROUPS, LANES, Storage
+
+_CHUNK: Final = 32  # columns whose products are straight code
+Vectors = list[list[Expr]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a tile is computed from.
+
+    Args:
+        storage: How the weights are stored.
+        products: How integers are multiplied here.
+        activations: The rounded rows.
+        buffers: ``codes``, ``scale`` and, with zero points, ``zero_point``.
+    """
+
+    storage: Storage
+    products: Products
+    activations: Activations
+    buffers: Mapping[str, Any]
+
+    def emit(self, rows: Sequence[Expr], tile: Expr, together: int) -> list[Vectors]:
+        """Emit the products of ``rows`` with a tile.
+
+        Args:
+            rows: The rows' numbers.
+            tile: The tile's number.
+            together: How many groups are computed at once, 1 or 2.
+
+        Returns:
+            Of each row the vectors of each group.
+        """
+        results: list[Vectors] = [[] for _ in rows]
+        for first in range(0, GROUPS, together):
+            groups = [tile * GROUPS + first + i for i in range(together)]
+            values = _Run(self, rows, groups).emit()
+            for row, vectors in enumerate(values):
+                size = len(vectors) // together
+                for start in range(0, len(vectors), size):
+                    results[row].append(vectors[start : start + size])
+        return results
+
+
+class _Run:
+    """The groups that are computed at once, and their registers."""
+
+    def __init__(self, tile: Tile, rows: Sequence[Expr], groups: Sequence[Expr]) -> None:
+        self.tile = tile
+        self.rows = rows
+        self.lanes = tile.products.lanes
+        self.places = [(g, at) for g in groups for at in range(0, LANES, self.lanes)]
+        self.chunk = min(_CHUNK, tile.storage.block)
+
+    def emit(self) -> Vectors:
+        """Emit the loop over blocks and return the vectors of each row."""
+        storage = self.tile.storage
+        if storage.blocks == 1:
+            return self._scaled(0, self._sums(0))
+        results = [[Register(self.lanes) for _ in self.places] for _ in self.rows]
+        _each(results, lambda register, _: register.set(number(0, self.lanes)))
+        with serial(storage.blocks) as block:
+            values = self._scaled(block, self._sums(block))
+            _each(results, lambda register, at: register.set(register.get() + values[at[0]][at[1]]))
+        return [[register.get() for register in row] for row in results]
+
+    def _sums(self, block: Expr) -> Vectors:
+        """Emit the integer sums of one block."""
+        start = [[self._start(row, block) for _ in self.places] for row in self.rows]
+        chunks = self.tile.storage.block // self.chunk
+        if chunks == 1:
+            return self._chunk(block, start)
+        sums = [[Register(self.lanes, "int32") for _ in self.places] for _ in self.rows]
+        _each(sums, lambda register, at: register.set(start[at[0]][at[1]]))
+        with serial(chunks) as index:
+            now = [[register.get() for register in row] for row in sums]
+            then = self._chunk(block * chunks + index, now)
+            _each(sums, lambda register, at: register.set(then[at[0]][at[1]]))
+        return [[register.get() for register in row] for row in sums]
+
+    def _start(self, row: Expr, block: Expr) -> Expr:
+        correction = self.tile.activations.correction
+        if correction is None or self.tile.storage.zero_points:
+            return integer(0, self.lanes)
+        return splat(load(correction, [row, block], 1), self.lanes)
+
+    def _chunk(self, chunk: Expr, sums: Vectors) -> Vectors:
+        """Emit the products of ``self.chunk`` columns."""
+        products = self.tile.products
+        quads = self.chunk // 4
+        for first in range(0, quads, products.depth):
+            partial = [[products.start(value) for value in row] for row in sums]
+            for quad in range(first, min(quads, first + products.depth)):
+                partial = self._quad(chunk, quad, partial)
+            sums = [
+                [bind(products.finish(*pair)) for pair in zip(*both, strict=True)]
+                for both in zip(sums, partial, strict=True)
+            ]
+        return sums
+
+    def _quad(self, chunk: Expr, quad: int, partial: Vectors) -> Vectors:
+        """Emit the products of four columns."""
+        codes = self.tile.activations.codes
+        weights = [bind(self._weights(place, chunk, quad)) for place in self.places]
+        result = []
+        for row, values in zip(self.rows, partial, strict=True):
+            word = load(codes, [row, chunk * (self.chunk // 4) + quad], 1)
+            x = bind(splat(word, self.lanes))
+            step = self.tile.products.step
+            result.append([bind(step(v, w, x)) for v, w in zip(values, weights, strict=True)])
+        return result
+
+    def _weights(self, place: tuple[Expr, int], chunk: Expr, quad: int) -> Expr:
+        """Return four bytes a lane: the codes of four columns."""
+        group, at = place
+        codes = self.tile.buffers["codes"]
+        if self.tile.storage.bits == 8:
+            return load(codes, [group, chunk * (self.chunk // 4) + quad, at], self.lanes)
+        words = load(codes, [group, chunk * (self.chunk // 8) + quad // 2, at], self.lanes)
+        if quad % 2:
+            words = words >> integer(4, self.lanes)
+        return words & integer(0x0F0F0F0F, self.lanes)
+
+    def _scaled(self, block: Expr, sums: Vectors) -> Vectors:
+        """Return the sums of a block as numbers."""
+        activations = self.tile.activations
+        scales = [bind(self._scale(place, block)) for place in self.places]
+        zeros = self._zeros(block)
+        result = []
+        for row, values in zip(self.rows, sums, strict=True):
+            factor = bind(splat(load(activations.scale, [row, block], 1), self.lanes))
+            numbers = [cast("float32", value, self.lanes) for value in values]
+            if zeros:
+                total = bind(splat(load(activations.correction, [row, block], 1), self.lanes))
+                numbers = [x - zero * total for x, zero in zip(numbers, zeros, strict=True)]
+            result.append([x * (s * factor) for x, s in zip(numbers, scales, strict=True)])
+        return result
+
+    def _scale(self, place: tuple[Expr, int], block: Expr) -> Expr:
+        group, at = place
+        value = load(self.tile.buffers["scale"], [group, block, at], self.lanes)
+        return value if self.tile.storage.scale == "float32" else cast("float32", value, self.lanes)
+
+    def _zeros(self, block: Expr) -> list[Expr]:
+        """Return the zero points of a block as numbers, nothing where none are stored."""
+        if not self.tile.storage.zero_points:
+            return []
+        points = self.tile.buffers["zero_point"]
+        loaded = [load(points, [group, block, at], self.lanes) for group, at in self.places]
+        return [bind(cast("float32", cast("int32", p, self.lanes), self.lanes)) for p in loaded]
+
+
+def _each(registers: list[list[Register]], do: Callable[[Register, tuple[int, int]], None]) -> None:
+    for i, row in enumerate(registers):
+        for j, register in enumerate(row):
+            do(register, (i, j))
