@@ -21,7 +21,7 @@ from llmopt.backends.tvm.kernels.linear_storage import (
     Storage,
     block_storage,
     channel_storage,
-    groups,
+    tiles,
 )
 from llmopt.quantization.dynamic import Columns
 from llmopt.quantization.numerics import Quantized
@@ -112,17 +112,17 @@ class Packing:
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """The shape and type of each array that `pack` returns, by its name."""
-        count = groups(self.n, paired=self.paired)
+        count = tiles(self.n, paired=self.paired)
         if self.storage is None:
-            return {"weights": ((count, self.k, 16), "float32")}
+            return {"weights": ((count, self.k, 32), "float32")}
         storage = self.storage
         found: dict[str, tuple[tuple[int, ...], str]] = {
-            "codes": ((count, storage.columns * storage.bits // 32, 16), "int32"),
-            "scale": ((count, storage.blocks, 16), storage.scale),
+            "codes": ((count, storage.columns * storage.bits // 32, 32), "int32"),
+            "scale": ((count, storage.blocks, 32), storage.scale),
         }
         if storage.zero_points:
             kind = "int8" if storage.signed else "uint8"
-            found["zero_point"] = ((count, storage.blocks, 16), kind)
+            found["zero_point"] = ((count, storage.blocks, 32), kind)
         return found
 
 

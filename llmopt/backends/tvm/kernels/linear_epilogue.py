@@ -23,7 +23,7 @@ from llmopt.backends.tvm.kernels.linear_script import (
     store,
     when,
 )
-from llmopt.backends.tvm.kernels.linear_storage import GROUPS, LANES
+from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE
 
 _LOG2_E: Final = 1.4426950408889634
 _LN2_HIGH: Final = 0.693359375  # 9 bits, so that its product with an exponent is exact
@@ -107,19 +107,19 @@ class Epilogue:
         """How many columns the result has."""
         return self.n // 2 if self.paired else self.n
 
-    def write(self, row: Expr, tile: Expr, values: Sequence[Sequence[Expr]]) -> None:
-        """Store one row of a tile: ``values`` are the vectors of its two groups."""
+    def write(self, row: Expr, tile: Expr, vectors: Sequence[Expr]) -> None:
+        """Store one row of a tile, whose 32 outputs are ``vectors``."""
+        middle = len(vectors) // 2
+        low, high = vectors[:middle], vectors[middle:]
         if self.paired:
-            pairs = list(zip(*values, strict=True))
-            self._write_group(row, tile * LANES, pairs)
+            self._write_half(row, tile * HALF, list(zip(low, high, strict=True)))
             return
-        for group in range(GROUPS):
-            singles = [(value,) for value in values[group]]
-            self._write_group(row, (tile * GROUPS + group) * LANES, singles)
+        self._write_half(row, tile * TILE, [(vector,) for vector in low])
+        self._write_half(row, tile * TILE + HALF, [(vector,) for vector in high])
 
-    def _write_group(self, row: Expr, start: Expr, vectors: Sequence[tuple[Expr, ...]]) -> None:
-        lanes = LANES // len(vectors)
-        spare = self.columns % LANES
+    def _write_half(self, row: Expr, start: Expr, vectors: Sequence[tuple[Expr, ...]]) -> None:
+        lanes = HALF // len(vectors)
+        spare = self.columns % HALF
         whole = self.columns - spare
         with when(start < whole):
             for index, values in enumerate(vectors):
@@ -130,12 +130,12 @@ class Epilogue:
 
     def _write_spare(self, row: Expr, start: Expr, vectors: Sequence[tuple[Expr, ...]]) -> None:
         """Store the last columns one by one."""
-        lanes = LANES // len(vectors)
-        parts = [T.alloc_buffer((LANES,), "float32", scope="local") for _ in vectors[0]]
+        lanes = HALF // len(vectors)
+        parts = [T.alloc_buffer((HALF,), "float32") for _ in vectors[0]]
         for index, values in enumerate(vectors):
             for part, value in zip(parts, values, strict=True):
                 store(part, [index * lanes], value, lanes)
-        with serial(self.columns % LANES) as lane:
+        with serial(self.columns % HALF) as lane:
             self._store(row, start + lane, tuple(load(part, [lane], 1) for part in parts), 1)
 
     def _store(self, row: Expr, column: Expr, values: tuple[Expr, ...], lanes: int) -> None:

@@ -1,6 +1,6 @@
 """Float activations times integer weights, for verification: what is rounded is the weights.
 
-Codes are turned into numbers in registers, one column of 16 outputs at a time::
+Codes are turned into numbers in registers, one column at a time::
 
     lane of 32 bits -> shift, mask -> code of column k -> (code - zero) * scale -> times x[m, k]
 
@@ -29,7 +29,7 @@ from llmopt.backends.tvm.kernels.linear_script import (
     splat,
     when,
 )
-from llmopt.backends.tvm.kernels.linear_storage import GROUPS, LANES, Storage, groups
+from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tiles
 
 _AT_ONCE: Final = 4
 
@@ -47,30 +47,29 @@ def emit(
         lanes: Of the processor's vectors.
     """
     m = buffers["x"].shape[0]
-    tiles = groups(epilogue.n, paired=epilogue.paired) // GROUPS
 
     def piece(first: Expr, tile: Expr) -> None:
         rows = [bind(T.min(first + i, m - 1)) for i in range(_AT_ONCE)]
-        found = [_Group(buffers, storage, tile * GROUPS + g, lanes) for g in range(GROUPS)]
-        values = [group.sums(rows, k) for group in found]
+        found = [_Half(buffers, storage, (tile, at), lanes) for at in range(0, TILE, HALF)]
+        values = [half.sums(rows, k) for half in found]
         for i in range(_AT_ONCE):
             with when(first + i < m):
-                epilogue.write(first + i, tile, [value[i] for value in values])
+                epilogue.write(first + i, tile, [vector for value in values for vector in value[i]])
 
-    each_piece(m, tiles, _AT_ONCE, piece)
+    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), _AT_ONCE, piece)
 
 
-class _Group:
-    """One group of 16 outputs."""
+class _Half:
+    """Half of a tile, 16 outputs."""
 
     def __init__(
-        self, buffers: Mapping[str, Any], storage: Storage, group: Expr, lanes: int
+        self, buffers: Mapping[str, Any], storage: Storage, part: tuple[Expr, int], lanes: int
     ) -> None:
         self.buffers = buffers
         self.storage = storage
-        self.group = group
+        self.tile, first = part
         self.lanes = lanes
-        self.places = range(0, LANES, lanes)
+        self.places = range(first, first + HALF, lanes)
         self.each = 32 // storage.bits  # columns in a lane
 
     def sums(self, rows: Sequence[Expr], k: int) -> list[list[Expr]]:
@@ -122,7 +121,7 @@ class _Group:
                 register.set(register.get() + x * value)
 
     def _codes(self, word: Expr, at: int) -> Expr:
-        return load(self.buffers["codes"], [self.group, word, at], self.lanes)
+        return load(self.buffers["codes"], [self.tile, word, at], self.lanes)
 
     def _number(self, codes: Expr, column: int) -> Expr:
         """Return the code of one column as a number."""
@@ -139,9 +138,9 @@ class _Group:
     def _zero(self, block: Expr, at: int) -> Expr:
         if not self.storage.zero_points:
             return number(self.storage.middle, self.lanes)
-        points = load(self.buffers["zero_point"], [self.group, block, at], self.lanes)
+        points = load(self.buffers["zero_point"], [self.tile, block, at], self.lanes)
         return cast("float32", cast("int32", points, self.lanes), self.lanes)
 
     def _float(self, name: str, block: Expr, at: int) -> Expr:
-        value = load(self.buffers[name], [self.group, block, at], self.lanes)
+        value = load(self.buffers[name], [self.tile, block, at], self.lanes)
         return value if self.storage.scale == "float32" else cast("float32", value, self.lanes)

@@ -1,7 +1,7 @@
 """Products with float32 weights: one row for decoding, many for prefill and encoders.
 
-Weights are [G, K, 16]: for each column the 16 outputs of a group are one vector of 512 bits, two
-of 256, four of 128. One row is read as it is. Of many rows, those that are computed together are
+Weights are [T, K, 32]: for each column the 32 outputs of a tile are two vectors of 512 bits, four
+of 256, eight of 128. One row is read as it is. Of many rows, those that are computed together are
 first laid out by column, so that a step reads neighbours and no two rows compete for one place
 of the cache::
 
@@ -15,7 +15,7 @@ a step, beside two loads of weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from llmopt.backends.tvm.features import Features
@@ -34,34 +34,30 @@ from llmopt.backends.tvm.kernels.linear_script import (
     store,
     when,
 )
-from llmopt.backends.tvm.kernels.linear_storage import GROUPS, LANES, groups
+from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, tiles
 
 _UNROLLED: Final = 4  # columns in straight code
-Place = tuple[Expr, int]
 
 
 def emit_row(buffers: Mapping[str, Any], epilogue: Epilogue, k: int, features: Features) -> None:
     """Emit the kernel of one row: ``x`` [1, K], ``weights``, ``y`` [1, N]."""
     row, lanes = T.int64(0), features.lanes
-    tiles = groups(epilogue.n, paired=epilogue.paired) // GROUPS
 
     def x(_: int, column: Expr) -> Expr:
         return load(buffers["x"], [row, column], 1)
 
-    with parallel(T.int64(tiles)) as tile:
-        places = _places(tile, range(GROUPS), lanes)
-        values = _sums(buffers["weights"], places, (1, k, lanes), x)[0]
-        epilogue.write(row, tile, _by_group(values))
+    with parallel(T.int64(tiles(epilogue.n, paired=epilogue.paired))) as tile:
+        values = _sums((buffers["weights"], tile), range(0, TILE, lanes), (1, k, lanes), x)
+        epilogue.write(row, tile, values[0])
 
 
 def emit_rows(buffers: Mapping[str, Any], epilogue: Epilogue, k: int, features: Features) -> None:
     """Emit the kernel of many rows: ``x`` [M, K], ``weights``, ``y`` [M, N]."""
     lanes = features.lanes
-    together = 2 if features.avx512 else 1
+    width = TILE if features.avx512 else HALF
     at_once = 12 if features.avx512 else 6 if features.avx2 or features.neon else 2
     m = buffers["x"].shape[0]
     packed = _by_column(buffers["x"], at_once, k)
-    tiles = groups(epilogue.n, paired=epilogue.paired) // GROUPS
 
     def piece(first: Expr, tile: Expr) -> None:
         part = bind(T.floordiv(first, at_once))
@@ -70,16 +66,16 @@ def emit_rows(buffers: Mapping[str, Any], epilogue: Epilogue, k: int, features: 
             return load(packed, [part, column, row], 1)
 
         values: list[list[Expr]] = [[] for _ in range(at_once)]
-        for start in range(0, GROUPS, together):
-            places = _places(tile, range(start, start + together), lanes)
-            found = _sums(buffers["weights"], places, (at_once, k, lanes), x)
+        for start in range(0, TILE, width):
+            places = range(start, start + width, lanes)
+            found = _sums((buffers["weights"], tile), places, (at_once, k, lanes), x)
             for row, vectors in zip(values, found, strict=True):
                 row.extend(vectors)
         for i, vectors in enumerate(values):
             with when(first + i < m):
-                epilogue.write(first + i, tile, _by_group(vectors))
+                epilogue.write(first + i, tile, vectors)
 
-    each_piece(m, tiles, at_once, piece)
+    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), at_once, piece)
 
 
 def _by_column(x: Any, at_once: int, k: int) -> Any:
@@ -95,37 +91,29 @@ def _by_column(x: Any, at_once: int, k: int) -> Any:
     return packed
 
 
-def _places(tile: Expr, which: range, lanes: int) -> list[Place]:
-    return [(tile * GROUPS + g, at) for g in which for at in range(0, LANES, lanes)]
-
-
-def _by_group(vectors: Sequence[Expr]) -> list[list[Expr]]:
-    size = len(vectors) // GROUPS
-    return [list(vectors[start : start + size]) for start in range(0, len(vectors), size)]
-
-
 def _sums(
-    weights: Any,
-    places: Sequence[Place],
+    weights: tuple[Any, Expr],
+    places: range,
     sizes: tuple[int, int, int],
     x: Callable[[int, Expr], Expr],
 ) -> list[list[Expr]]:
     """Emit sums over columns and return, of each row, a vector for each place.
 
     Args:
-        weights: [G, K, 16] float32.
-        places: Group and first lane of each vector.
+        weights: [T, K, 32] float32, and the tile.
+        places: Outputs of the tile at which vectors begin.
         sizes: Rows, columns and lanes.
         x: Row and column to a number.
     """
     rows, k, lanes = sizes
+    buffer, tile = weights
     registers = [[Register(lanes) for _ in places] for _ in range(rows)]
     for row in registers:
         for register in row:
             register.set(number(0, lanes))
 
     def step(column: Expr) -> None:
-        vectors = [bind(load(weights, [group, column, at], lanes)) for group, at in places]
+        vectors = [bind(load(buffer, [tile, column, at], lanes)) for at in places]
         for i, row in enumerate(registers):
             value = bind(splat(x(i, column), lanes))
             for register, vector in zip(row, vectors, strict=True):

@@ -27,13 +27,18 @@ from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear_products import Products
 from llmopt.backends.tvm.kernels.linear_quantize import allocate, quantize_row
 from llmopt.backends.tvm.kernels.linear_script import Expr, T, bind, parallel, serial, when
-from llmopt.backends.tvm.kernels.linear_storage import GROUPS, Storage, groups
+from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tiles
 from llmopt.backends.tvm.kernels.linear_tile import Tile
 
 ROWS: Final = 252
 """Rows of a piece: their codes, 252 * K bytes, fit the second cache for K up to some thousands."""
-_SHAPES: Final = {(16, 32): (6, 2), (8, 16): (3, 1), (4, 32): (3, 1), (4, 16): (2, 1)}
-"""Lanes and registers of a processor: rows at once, groups at once."""
+_SHAPES: Final = {
+    (16, 32): (6, TILE),
+    (8, 16): (3, HALF),
+    (4, 32): (3, HALF),
+    (4, 16): (2, HALF),
+}
+"""Lanes and registers of a processor: rows and outputs at once."""
 
 
 def emit(
@@ -52,26 +57,25 @@ def emit(
     activations = allocate(m, storage)
     with parallel(m) as row:
         quantize_row(buffers["x"], row, k, storage, activations)
-    at_once, together = _SHAPES[products.lanes, products.registers]
-    tiles = groups(epilogue.n, paired=epilogue.paired) // GROUPS
+    at_once, width = _SHAPES[products.lanes, products.registers]
     tile_of = Tile(storage, products, activations, buffers)
 
     def piece(first: Expr, tile: Expr) -> None:
         rows = [bind(T.min(first + i, m - 1)) for i in range(at_once)]
-        values = tile_of.emit(rows, tile, together)
+        values = tile_of.emit(rows, tile, width)
         for i, value in enumerate(values):
             with when(first + i < m):
                 epilogue.write(first + i, tile, value)
 
-    each_piece(m, tiles, at_once, piece)
+    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), at_once, piece)
 
 
-def each_piece(m: Expr, tiles: int, at_once: int, emit_piece: Any) -> None:
-    """Emit the loops over pieces: ``emit_piece(first row, tile)`` for ``at_once`` rows."""
+def each_piece(m: Expr, count: int, at_once: int, emit_piece: Any) -> None:
+    """Emit the loops over pieces of ``count`` tiles: ``emit_piece(first row, tile)``."""
     size = ROWS // at_once * at_once
     chunks = T.floordiv(m + size - 1, size)
-    with parallel(chunks * tiles) as index:
-        tile, chunk = bind(T.floormod(index, tiles)), bind(T.floordiv(index, tiles))
+    with parallel(chunks * count) as index:
+        tile, chunk = bind(T.floormod(index, count)), bind(T.floordiv(index, count))
         rows = bind(T.min(m - chunk * size, T.int64(size)))
         with serial(T.floordiv(rows + at_once - 1, at_once)) as step:
             emit_piece(bind(chunk * size + step * at_once), tile)

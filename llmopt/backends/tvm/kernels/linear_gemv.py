@@ -3,12 +3,12 @@
 The row is rounded once, to int8 in the blocks of the weights; then threads share the tiles, each
 a run of neighbours::
 
-    thread 0   tile 0 | tile 1 | ... | tile t/2 - 1        a tile: 2 groups of 16 outputs,
-    thread 1   tile t/2 | ...                              each read once from its first byte
-                                                           to its last
+    thread 0   tile 0 | tile 1 | ... | tile t/2 - 1        a tile: 32 outputs, read
+    thread 1   tile t/2 | ...                              once from its first byte to
+                                                           its last
 
 Roofline: memory. A weight of 4 bits in blocks of 32 with scales of 16 bits is 4.5 bits, read
-once; the 32 outputs of a tile are two streams. On a 512-bit processor a vector of 64 bytes (128
+once. On a 512-bit processor a vector of 64 bytes (128
 codes) takes two products and three operations to unpack: some 30 bytes a cycle, several times
 what memory delivers.
 """
@@ -22,7 +22,7 @@ from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear_products import Products
 from llmopt.backends.tvm.kernels.linear_quantize import allocate, quantize_row
 from llmopt.backends.tvm.kernels.linear_script import T, parallel
-from llmopt.backends.tvm.kernels.linear_storage import GROUPS, Storage, groups
+from llmopt.backends.tvm.kernels.linear_storage import TILE, Storage, tiles
 from llmopt.backends.tvm.kernels.linear_tile import Tile
 
 
@@ -41,7 +41,6 @@ def emit(
     row = T.int64(0)
     activations = allocate(T.int64(1), storage)
     quantize_row(buffers["x"], row, k, storage, activations)
-    tiles = groups(epilogue.n, paired=epilogue.paired) // GROUPS
-    with parallel(T.int64(tiles)) as tile:
-        values = Tile(storage, products, activations, buffers).emit([row], tile, GROUPS)
+    with parallel(T.int64(tiles(epilogue.n, paired=epilogue.paired))) as tile:
+        values = Tile(storage, products, activations, buffers).emit([row], tile, TILE)
         epilogue.write(row, tile, values[0])

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.backends.tvm.kernels.linear_storage import LANES, Storage, groups
+from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tiles
 from llmopt.errors import UnsupportedModelError
 from llmopt.quantization.dynamic import Columns
 from llmopt.quantization.numerics import Quantized, quantize_blockwise
@@ -20,12 +20,11 @@ _CHUNK: Final = 1 << 19  # codes at a time
 
 
 def pack_floats(weight: Array, n: int, *, paired: bool) -> dict[str, Array]:
-    """Return ``weights`` [G, K, 16] float32 of a weight [N, K]."""
+    """Return ``weights`` [T, K, 32] float32 of a weight [N, K]."""
     k = weight.shape[1]
-    packed = np.zeros((groups(n, paired=paired), k, LANES), np.float32)
+    packed = np.empty((tiles(n, paired=paired), k, TILE), np.float32)
     for part, rows in _parts(n, k, paired=paired):
-        values = _take(weight, rows).astype(np.float32)
-        packed[part] = values.reshape(-1, LANES, k).transpose(0, 2, 1)
+        packed[part] = _by_lane(_take(weight, rows).astype(np.float32))
     return {"weights": packed}
 
 
@@ -65,34 +64,33 @@ def pack_channels(weight: Columns, n: int, storage: Storage, *, paired: bool) ->
 
 
 def _empty(n: int, storage: Storage, *, paired: bool) -> dict[str, Array]:
-    count, width = groups(n, paired=paired), storage.columns * storage.bits // 32
+    count, width = tiles(n, paired=paired), storage.columns * storage.bits // 32
     arrays = {
-        "codes": np.empty((count, width, LANES), np.int32),
-        "scale": np.empty((count, storage.blocks, LANES), storage.scale),
+        "codes": np.empty((count, width, TILE), np.int32),
+        "scale": np.empty((count, storage.blocks, TILE), storage.scale),
     }
     if storage.zero_points:
         dtype = np.int8 if storage.signed else np.uint8
-        arrays["zero_point"] = np.empty((count, storage.blocks, LANES), dtype)
+        arrays["zero_point"] = np.empty((count, storage.blocks, TILE), dtype)
     return arrays
 
 
 def _parts(n: int, columns: int, *, paired: bool) -> Iterator[tuple[slice, npt.NDArray[np.intp]]]:
-    """Yield runs of groups and the row of each of their lanes, -1 where there is none."""
-    count = groups(n, paired=paired)
-    step = max(1, _CHUNK // (columns * LANES))
+    """Yield runs of tiles and the row of each of their lanes, -1 where there is none."""
+    count = tiles(n, paired=paired)
+    step = max(1, _CHUNK // (columns * TILE))
     for start in range(0, count, step):
         part = slice(start, min(count, start + step))
         yield part, _rows(np.arange(part.start, part.stop), n, paired=paired)
 
 
-def _rows(group: npt.NDArray[np.intp], n: int, *, paired: bool) -> npt.NDArray[np.intp]:
-    lane = np.arange(LANES)
+def _rows(tile: npt.NDArray[np.intp], n: int, *, paired: bool) -> npt.NDArray[np.intp]:
     if not paired:
-        rows = group[:, None] * LANES + lane
+        rows = tile[:, None] * TILE + np.arange(TILE)
         return np.where(rows < n, rows, -1).ravel()
-    half = n // 2
-    rows = (group // 2)[:, None] * LANES + lane
-    return np.where(rows < half, rows + (group % 2)[:, None] * half, -1).ravel()
+    gates = tile[:, None] * HALF + np.arange(HALF)
+    gates = np.where(gates < n // 2, gates, -1)
+    return np.concatenate([gates, np.where(gates < 0, -1, gates + n // 2)], axis=1).ravel()
 
 
 def _take(values: Array, rows: npt.NDArray[np.intp]) -> Array:
@@ -142,5 +140,5 @@ def _write(arrays: dict[str, Array], part: slice, codes: Array, scale: Array) ->
 
 
 def _by_lane(values: Array) -> Array:
-    """Return rows [groups * 16, X] as [groups, X, 16]."""
-    return values.reshape(-1, LANES, values.shape[1]).transpose(0, 2, 1)
+    """Return rows [T * 32, X] as [T, X, 32]."""
+    return values.reshape(-1, TILE, values.shape[1]).transpose(0, 2, 1)

@@ -136,7 +136,7 @@ def intrinsic(name: str, dtype: str, *operands: Expr) -> Expr:
 
 
 def serial(extent: Expr) -> Any:
-    """Return a loop to be entered, ``with serial(n) as i``."""
+    """Return a loop for a ``with`` statement, which names its index."""
     return T.serial(extent)
 
 
@@ -155,6 +155,9 @@ def when(condition: Expr) -> Iterator[None]:
 class Register:
     """One vector that changes in loops; LLVM keeps it in a register.
 
+    Its memory is of TVM's scope ``global``: below a kilobyte that is the stack, while ``local``
+    is asked of TVM's heap in every iteration.
+
     Args:
         lanes: How many elements.
         dtype: Their type.
@@ -162,7 +165,7 @@ class Register:
 
     def __init__(self, lanes: int, dtype: str = "float32") -> None:
         self.lanes = lanes
-        self.buffer = T.alloc_buffer((lanes,), dtype, scope="local")
+        self.buffer = T.alloc_buffer((lanes,), dtype)
 
     def get(self) -> Expr:
         """Return its value."""

@@ -1,22 +1,22 @@
 """How weights of products lie in memory: one layout for decoding and prefill.
 
-Sixteen outputs make a *group*: as many as a vector of 512 bits has lanes of 32 bits. Two groups
-are next to each other in a *tile*; the gate and the up rows of a gated feed-forward take one
-group each of every tile. Rows that fill the last tile are zeros::
+Thirty-two outputs make a *tile*, two vectors of 512 bits; a thread reads a tile from its first
+byte to its last, one stream. The halves of a tile of a gated feed-forward are 16 gates and the 16
+rows that they gate. Rows that fill the last tile are zeros. For T tiles::
 
-    float32   weights [G, K, 16] float32          weights[g, k, i] = W[row(g, i), k]
+    float32   weights [T, K, 32] float32          weights[t, k, i] = W[row(t, i), k]
 
-    w4        codes   [G, K'/8, 16] int32         a lane is 8 codes of one row:
+    w4        codes   [T, K'/8, 32] int32         a lane is 8 codes of one row:
                 bits  31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
                 k     8j+7  8j+3  8j+6  8j+2  8j+5  8j+1  8j+4  8j+0
-    w8, int8  codes   [G, K'/4, 16] int32         a lane is 4 codes of one row, k = 4j first
+    w8, int8  codes   [T, K'/4, 32] int32         a lane is 4 codes of one row, k = 4j first
 
-    scale      [G, K'/block, 16]                  float16 or float32; int8: [G, 1, 16] float32
-    zero_point [G, K'/block, 16] uint8 or int8    only where the scheme stores one
+    scale      [T, K'/block, 32]                  float16 or float32; int8: [T, 1, 32] float32
+    zero_point [T, K'/block, 32] uint8 or int8    only where the scheme stores one
 
-``codes & 0x0f0f0f0f`` are the four bytes k = 8j … 8j+3 of 16 rows, ``codes >> 4 & 0x0f0f0f0f``
-the next four, which is what products of four bytes take, and 16 rows of a tile of AMX. A row of
-an embedding tied to a head can be gathered from the same arrays, 64 bytes apart.
+``codes & 0x0f0f0f0f`` are the four bytes k = 8j … 8j+3 of 32 rows, ``codes >> 4 & 0x0f0f0f0f``
+the next four, which is what products of four bytes take, and a row of a tile of AMX. A row of an
+embedding tied to a head can be gathered from the same arrays, 128 bytes apart.
 
 Codes of 4 bits are stored as they are. Codes of 8 bits are stored as what multiplies exactly:
 unsigned for VNNI, signed for the others; int8 codes of -64 … 64 as 0 … 128 for AVX2. `middle` is
@@ -31,10 +31,10 @@ from typing import Final
 from llmopt.backends.tvm.features import Features
 from llmopt.quantization.schemes import Blockwise
 
-LANES: Final = 16
-"""Outputs in a group."""
-GROUPS: Final = 2
-"""Groups in a tile."""
+TILE: Final = 32
+"""Outputs in a tile."""
+HALF: Final = 16
+"""Gates in a tile of a gated product, and rows that they gate."""
 STEP: Final = 32
 """The padded length of a row is a multiple of it, or of the block where that is smaller."""
 
@@ -104,12 +104,10 @@ def channel_storage(k: int, limit: int, features: Features) -> Storage:
     )
 
 
-def groups(n: int, *, paired: bool) -> int:
-    """Return how many groups ``n`` rows take.
+def tiles(n: int, *, paired: bool) -> int:
+    """Return how many tiles ``n`` rows take.
 
-    >>> groups(576, paired=False), groups(40, paired=False), groups(40, paired=True)
-    (36, 4, 4)
+    >>> tiles(576, paired=False), tiles(40, paired=False), tiles(40, paired=True)
+    (18, 2, 2)
     """
-    rows = n // 2 if paired else n
-    size = LANES if paired else LANES * GROUPS
-    return -(-rows // size) * GROUPS
+    return -(-(n // 2) // HALF) if paired else -(-n // TILE)

@@ -4,14 +4,14 @@ For each block of columns the sums of integer products stay in registers, and th
 weights and of the activations are applied once::
 
     for block:                                       x codes   int8 [rows, K']
-        sums = correction of the block               weights   [2 groups, K'/8, 16] int32
+        sums = correction of the block               weights   [K'/8, 32] int32
         for 8 (4 bits) or 4 (8 bits) columns:
-            weights of 16 outputs -> one or two vectors of four bytes
+            weights -> vectors of four bytes
             sums += weights * activations            one instruction for lanes * 4 products
         result += float(sums) * (scale of weights * scale of activations)
 
 Registers: rows * vectors of sums and as many of results, the weights and a mask. With AVX-512 all
-32 outputs go at once, two vectors; with shorter vectors one group of 16 after the other.
+32 outputs go at once, two vectors; with shorter vectors one half after the other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llmopt.backends.tvm.kernels.linear_script import (
     serial,
     splat,
 )
-from llmopt.backends.tvm.kernels.linear_storage import GROUPS, LANES, Storage
+from llmopt.backends.tvm.kernels.linear_storage import TILE, Storage
 
 _CHUNK: Final = 32  # columns whose products are straight code
 Vectors = list[list[Expr]]
@@ -55,37 +55,33 @@ class Tile:
     activations: Activations
     buffers: Mapping[str, Any]
 
-    def emit(self, rows: Sequence[Expr], tile: Expr, together: int) -> list[Vectors]:
+    def emit(self, rows: Sequence[Expr], tile: Expr, width: int) -> Vectors:
         """Emit the products of ``rows`` with a tile.
 
         Args:
             rows: The rows' numbers.
             tile: The tile's number.
-            together: How many groups are computed at once, 1 or 2.
+            width: How many outputs are computed at once, 16 or 32.
 
         Returns:
-            Of each row the vectors of each group.
+            The vectors of each row.
         """
-        results: list[Vectors] = [[] for _ in rows]
-        for first in range(0, GROUPS, together):
-            groups = [tile * GROUPS + first + i for i in range(together)]
-            values = _Run(self, rows, groups).emit()
-            for row, vectors in enumerate(values):
-                size = len(vectors) // together
-                for start in range(0, len(vectors), size):
-                    results[row].append(vectors[start : start + size])
-        return results
+        runs = [
+            _Run(self, rows, tile, range(at, at + width)).emit() for at in range(0, TILE, width)
+        ]
+        return [[vector for run in runs for vector in run[i]] for i in range(len(rows))]
 
 
 class _Run:
-    """The groups that are computed at once, and their registers."""
+    """The outputs that are computed at once, and their registers."""
 
-    def __init__(self, tile: Tile, rows: Sequence[Expr], groups: Sequence[Expr]) -> None:
-        self.tile = tile
+    def __init__(self, of: Tile, rows: Sequence[Expr], tile: Expr, outputs: range) -> None:
+        self.tile = of
         self.rows = rows
-        self.lanes = tile.products.lanes
-        self.places = [(g, at) for g in groups for at in range(0, LANES, self.lanes)]
-        self.chunk = min(_CHUNK, tile.storage.block)
+        self.number = tile
+        self.lanes = of.products.lanes
+        self.places = outputs[:: self.lanes]
+        self.chunk = min(_CHUNK, of.storage.block)
 
     def emit(self) -> Vectors:
         """Emit the loop over blocks and return the vectors of each row."""
@@ -136,7 +132,7 @@ class _Run:
     def _quad(self, chunk: Expr, quad: int, partial: Vectors) -> Vectors:
         """Emit the products of four columns."""
         codes = self.tile.activations.codes
-        weights = [bind(self._weights(place, chunk, quad)) for place in self.places]
+        weights = [bind(self._weights(at, chunk, quad)) for at in self.places]
         result = []
         for row, values in zip(self.rows, partial, strict=True):
             word = load(codes, [row, chunk * (self.chunk // 4) + quad], 1)
@@ -145,13 +141,12 @@ class _Run:
             result.append([bind(step(v, w, x)) for v, w in zip(values, weights, strict=True)])
         return result
 
-    def _weights(self, place: tuple[Expr, int], chunk: Expr, quad: int) -> Expr:
+    def _weights(self, at: int, chunk: Expr, quad: int) -> Expr:
         """Return four bytes a lane: the codes of four columns."""
-        group, at = place
         codes = self.tile.buffers["codes"]
         if self.tile.storage.bits == 8:
-            return load(codes, [group, chunk * (self.chunk // 4) + quad, at], self.lanes)
-        words = load(codes, [group, chunk * (self.chunk // 8) + quad // 2, at], self.lanes)
+            return load(codes, [self.number, chunk * (self.chunk // 4) + quad, at], self.lanes)
+        words = load(codes, [self.number, chunk * (self.chunk // 8) + quad // 2, at], self.lanes)
         if quad % 2:
             words = words >> integer(4, self.lanes)
         return words & integer(0x0F0F0F0F, self.lanes)
@@ -159,7 +154,7 @@ class _Run:
     def _scaled(self, block: Expr, sums: Vectors) -> Vectors:
         """Return the sums of a block as numbers."""
         activations = self.tile.activations
-        scales = [bind(self._scale(place, block)) for place in self.places]
+        scales = [bind(self._scale(at, block)) for at in self.places]
         zeros = self._zeros(block)
         result = []
         for row, values in zip(self.rows, sums, strict=True):
@@ -171,9 +166,8 @@ class _Run:
             result.append([x * (s * factor) for x, s in zip(numbers, scales, strict=True)])
         return result
 
-    def _scale(self, place: tuple[Expr, int], block: Expr) -> Expr:
-        group, at = place
-        value = load(self.tile.buffers["scale"], [group, block, at], self.lanes)
+    def _scale(self, at: int, block: Expr) -> Expr:
+        value = load(self.tile.buffers["scale"], [self.number, block, at], self.lanes)
         return value if self.tile.storage.scale == "float32" else cast("float32", value, self.lanes)
 
     def _zeros(self, block: Expr) -> list[Expr]:
@@ -181,7 +175,7 @@ class _Run:
         if not self.tile.storage.zero_points:
             return []
         points = self.tile.buffers["zero_point"]
-        loaded = [load(points, [group, block, at], self.lanes) for group, at in self.places]
+        loaded = [load(points, [self.number, block, at], self.lanes) for at in self.places]
         return [bind(cast("float32", cast("int32", p, self.lanes), self.lanes)) for p in loaded]
 
 
