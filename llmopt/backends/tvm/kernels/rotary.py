@@ -1,0 +1,72 @@
+"""Rotary embedding of rows, where no cache is: encoders with rotary positions.
+
+Half rotation: numbers i and i + rotary/2 of a head turn together, by the angle of the row's
+position; those from ``rotary`` on stay. Roofline: 8 bytes a number at the bandwidth of memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T  # noqa: N812 - the script language's own name
+
+from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm.kernels.heads import Head, Turning, lanes_for, turn
+from llmopt.backends.tvm.kernels.kernel import Kernel
+from llmopt.backends.tvm.kernels.vectors import load, store
+
+
+def rotary(turning: Turning, heads: int, passed: int, features: Features) -> Kernel:
+    """Return the rotation of packed rows.
+
+    Inputs are ``x [M, (heads + passed)·D]``, ``cos, sin [positions, rotary/2]`` and
+    ``position_ids [B, S] int64``, M = B·S; the output is ``y`` of the shape of ``x``.
+
+    Args:
+        turning: Width, and how much of it is rotated; its norm is not applied.
+        heads: How many heads are rotated, the first ones of a row: H + G of packed Q, K and V.
+        passed: How many after those are copied.
+        features: Of the processor.
+    """
+    plain = Turning(turning.width, turning.rotary)
+    name = f"rotary_h{heads}_p{passed}_d{turning.width}_{plain.label}_{features.label}"
+    function = _rotary(plain, heads, passed, lanes_for(plain, features))
+    return Kernel(name, function, ("x", "cos", "sin", "position_ids"), ("y",))
+
+
+def _rotary(turning: Turning, heads: int, passed: int, lanes: int) -> Any:
+    width, half = turning.width, turning.rotary // 2
+
+    @T.prim_func(s_tir=True)
+    def rotary(
+        x: T.handle, cos: T.handle, sin: T.handle, position_ids: T.handle, y: T.handle
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        rows, batch, length, angles = T.int64(), T.int64(), T.int64(), T.int64()
+        given = T.match_buffer(x, (rows, (heads + passed) * width), "float32")
+        cosines = T.match_buffer(cos, (angles, half), "float32")
+        sines = T.match_buffer(sin, (angles, half), "float32")
+        positions = T.match_buffer(position_ids, (batch, length), "int64")
+        out = T.match_buffer(y, (rows, (heads + passed) * width), "float32")
+        for m in T.parallel(rows):
+            position = positions[m // length, m % length]
+            for h in T.serial(heads):
+                turn(
+                    Head(
+                        turning,
+                        lanes,
+                        (given, (m, h * width)),
+                        (out, (m, h * width)),
+                        (cosines, sines, position),
+                        cosines,
+                        1.0,
+                    )
+                )
+            for j in T.serial(passed * width // lanes):
+                store(
+                    (out, (m, heads * width)),
+                    j * lanes,
+                    load(given, (m, heads * width), j * lanes, lanes),
+                )
+
+    return rotary

@@ -1,0 +1,96 @@
+"""Vectors of float32 in TVMScript: loads, sums across lanes, transposes, functions left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T  # noqa: N812 - the script language's own name
+
+from llmopt.backends.tvm.features import Features
+
+
+def fitting(features: Features, width: int) -> int:
+    """Return the most lanes that a vector has and that divide ``width``.
+
+    >>> fitting(Features(avx512=True), 24)
+    8
+    """
+    lanes = features.lanes
+    while width % lanes:
+        lanes //= 2
+    return lanes
+
+
+def load(buffer: Any, place: tuple[Any, ...], offset: Any = 0, lanes: int = 1) -> Any:
+    """Return ``lanes`` numbers of a buffer along its last axis, ``offset`` after ``place``."""
+    dtype = str(buffer.ty.dtype)
+    index = [*place[:-1], place[-1] + offset]
+    return buffer.vload(index, dtype=f"{dtype}x{lanes}" if lanes > 1 else dtype)
+
+
+def at(start: Any, lanes: int) -> Any:
+    """Return the index of a store of ``lanes`` numbers."""
+    return T.ramp(start, 1, lanes) if lanes > 1 else start
+
+
+def splat(number: Any, lanes: int) -> Any:
+    """Return a vector that has the number in every lane."""
+    value = T.float32(number) if isinstance(number, int | float) else number
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def lanes_of(value: Any) -> int:
+    """Return how many lanes an expression has."""
+    return int(value.ty.dtype.lanes)
+
+
+def shuffled(first: Any, second: Any, lanes: list[int]) -> Any:
+    """Return lanes chosen from two vectors, counted through the first, then the second."""
+    return tirx.Shuffle([first, second], lanes)
+
+
+def pair_sums(first: Any, second: Any) -> Any:
+    """Return the sums of neighbours: those of the first vector, then those of the second.
+
+    Of L vectors, folded pairwise log2(L) times, remains one whose lane i is the sum of vector i:
+    2 shuffles and 1 addition for each fold, so about 3 operations a vector.
+    """
+    lanes = lanes_of(first)
+    even = shuffled(first, second, list(range(0, 2 * lanes, 2)))
+    odd = shuffled(first, second, list(range(1, 2 * lanes, 2)))
+    return even + odd
+
+
+def across(value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Return a vector that holds all lanes of ``value`` combined, in every lane."""
+    lanes = lanes_of(value)
+    step = lanes // 2
+    while step:
+        value = T.bind(value)
+        turned = tirx.Shuffle([value], [lane ^ step for lane in range(lanes)])
+        value, step = combine(value, turned), step // 2
+    return value
+
+
+def kept(function: Any, names: Sequence[str], needed: Collection[str]) -> Any:
+    """Return a function without some of its parameters.
+
+    One text serves several signatures: what an option switches off is never read, so it need not
+    be passed.
+
+    Args:
+        function: A PrimFunc.
+        names: What each of its parameters is.
+        needed: Those that stay.
+    """
+    pairs = zip(names, function.params, strict=True)
+    params = [param for name, param in pairs if name in needed]
+    return tirx.PrimFunc(params, function.body, function.ret_type, attrs=function.attrs)
+
+
+def store(target: tuple[Any, tuple[Any, ...]], offset: Any, value: Any) -> None:
+    """Write a vector to a buffer along its last axis, ``offset`` after a place in it."""
+    buffer, place = target
+    T.buffer_store(buffer, value, [*place[:-1], at(place[-1] + offset, lanes_of(value))])
