@@ -1,1 +1,159 @@
 """TVM: a shared library of our own kernels, for the processors that LLVM compiles for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from abc import abstractmethod
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from typing_extensions import override
+
+from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.onnxruntime import installed
+from llmopt.backends.tvm.lower_attention import LowerAttention
+from llmopt.backends.tvm.lower_linear import LowerLinear
+from llmopt.ir.program import Program
+from llmopt.passes.base import Pass
+from llmopt.runtime.engines.tvm import INDEX, WEIGHTS
+
+if TYPE_CHECKING:
+    from llmopt.backends.tvm.convert import Bounds, Module
+    from llmopt.backends.tvm.features import Processor
+
+ENTRY: Final = "model.so"
+CHUNK: Final = 512
+"""New tokens that a decoder takes at once; a longer prompt goes in pieces."""
+_BUILDS: Final = "pip install 'llmopt[cpu]'"
+_RUNS: Final = "pip install 'llmopt[runtime-tvm]'"
+
+
+@dataclass(frozen=True)
+class Tvm(Backend):
+    """What the targets of TVM share.
+
+    Args:
+        mcpu: The processor by LLVM's name; empty for this machine's.
+        without: Features that the processor has and code must do without, joined by ``+``, in
+            LLVM's names: ``avx512f+amx-tile``.
+    """
+
+    schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic"})
+    mcpu: str = ""
+    without: str = ""
+
+    @abstractmethod
+    def processor(self) -> Processor:
+        """Return what is compiled for."""
+
+    @override
+    def available(self) -> Availability:
+        builds = all(find_spec(name) for name in ("tvm", "ziglang"))
+        runs = "" if find_spec("tvm") else _RUNS
+        return Availability("" if builds else _BUILDS, runs)
+
+    @override
+    def check(self, program: Program) -> list[str]:
+        from llmopt.backends.tvm.convert import unsupported
+
+        return unsupported(program)
+
+    @override
+    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+        return (LowerAttention(), LowerLinear())
+
+    @override
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
+        from llmopt.backends.tvm.build import build
+        from llmopt.backends.tvm.convert import Bounds, Module
+
+        processor = self.processor()
+        limits = _limits(program, demand)
+        module = Module(program, processor.features, limits)
+        build(module.convert(), processor, folder / ENTRY)
+        _describe(module, folder)
+        requires = {
+            "machine": processor.machine,
+            "cpu_features": processor.required,
+            "batch": limits.batch,
+            "tokens": limits.tokens,
+        }
+        if program.signature.has_cache:
+            _share_cache(program)
+        return Lowered(ENTRY, program, {"tvm": installed("apache-tvm")}, requires)
+
+    @override
+    def open(self, entry: Path, *, exact: bool = False) -> Run:
+        from llmopt.backends.tvm.session import open_session
+
+        return open_session(entry, exact=exact)
+
+
+@dataclass(frozen=True)
+class TvmCpu(Tvm):
+    """A shared library for an x86-64 processor."""
+
+    name: ClassVar[str] = "tvm-cpu"
+    summary: ClassVar[str] = "a shared library of our own kernels, for an x86-64 processor"
+
+    @override
+    def processor(self) -> Processor:
+        from llmopt.backends.tvm.features import find_processor
+
+        without = filter(None, self.without.split("+"))
+        native = platform.machine() == "x86_64"
+        return find_processor("x86_64", self.mcpu or ("" if native else "x86-64-v3"), without)
+
+
+@dataclass(frozen=True)
+class TvmArm64(Tvm):
+    """A shared library for an arm64 processor, compiled and linked on any machine.
+
+    Args:
+        mcpu: The processor by LLVM's name: ``cortex-a76``, ``neoverse-n1``; ``generic`` runs on all.
+    """
+
+    name: ClassVar[str] = "tvm-arm64"
+    summary: ClassVar[str] = "a shared library of our own kernels, for an arm64 processor"
+    mcpu: str = "generic"
+
+    @override
+    def processor(self) -> Processor:
+        from llmopt.backends.tvm.features import find_processor
+
+        return find_processor("aarch64", self.mcpu, filter(None, self.without.split("+")))
+
+    @property
+    @override
+    def proven_by(self) -> str:
+        return "" if platform.machine() == "aarch64" else "tvm-cpu"
+
+
+def _describe(module: Module, folder: Path) -> None:
+    """Write the weights, and what an engine has to know of them and of the functions."""
+    index = {
+        **dataclasses.asdict(module.program.signature),
+        **dataclasses.asdict(module.limits),
+        "functions": {entry.name: {"exact": entry.exact} for entry in module.entries},
+        "weights": module.weights.write(folder / WEIGHTS),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _limits(program: Program, demand: Demand) -> Bounds:
+    """Return what memory is planned for."""
+    from llmopt.backends.tvm.convert import Bounds
+
+    longest = program.facts.max_length
+    if program.signature.has_cache:
+        return Bounds(demand.batch, min(longest, CHUNK) if longest else CHUNK)
+    return Bounds(demand.batch, longest)
+
+
+def _share_cache(program: Program) -> None:
+    """Note that past and present are one buffer."""
+    program.learn(model=dataclasses.replace(program.facts.model, cache="shared"))

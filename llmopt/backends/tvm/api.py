@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+import numpy.typing as npt
 
 from llmopt.errors import BackendUnavailableError
 
@@ -55,3 +59,95 @@ def processor_features(triple: str, mcpu: str) -> set[str]:
 
 def _bare(triple: str, mcpu: str = "") -> Any:
     return target({"kind": "llvm", "mtriple": triple, **({"mcpu": mcpu} if mcpu else {})})
+
+
+def symbol(name: str) -> Any:
+    """Return a size that is known when the code runs."""
+    return tirx().Var(name, "int64")
+
+
+def plain(size: Any) -> Any:
+    """Return a size as a number where it is one."""
+    return int(size.value) if isinstance(size, tirx().IntImm) else size
+
+
+def simplify(size: Any) -> Any:
+    """Return a size in its simplest form, as a number where it is one."""
+    return size if isinstance(size, int) else plain(tvm().sym.Analyzer().simplify(size))
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are always the same."""
+    difference = simplify(left - right)
+    return isinstance(difference, int) and difference == 0
+
+
+def product(sizes: Sequence[Any]) -> Any:
+    """Return the product of sizes."""
+    return simplify(math.prod(sizes, start=1)) if sizes else 1
+
+
+def scalar(value: float, dtype: str) -> Any:
+    """Return a constant of rank 0."""
+    return relax().const(value, dtype)
+
+
+def array(value: npt.NDArray[Any]) -> Any:
+    """Return a constant."""
+    return relax().const(value, value.dtype.name)
+
+
+def tensor_type(shape: Sequence[Any], dtype: str) -> Any:
+    """Return the type of a tensor."""
+    return relax().TensorType(list(shape), dtype)
+
+
+def listed(values: Any, number: int, kind: Any) -> Any:
+    """Return one element of a list that is an argument; its type is not checked again."""
+    get = relax().op.call_pure_packed
+    return get("vm.builtin.tuple_getitem", values, relax().prim_value(number), ty_args=kind)
+
+
+def call(name: Any, arguments: Sequence[Any], kinds: Sequence[Any], aliases: list[int] | None) -> Any:
+    """Return a call of a kernel.
+
+    Args:
+        name: Its global name.
+        arguments: What it reads.
+        kinds: The types of what it writes.
+        aliases: For each output, the argument that it is written into, or -1; None for none.
+    """
+    if aliases is None:
+        return relax().call_tir(name, list(arguments), list(kinds))
+    return relax().call_tir_inplace(name, list(arguments), aliases, list(kinds))
+
+
+def compiled(module: Any, options: dict[str, object]) -> Any:
+    """Return a module of Relax compiled for a target, not linked yet.
+
+    Element-wise operators are fused; functions that nothing distinguishes are compiled once.
+    """
+    t = relax().transform
+    passes = [
+        t.LegalizeOps(),
+        t.AnnotateTIROpPattern(),
+        t.FoldConstant(),
+        t.FuseOps(),
+        t.FuseTIR(),
+        t.DeadCodeElimination(),
+        t.RewriteDataflowReshape(),
+        t.ToNonDataflow(),
+        t.RemovePurityChecking(),
+        t.CallTIRRewrite(),
+        t.StaticPlanBlockMemory(),
+        t.LowerAllocTensor(),
+        t.KillAfterLastUse(),
+        t.LowerRuntimeBuiltin(),
+        t.ComputePrimValue(),
+        t.VMShapeLower(),
+        t.AttachGlobalSymbol(),
+    ]
+    chosen = target(options)
+    with chosen, tvm().transform.PassContext(opt_level=3):
+        lowered = tvm().transform.Sequential(passes)(module)
+        return relax().build(lowered, target=chosen, relax_pipeline=None)

@@ -1,0 +1,218 @@
+"""Attention and rotary positions: which kernels compute them, and the plain way where none does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmopt.backends.tvm import api, ops
+from llmopt.backends.tvm.kernels import attention as kernels
+from llmopt.backends.tvm.kernels import plain
+from llmopt.ir import graph as g
+
+if TYPE_CHECKING:
+    from llmopt.backends.tvm.convert import Function
+
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an Attention computes.
+
+    Args:
+        heads: H.
+        kv_heads: G.
+        width: D, of queries and keys.
+        scale: Of the scores.
+        causal: Whether a query sees no later key.
+        left: How far back it sees; -1 for all the way.
+        right: How far ahead; -1 for all the way.
+        softcap: Bound of the scores; 0 for none.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+    causal: bool
+    left: int
+    right: int
+    softcap: float
+
+    @classmethod
+    def of(cls, node: ir.Node, q_width: int) -> Form:
+        """Return the form of a node whose Q is ``q_width`` wide."""
+        heads = g.attribute(node, "q_num_heads", 1)
+        width = q_width // heads
+        return cls(
+            heads=heads,
+            kv_heads=g.attribute(node, "kv_num_heads", 1),
+            width=width,
+            scale=g.attribute(node, "scale", None) or width**-0.5,
+            causal=bool(g.attribute(node, "is_causal", 0)),
+            left=g.attribute(node, "left_window_size", -1),
+            right=g.attribute(node, "right_window_size", -1),
+            softcap=g.attribute(node, "softcap", 0.0),
+        )
+
+
+def attention(f: Function, node: ir.Node) -> Sequence[Any]:
+    """Write an Attention; a cache is written in place."""
+    q, k, v = (f.tensor(node.inputs[i]) for i in range(3))
+    form = Form.of(node, ops.shape_of(q)[-1])
+    if g.optional(node, 4) is None:
+        keys, values = (_headed(f, x, form.kv_heads) for x in (k, v))
+        return [_plain(f, node, form, (_headed(f, q, form.heads), keys, values))]
+    caches = [f.tensor(node.inputs[i]) for i in (4, 5)]
+    keys, values = (
+        f.emit(_in_use(f, _append(f, cache, new))) for cache, new in zip(caches, (k, v), strict=True)
+    )
+    return [_plain(f, node, form, (_headed(f, q, form.heads), keys, values))]
+
+
+def _append(f: Function, cache: Any, new: Any) -> Any:
+    """Return ``cache`` [B, G, C, D] with ``new`` [B, S, G*D] written behind what is in use."""
+    _, groups, _, width = ops.shape_of(cache)
+    kernel = f.module.made(plain.append, groups, width)
+    operands = {"cache": cache, "new": new, "mask": f.mask}
+    shape = (ops.shape_of(cache), "float32")
+    return f.call(kernel, operands, [shape], {0: "cache"})[0]
+
+
+def _in_use(f: Function, cache: Any) -> Any:
+    """Return the keys or values [B, G, T, D] of a cache."""
+    return api.relax().op.strided_slice(cache, [2], [0], [f.total], assume_inbound=True)
+
+
+def _headed(f: Function, x: Any, heads: int) -> Any:
+    """Return [B, S, H*D] as [B, H, S, D]."""
+    op = api.relax().op
+    batch, tokens, width = ops.shape_of(x)
+    split = f.emit(op.reshape(x, [batch, tokens, heads, width // heads]))
+    return f.emit(op.permute_dims(split, [0, 2, 1, 3]))
+
+
+def _plain(f: Function, node: ir.Node, form: Form, operands: tuple[Any, Any, Any]) -> Any:
+    """Return Attention as products and a softmax: any mask, not fast."""
+    op = api.relax().op
+    q, k, v = operands
+    batch, _, new, _ = ops.shape_of(q)
+    keys, out_width = ops.shape_of(k)[2], ops.shape_of(v)[3]
+    repeats = form.heads // form.kv_heads
+    if repeats > 1:
+        k, v = (f.emit(op.repeat(x, repeats, 1)) for x in (k, v))
+    turned = f.emit(op.permute_dims(k, [0, 1, 3, 2]))
+    scores = f.emit(op.matmul(q, turned))
+    scores = f.emit(op.multiply(scores, api.scalar(form.scale, "float32")))
+    if form.softcap:
+        cap = api.scalar(form.softcap, "float32")
+        scores = f.emit(op.multiply(f.emit(op.tanh(f.emit(op.divide(scores, cap)))), cap))
+    scores = _masked(f, node, form, scores, (new, keys))
+    mixed = f.emit(op.matmul(f.emit(op.nn.softmax(scores, -1)), v))
+    first = f.emit(op.permute_dims(mixed, [0, 2, 1, 3]))
+    return op.reshape(first, [batch, new, form.heads * out_width])
+
+
+def _masked(f: Function, node: ir.Node, form: Form, scores: Any, sizes: tuple[Any, Any]) -> Any:
+    """Return scores [B, H, S, T] with the lowest number where a query does not see a key."""
+    op = api.relax().op
+    low = api.scalar(_LOWEST, "float32")
+    seen = _placed(f, form, sizes)
+    if seen is not None:
+        scores = f.emit(op.where(seen, scores, low))
+    mask = g.optional(node, 3)
+    if mask is None:
+        return scores
+    given = f.tensor(mask)
+    if ops.dtype_of(given) == "bool":
+        return f.emit(op.where(given, scores, low))
+    return f.emit(op.add(scores, given))
+
+
+def _placed(f: Function, form: Form, sizes: tuple[Any, Any]) -> Any:
+    """Return which keys each query sees by its place, bool [S, T]; None for all."""
+    op = api.relax().op
+    if not form.causal and form.left < 0 and form.right < 0:
+        return None
+    new, keys = sizes
+    row = f.emit(op.arange(keys - new, keys, 1, "int64"))
+    query = f.emit(op.reshape(row, [new, 1]))
+    key = f.emit(op.reshape(f.emit(op.arange(0, keys, 1, "int64")), [1, keys]))
+    ahead = f.emit(op.subtract(key, query))
+    right = 0 if form.causal else form.right
+    seen = None
+    if right >= 0:
+        seen = f.emit(op.less_equal(ahead, api.scalar(right, "int64")))
+    if form.left >= 0:
+        near = f.emit(op.greater_equal(ahead, api.scalar(-form.left, "int64")))
+        seen = near if seen is None else f.emit(op.logical_and(seen, near))
+    return seen
+
+
+def cached(f: Function, node: ir.Node) -> Sequence[Any]:
+    """Write rotation, cache and attention of the projections' row; the cache is written in place."""
+    row = f.tensor(node.inputs[0])
+    batch, tokens, width = ops.shape_of(row)
+    labels = ("q_norm", "k_norm", "cos", "sin", "position_ids", "k_cache", "v_cache")
+    operands = {
+        label: f.tensor(value)
+        for label, value in zip(labels, node.inputs[1:], strict=False)
+        if value is not None
+    }
+    operands |= {"qkv": f.rows(row), "mask": f.mask}
+    turning = kernels.Turning(
+        _head_width(node, width),
+        2 * ops.shape_of(operands["cos"])[-1] if "cos" in operands else 0,
+        g.attribute(node, "epsilon", None),
+    )
+    form = _kernel_form(node, width, cached=True)
+    decoding = f.entry.one
+    make = kernels.decode if decoding else kernels.append
+    kernel = f.module.made(make, form, turning, f.features)
+    caches = [operands["k_cache"], operands["v_cache"]]
+    shapes = [([batch * tokens, form.heads * form.width], "float32")]
+    shapes += [(ops.shape_of(cache), "float32") for cache in caches]
+    y, *presents = f.call(kernel, operands, shapes, {1: "k_cache", 2: "v_cache"})
+    if not decoding:
+        given = dict(zip(("k_cache", "v_cache"), presents, strict=True))
+        attend = f.module.made(kernels.attention, form, f.features)
+        (y,) = f.call(attend, {**given, "q": y, "mask": f.mask}, shapes[:1])
+    return [f.unrows(y, [batch, tokens]), *presents]
+
+
+def packed(f: Function, node: ir.Node) -> Sequence[Any]:
+    """Write attention of the projections' row to itself."""
+    row = f.tensor(node.inputs[0])
+    batch, tokens, width = ops.shape_of(row)
+    form = _kernel_form(node, width, cached=False)
+    operands = {"qkv": f.rows(row), "mask": f.mask_for(batch, tokens)}
+    shape = ([batch * tokens, form.heads * form.width], "float32")
+    (y,) = f.call(f.module.made(kernels.attention, form, f.features), operands, [shape])
+    return [f.unrows(y, [batch, tokens])]
+
+
+def _head_width(node: ir.Node, width: int) -> int:
+    heads, groups = (int(g.attribute(node, f"{x}_num_heads", 1)) for x in ("q", "kv"))
+    return width // (heads + 2 * groups)
+
+
+def _kernel_form(node: ir.Node, width: int, *, cached: bool) -> kernels.Attention:
+    left, right = (g.attribute(node, f"{side}_window_size", -1) for side in ("left", "right"))
+    return kernels.Attention(
+        heads=g.attribute(node, "q_num_heads", 1),
+        kv_heads=g.attribute(node, "kv_num_heads", 1),
+        width=_head_width(node, width),
+        causal=bool(g.attribute(node, "is_causal", 0)),
+        left=left if left >= 0 else None,
+        right=right if right >= 0 else None,
+        softcap=g.attribute(node, "softcap", 0.0),
+        scale=g.attribute(node, "scale", None),
+        masked=bool(g.attribute(node, "padded", 0)),
+        cached=cached,
+        packed=not cached,
+    )

@@ -1,0 +1,402 @@
+"""A lowered Program becomes a module of Relax: one function for each way of calling it.
+
+==========  ======================================================================
+prefill     logits of the last of S new tokens, keys and values written to the cache
+score       the same with logits of all S
+decode      one token of one sequence: matrices are multiplied by a vector
+main        what is no decoder with a cache: every output, nothing kept
+==========  ======================================================================
+
+A function takes the Program's inputs in their order, with caches [B, G, C, D] of any capacity C
+in place of the past, and then one list of all weights. With ``exact``, a second set of functions
+(``exact_prefill``…) multiplies rounded weights by activations that are not: what verification
+compares with the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from llmopt.backends.tvm import api, attention, linear, norms, ops, sizes
+from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm.kernels.kernel import Kernel
+from llmopt.backends.tvm.lower_linear import DOMAIN
+from llmopt.backends.tvm.sizes import Known, known
+from llmopt.backends.tvm.weights import Stored, WeightFile
+from llmopt.ir import graph as g
+from llmopt.ir import weights
+from llmopt.ir.program import Program, Role
+
+Made = TypeVar("Made")
+_INLINE: Final = 16
+"""A constant of at most this many numbers is part of the code."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way of calling a Program.
+
+    Args:
+        name: The function's name.
+        one: Whether B = S = 1.
+        every: Whether logits of all new tokens are wanted.
+        exact: Whether activations stay float.
+    """
+
+    name: str
+    one: bool = False
+    every: bool = False
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The most that functions have to serve: memory is planned for it.
+
+    Args:
+        batch: Sequences at once, B.
+        tokens: New tokens at once, S; 0 for any.
+    """
+
+    batch: int
+    tokens: int
+
+
+def entries(program: Program) -> list[Entry]:
+    """Return the functions that a Program needs."""
+    exact = [False, True] if _rounds(program) else [False]
+    if not program.signature.has_cache:
+        return [Entry("exact_main" if e else "main", exact=e) for e in exact]
+    found = []
+    for e in exact:
+        head = "exact_" if e else ""
+        if program.signature.find(Role.LOGITS_TO_KEEP) is not None:
+            found.append(Entry(f"{head}prefill", exact=e))
+        found.append(Entry(f"{head}score", every=True, exact=e))
+        found.append(Entry(f"{head}decode", one=True, exact=e))
+    return found
+
+
+def _rounds(program: Program) -> bool:
+    return any(g.attribute(node, "scheme", "") for node in g.nodes(program.graph, "Linear", domain=DOMAIN))
+
+
+class Module:
+    """The functions and kernels of a Program, and the weights that they take.
+
+    Args:
+        program: What to convert.
+        features: What kernels may use.
+        limits: What memory is planned for.
+    """
+
+    def __init__(self, program: Program, features: Features, limits: Bounds) -> None:
+        self.program = program
+        self.features = features
+        self.limits = limits
+        self.entries = entries(program)
+        self.products = linear.products(program)
+        self.weights = WeightFile()
+        self.builder = api.relax().BlockBuilder()
+        self._kernels: dict[str, Any] = {}
+        self._made: dict[Any, Any] = {}
+
+    def convert(self) -> Any:
+        """Return the module of Relax."""
+        for entry in self.entries:
+            Function(self, entry).write()
+        return self.builder.get()
+
+    def made(self, make: Callable[..., Made], *wanted: Any) -> Made:
+        """Return ``make(*wanted)``, made once: reading a kernel's text takes longer than compiling.
+
+        Args:
+            make: Makes a kernel.
+            wanted: What it is made of; hashable.
+        """
+        key = (make, wanted)
+        if key not in self._made:
+            self._made[key] = make(*wanted)
+        found: Made = self._made[key]
+        return found
+
+    def kernel(self, kernel: Kernel) -> Any:
+        """Return the global name of a kernel, which is compiled once however often it is called."""
+        if kernel.name not in self._kernels:
+            function = kernel.function.with_attr("op_pattern", _OPAQUE)
+            function = function.with_attr("global_symbol", kernel.name)
+            self._kernels[kernel.name] = self.builder.add_func(function, kernel.name)
+        return self._kernels[kernel.name]
+
+
+_OPAQUE: Final = 8  # TVM's OpPatternKind: nothing is fused into it
+
+
+class Function:
+    """One function while it is being written.
+
+    Args:
+        module: What it is part of.
+        entry: How it is called.
+    """
+
+    def __init__(self, module: Module, entry: Entry) -> None:
+        self.module = module
+        self.entry = entry
+        self.program = module.program
+        self.features = module.features
+        self.symbols: dict[str, Any] = {"B": 1, "S": 1} if entry.one else {}
+        self._values: dict[ir.Value, Any] = {}
+        self._known: dict[ir.Value, Known] = {}
+        self._rows: dict[Any, Any] = {}
+        self._fetched: dict[int, Any] = {}
+        self.mask: Any = None
+        self._list: Any = None
+
+    def write(self) -> None:
+        """Write the function into the module."""
+        builder = self.module.builder
+        parameters = self._parameters()
+        attributes = self._attributes()
+        with builder.function(self.entry.name, parameters, attributes):
+            with builder.dataflow():
+                for node in self.program.graph:
+                    self._convert(node)
+                outputs = [self.tensor(value) for value in self._outputs()]
+                result = builder.emit_output(outputs[0] if self._single else outputs)
+            builder.emit_func_output(result)
+
+    @property
+    def _single(self) -> bool:
+        return self.program.signature.has_cache
+
+    def _outputs(self) -> list[ir.Value]:
+        values = list(self.program.graph.outputs)
+        return values[:1] if self._single else values
+
+    def _attributes(self) -> dict[str, Any]:
+        bounds = {"B": self.module.limits.batch, "S": self.module.limits.tokens}
+        known_bounds = {
+            name: bound
+            for name, bound in bounds.items()
+            if bound and not isinstance(self.symbols.get(name, 1), int)
+        }
+        return {"tir_var_upper_bound": known_bounds} if known_bounds else {}
+
+    def _parameters(self) -> list[Any]:
+        relax = api.relax()
+        parameters = []
+        for port in self.program.signature.inputs:
+            if port.role == Role.LOGITS_TO_KEEP:
+                continue
+            value = next(v for v in self.program.graph.inputs if v.name == port.name)
+            cached = port.role in (Role.PAST_KEY, Role.PAST_VALUE)
+            shape = ["C" if dim == "P" and cached else dim for dim in port.shape]
+            kind = api.tensor_type([self._size(dim) for dim in shape], port.dtype)
+            variable = relax.Var(_identifier(port.name), kind)
+            parameters.append(variable)
+            self._values[value] = variable
+            if port.role == Role.MASK:
+                self.mask = variable
+        if self.program.signature.has_cache and self.mask is None:
+            kind = api.tensor_type([self._size("B"), self._size("T")], "int64")
+            self.mask = relax.Var("attention_mask", kind)
+            parameters.append(self.mask)
+        self._list = relax.Var("weights", relax.AnyType())
+        return [*parameters, self._list]
+
+    def _size(self, dim: int | str) -> Any:
+        if isinstance(dim, int):
+            return dim
+        if dim not in self.symbols:
+            self.symbols[dim] = api.symbol(_identifier(dim))
+        return self.symbols[dim]
+
+    @property
+    def total(self) -> Any:
+        """How many keys there are, past and new: T."""
+        return self._size("T")
+
+    def mask_for(self, batch: Any, tokens: Any) -> Any:
+        """Return the mask [B, T] of a model's own tokens; of ones where it has none."""
+        if self.mask is None:
+            one = api.scalar(1, "int64")
+            self.mask = self.emit(api.relax().op.full([batch, tokens], one, "int64"))
+        return self.mask
+
+    def _convert(self, node: ir.Node) -> None:
+        operands = [self.known(value) for value in node.inputs if value is not None]
+        found = sizes.evaluate(node, operands)
+        if found is not None:
+            self._known[node.outputs[0]] = found
+            return
+        rule = RULES.get((node.domain, node.op_type)) or _general(node)
+        results = rule(self, node)
+        for output, result in zip(node.outputs, results, strict=False):
+            if isinstance(result, np.ndarray):
+                self._known[output] = result
+            elif result is not None:
+                self._values[output] = self.emit(result)
+
+    def emit(self, expression: Any) -> Any:
+        """Bind an expression to a variable and return it."""
+        if isinstance(expression, api.relax().Var):
+            return expression
+        return self.module.builder.emit(expression)
+
+    def known(self, value: ir.Value | None) -> Known | None:
+        """Return a value where it is known while compiling."""
+        if value is None:
+            return None
+        if value not in self._known:
+            found = self._keep(value) if value.is_graph_input() else sizes.constant(value)
+            if found is None:
+                return None
+            self._known[value] = found
+        return self._known[value]
+
+    def _keep(self, value: ir.Value) -> Known | None:
+        if value is not self.program.input(Role.LOGITS_TO_KEEP):
+            return None
+        return known(0 if self.entry.every else 1)
+
+    def tensor(self, value: ir.Value | None) -> Any:
+        """Return a value as an expression of Relax."""
+        assert value is not None
+        if value not in self._values:
+            self._values[value] = self._made(value)
+        return self._values[value]
+
+    def _made(self, value: ir.Value) -> Any:
+        tensor = g.weight(value)
+        if tensor is not None:
+            if tensor.size <= _INLINE:
+                return api.array(np.asarray(tensor.numpy()))
+            return self.weight(tensor)
+        numbers = self._known[value]
+        flat = list(numbers.reshape(-1))
+        if all(isinstance(number, int) for number in flat):
+            return api.array(np.asarray(numbers.tolist(), np.int64).reshape(numbers.shape))
+        relax = api.relax()
+        listed = self.emit(relax.op.shape_to_tensor(relax.ShapeExpr(flat)))
+        return listed if numbers.ndim else self.emit(relax.op.reshape(listed, []))
+
+    def weight(self, tensor: ir.TensorProtocol) -> Any:
+        """Return a weight as it is, stored once for all that read the same numbers."""
+        leaf = next(weights.leaves(tensor), None)
+        name = leaf.source if leaf is not None else (tensor.name or "constant")
+        shape = tuple(int(size) for size in tensor.shape.numpy())
+        stored = Stored(name, tensor.dtype.numpy().name, shape)
+        key = ("plain", weights.identity(tensor))
+        parts = self.packed(key, {"": stored}, lambda: {"": np.asarray(tensor.numpy())})
+        return parts[""]
+
+    def packed(
+        self, key: Any, parts: Mapping[str, Stored], read: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the parts of a weight by name, each fetched from the list once."""
+        numbers = self.module.weights.add(key, parts, read)
+        return {part: self._fetch(number) for part, number in numbers.items()}
+
+    def _fetch(self, number: int) -> Any:
+        if number not in self._fetched:
+            stored = self.module.weights.stored[number]
+            kind = api.tensor_type(stored.shape, stored.dtype)
+            self._fetched[number] = self.emit(api.listed(self._list, number, kind))
+        return self._fetched[number]
+
+    def rows(self, x: Any) -> Any:
+        """Return ``x`` [.., K] as rows [M, K]."""
+        shape = ops.shape_of(x)
+        if len(shape) == 2:
+            return x
+        if x not in self._rows:
+            flat = [api.product(shape[:-1]), shape[-1]]
+            self._rows[x] = self.emit(api.relax().op.reshape(x, flat))
+        return self._rows[x]
+
+    def flat(self, x: Any) -> Any:
+        """Return ``x`` of any shape as a list [M]."""
+        size = api.product(ops.shape_of(x))
+        return self.emit(api.relax().op.reshape(x, [size]))
+
+    def unrows(self, x: Any, before: Sequence[Any]) -> Any:
+        """Return rows [M, N] as [*before, N]."""
+        if len(before) == 1:
+            return x
+        result = self.emit(api.relax().op.reshape(x, [*before, ops.shape_of(x)[-1]]))
+        self._rows[result] = x
+        return result
+
+    def call(
+        self,
+        kernel: Kernel,
+        operands: Mapping[str, Any],
+        outputs: Sequence[tuple[Sequence[Any], str]],
+        inplace: Mapping[int, str] | None = None,
+    ) -> list[Any]:
+        """Call a kernel and return its outputs.
+
+        Args:
+            kernel: What to call.
+            operands: What it reads, by its own names.
+            outputs: Shape and type of what it writes.
+            inplace: Outputs that are operands written in place: number to name.
+        """
+        name = self.module.kernel(kernel)
+        arguments = [operands[label] for label in kernel.inputs]
+        kinds = [api.tensor_type(shape, dtype) for shape, dtype in outputs]
+        made = api.call(name, arguments, kinds, self._aliases(kernel, len(kinds), inplace))
+        result = self.emit(made)
+        if len(kinds) == 1:
+            return [result]
+        return [self.emit(api.relax().TupleGetItem(result, i)) for i in range(len(kinds))]
+
+    @staticmethod
+    def _aliases(kernel: Kernel, count: int, inplace: Mapping[int, str] | None) -> list[int] | None:
+        if not inplace:
+            return None
+        return [
+            kernel.inputs.index(inplace[i]) if i in inplace else -1 for i in range(count)
+        ]
+
+
+def _identifier(name: str) -> str:
+    text = "".join(c if c.isalnum() else "_" for c in name)
+    return text if text[:1].isalpha() else f"d_{text}"
+
+
+Rule = Callable[[Function, ir.Node], Sequence[Any]]
+
+
+def _general(node: ir.Node) -> Any:
+    return ops.RULES[node.op_type]
+
+
+RULES: Final[Mapping[tuple[str, str], Rule]] = {
+    ("", "Attention"): attention.attention,
+    ("", "Gather"): norms.gather,
+    ("", "LayerNormalization"): norms.norm,
+    ("", "RMSNormalization"): norms.norm,
+    ("", "RotaryEmbedding"): norms.rotary,
+    (DOMAIN, "CachedAttention"): attention.cached,
+    (DOMAIN, "PackedAttention"): attention.packed,
+    (DOMAIN, "Linear"): linear.linear,
+    (DOMAIN, "GatherRows"): linear.gather_rows,
+}
+"""What kernels of ours compute; the rest is in `ops`."""
+
+
+def unsupported(program: Program) -> list[str]:
+    """Return every operator that this converter does not know."""
+    return [
+        f"no kernel for {node.op_type} ({node.name!r})"
+        for node in program.graph
+        if (node.domain, node.op_type) not in RULES
+        and (node.domain or node.op_type not in ops.RULES)
+    ]

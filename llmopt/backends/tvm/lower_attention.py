@@ -1,0 +1,187 @@
+"""Lower Attention to the operator that the kernels compute: norm, rotation, cache and all.
+
+Rewrites::
+
+    q, k, v = Split(qkv); q, k = RMSNormalization(q), RMSNormalization(k)    [QK norm, if any]
+    q, k = RotaryEmbedding(q), RotaryEmbedding(k)                            [if any]
+    y, present = Attention(q, k, v, past)
+        into    y, present = CachedAttention(qkv, …, past)
+
+    q, k, v = Split(qkv); y = Attention(q, k, v)
+        into    y = PackedAttention(qkv)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.backends.tvm.lower_linear import DOMAIN
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program
+from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.raise_attention import PADDING_MASK
+
+_KEPT: Final = (
+    "q_num_heads",
+    "kv_num_heads",
+    "is_causal",
+    "left_window_size",
+    "right_window_size",
+    "softcap",
+    "scale",
+)
+
+
+@dataclass(frozen=True)
+class LowerAttention(Pass):
+    """Lower Attention of projections of one value to one operator on the projections' row.
+
+    Numerics: exact but for the order of sums.
+    Scope: the graph. Leaves: Attention with a mask that is more than padding, or whose Q, K and V
+    come from elsewhere; that is computed by products and a softmax.
+    """
+
+    name: ClassVar[str] = "lower-attention-tvm"
+    lowers: ClassVar[bool] = True
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        for node in g.nodes(program.graph, "Attention"):
+            found = _found(node)
+            if isinstance(found, str):
+                outcome.miss(node, found)
+                continue
+            _emit(node, found)
+            outcome.hit()
+        if outcome.modified:
+            g.remove_dead(program.model)
+            program.graph.sort()
+        return outcome
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """What was done to Q or K on the way from the projections' row.
+
+    Args:
+        source: The part of the row that it was.
+        tables: cos, sin and position_ids; empty without a rotation.
+        norm: The norm's node, if there was one.
+    """
+
+    source: ir.Value
+    tables: tuple[ir.Value, ...]
+    norm: ir.Node | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An Attention whose parts come from one row."""
+
+    row: ir.Value
+    tables: tuple[ir.Value, ...]
+    norms: tuple[ir.Node, ir.Node] | None
+
+
+def padded(node: ir.Node) -> bool:
+    """Whether an Attention's mask is padding alone."""
+    made = g.producer(g.optional(node, 3), "Unsqueeze")
+    return made is not None and made.name == PADDING_MASK
+
+
+def _found(node: ir.Node) -> _Found | str:
+    """Return the row that Q, K and V are parts of, or why they are not."""
+    if g.optional(node, 3) is not None and not padded(node):
+        return "its mask is more than padding"
+    if g.optional(node, 6) is not None or len(node.outputs) > 3:
+        return "it takes lengths of keys, or gives scores"
+    q, k = (_turned(g.operand(node, i), _heads(node, i)) for i in (0, 1))
+    v = g.operand(node, 2)
+    split = g.producer(q.source, "Split")
+    if split is None or list(split.outputs) != [q.source, k.source, v]:
+        return "Q, K and V are not the three parts of one value"
+    if not _even(node, q.source, k.source, v):
+        return "the heads of Q, K and V are not equally wide"
+    if q.tables != k.tables or (q.norm is None) != (k.norm is None):
+        return "Q and K are turned in different ways"
+    cached = g.optional(node, 4) is not None
+    if not cached and (q.tables or q.norm is not None):
+        return "it has no cache, and Q and K are turned"
+    norms = None if q.norm is None or k.norm is None else (q.norm, k.norm)
+    if norms and _epsilon(norms[0]) != _epsilon(norms[1]):
+        return "Q and K are normed with different epsilons"
+    return _Found(g.operand(split, 0), q.tables, norms)
+
+
+def _heads(node: ir.Node, index: int) -> int:
+    return int(g.attribute(node, "kv_num_heads" if index else "q_num_heads", 1))
+
+
+def _even(node: ir.Node, *parts: ir.Value) -> bool:
+    heads = (_heads(node, i) for i in range(3))
+    widths = {
+        None if size is None or size % count else size // count
+        for size, count in zip((g.static(part, -1) for part in parts), heads, strict=True)
+    }
+    return len(widths) == 1 and None not in widths
+
+
+def _turned(value: ir.Value, heads: int) -> _Turned:
+    tables: tuple[ir.Value, ...] = ()
+    rotary = g.producer(value, "RotaryEmbedding")
+    if rotary is not None and _plain_rotary(rotary, heads):
+        tables = tuple(g.operand(rotary, i) for i in (1, 2, 3))
+        value = g.operand(rotary, 0)
+    norm = _head_norm(value)
+    return _Turned(value, tables, None) if norm is None else _Turned(norm[1], tables, norm[0])
+
+
+def _plain_rotary(node: ir.Node, heads: int) -> bool:
+    if g.optional(node, 3) is None or g.attribute(node, "interleaved", 0):
+        return False
+    return bool(g.attribute(node, "num_heads", 0) == heads)
+
+
+def _head_norm(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+    """Return the RMS norm of each head, between two reshapes, and what it norms."""
+    flat = g.producer(value, "Reshape")
+    norm = g.producer(flat.inputs[0], "RMSNormalization") if flat is not None else None
+    split = g.producer(norm.inputs[0], "Reshape") if norm is not None else None
+    if split is None or norm is None or g.rank(split.outputs[0]) != 4:
+        return None
+    if g.weight(norm.inputs[1]) is None:
+        return None
+    return norm, g.operand(split, 0)
+
+
+def _epsilon(node: ir.Node) -> float:
+    return float(g.attribute(node, "epsilon", 1e-5))
+
+
+def _emit(node: ir.Node, found: _Found) -> None:
+    build = g.Builder(node)
+    attributes: dict[str, Any] = {
+        name: attr.value for name, attr in node.attributes.items() if name in _KEPT
+    }
+    attributes["padded"] = int(g.optional(node, 3) is not None)
+    if g.optional(node, 4) is None:
+        out = build.op("PackedAttention", [found.row], attributes, domain=DOMAIN, name=node.name)
+        g.replace(node.outputs[0], out)
+        return
+    norms: Sequence[ir.Value | None] = [None, None]
+    if found.norms is not None:
+        norms = [g.operand(norm, 1) for norm in found.norms]
+        attributes["epsilon"] = _epsilon(found.norms[0])
+    tables: Sequence[ir.Value | None] = found.tables or [None, None, None]
+    inputs = [found.row, *norms, *tables, node.inputs[4], node.inputs[5]]
+    outputs = build.ops(
+        "CachedAttention", inputs, attributes, outputs=3, domain=DOMAIN, name=node.name
+    )
+    for old, new in zip(node.outputs, outputs, strict=True):
+        g.replace(old, new)

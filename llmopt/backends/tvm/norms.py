@@ -1,0 +1,70 @@
+"""Norms, embeddings and rotation without a cache: which kernels compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from llmopt.backends.tvm import linear, ops
+from llmopt.backends.tvm.kernels import norms as kernels
+from llmopt.backends.tvm.kernels.gather import gather as gather_kernel
+from llmopt.backends.tvm.kernels.heads import Turning
+from llmopt.backends.tvm.kernels.rotary import rotary as rotary_kernel
+from llmopt.ir import graph as g
+
+if TYPE_CHECKING:
+    from llmopt.backends.tvm.convert import Function
+
+
+def norm(f: Function, node: ir.Node) -> Sequence[Any]:
+    """Write a norm over the last axis."""
+    x = f.tensor(node.inputs[0])
+    *before, width = ops.shape_of(x)
+    layer = node.op_type == "LayerNormalization"
+    shift = g.optional(node, 2)
+    wanted = kernels.Norm(
+        kind="layer" if layer else "rms",
+        width=width,
+        eps=g.attribute(node, "epsilon", 1e-5),
+        bias=shift is not None,
+        rows="one" if f.entry.one else "many",
+    )
+    operands = {"x": f.rows(x), "weight": f.tensor(node.inputs[1])}
+    if shift is not None:
+        operands["bias"] = f.tensor(shift)
+    shape = (ops.shape_of(operands["x"]), "float32")
+    (y,) = f.call(f.module.made(kernels.norm, wanted, f.features), operands, [shape])
+    return [f.unrows(y, before)]
+
+
+def gather(f: Function, node: ir.Node) -> Sequence[Any]:
+    """Write a lookup of the rows of a table, or of anything else the plain way."""
+    tensor = g.weight(node.inputs[0])
+    table = tensor is not None and len(tensor.shape) == 2 and g.attribute(node, "axis", 0) == 0
+    ids = f.tensor(node.inputs[1])
+    if table and (stored := linear.tied(f, node)) is not None:
+        return linear.looked_up(f, ids, *stored)
+    x = f.tensor(node.inputs[0])
+    if not table or ops.dtype_of(x) != "float32" or ops.dtype_of(ids) != "int64":
+        return ops.RULES["Gather"](f, node)
+    before, width = ops.shape_of(ids), ops.shape_of(x)[1]
+    flat = f.flat(ids)
+    kernel = f.module.made(gather_kernel, width, f.features, "one" if f.entry.one else "many")
+    shape = ([ops.shape_of(flat)[0], width], "float32")
+    (y,) = f.call(kernel, {"table": x, "ids": flat}, [shape])
+    return [f.unrows(y, before)]
+
+
+def rotary(f: Function, node: ir.Node) -> Sequence[Any]:
+    """Write the rotation of the halves of each head by the angles of its position."""
+    x = f.tensor(node.inputs[0])
+    batch, tokens, width = ops.shape_of(x)
+    heads = g.attribute(node, "num_heads", 1)
+    cos, sin, positions = (f.tensor(node.inputs[i]) for i in (1, 2, 3))
+    turning = Turning(width // heads, 2 * ops.shape_of(cos)[-1])
+    operands = {"x": f.rows(x), "cos": cos, "sin": sin, "position_ids": positions}
+    shape = (ops.shape_of(operands["x"]), "float32")
+    (y,) = f.call(f.module.made(rotary_kernel, turning, heads, 0, f.features), operands, [shape])
+    return [f.unrows(y, [batch, tokens])]
