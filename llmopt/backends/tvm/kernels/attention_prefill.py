@@ -20,6 +20,7 @@ maxima are some 15 instructions a vector against 2·D multiply-adds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.activations import exp2
 from llmopt.backends.tvm.kernels.attention_form import UNSEEN, Attention
 from llmopt.backends.tvm.kernels.attention_places import Places
-from llmopt.backends.tvm.kernels.vectors import at, load, splat
+from llmopt.backends.tvm.kernels.vectors import Registers, at, load, splat, store
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,15 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Block:
-    """What a task keeps in the first-level cache.
+class Work:
+    """A block of rows, and what its task keeps in the first-level cache.
 
     Args:
+        n: Sizes.
+        io: Where everything is.
+        b: The sequence.
+        g: The key head.
+        row: The first row.
         turned: [D, N] float32, queries times the scale.
         scores: [keys, N] float32, scores, then weights.
         summed: [D, N] float32, weighted values so far.
@@ -78,6 +84,11 @@ class Block:
         total: [N] float32, sum of the weights so far.
     """
 
+    n: Blocks
+    io: Places
+    b: Any
+    g: Any
+    row: Any
     turned: Any
     scores: Any
     summed: Any
@@ -88,168 +99,166 @@ class Block:
     total: Any
 
     @classmethod
-    def allocated(cls, n: Blocks, width: int) -> Block:
-        """Return the buffers, allocated where the text is being read."""
-        shapes = [(width, n.rows), (n.keys, n.rows), (width, n.rows), *[(n.rows,)] * 5]
+    def allocated(cls, n: Blocks, io: Places, b: Any, g: Any, row: Any) -> Work:
+        """Return a task with its buffers, allocated where the text is being read."""
+        width, rows = io.form.width, n.rows
+        shapes = [(width, rows), (n.keys, rows), (width, rows), *[(rows,)] * 5]
         dtypes = ["float32"] * 3 + ["int32"] + ["float32"] * 4
         pairs = zip(shapes, dtypes, strict=True)
-        return cls(*[T.alloc_buffer(shape, dtype, scope="local") for shape, dtype in pairs])
+        held = [T.alloc_buffer(shape, dtype, scope="local") for shape, dtype in pairs]
+        return cls(n, io, b, g, row, *held)
 
+    def vectors(self, buffer: Any, *place: Any) -> list[Any]:
+        """Return all rows' vectors of a buffer [..., N] at a place of its first axes."""
+        return [self.vector(buffer, *place, c) for c in range(self.n.vectors)]
 
-@dataclass(frozen=True)
-class Task:
-    """Which block: rows from ``row`` on of key head ``g`` of sequence ``b``."""
+    def vector(self, buffer: Any, *place: Any) -> Any:
+        """Return vector c of a buffer [..., N] at ``place = (..., c)``."""
+        return load(buffer, (*place[:-1], place[-1] * self.n.lanes), 0, self.n.lanes)
 
-    b: Any
-    g: Any
-    row: Any
+    def put(self, buffer: Any, place: tuple[Any, ...], value: Any) -> None:
+        """Write vector c of a buffer [..., N] at ``place = (..., c)``."""
+        store((buffer, (*place[:-1], place[-1] * self.n.lanes)), 0, value)
+
+    def add_key_products(self, acc: Registers, keys: Sequence[Any], d: Any) -> None:
+        """Add number d of some keys times number d of all rows."""
+        places = [self.io.key(self.b, self.g, key) for key in keys]
+        numbers = [splat(load(self.io.k, place, d), self.n.lanes) for place in places]
+        acc.add_products(numbers, self.vectors(self.turned, d))
+
+    def keep_scores(self, acc: Registers, key: Any, slot: Any) -> None:
+        """Write a tile's scores, hidden where a row does not see the key; raise the maxima."""
+        for c in range(self.n.vectors):
+            position, best = T.bind(self.vector(self.position, c)), self.vector(self.fresh, c)
+            for r in range(self.n.tile):
+                bias = splat(self.io.bias(self.b, key + r), self.n.lanes)
+                score = self.io.capped(acc.get(r, c)) + bias
+                score = T.bind(self.io.windowed(score, key + r, position))
+                self.put(self.scores, (slot + r, c), score)
+                best = T.max(best, score)
+            self.put(self.fresh, (c,), best)
+
+    def shrunk(self, first: Any) -> Callable[[int, int], Any]:
+        """Return what is left of the sums of channels from ``first`` on: by row, by column."""
+        return lambda r, c: self.vector(self.summed, first + r, c) * self.vector(self.shrink, c)
+
+    def add_value_products(self, acc: Registers, key: Any, slot: Any, first: Any) -> None:
+        """Add channels from ``first`` on of a value, weighted, to the sums of all rows."""
+        place = self.io.value(self.b, self.g, key)
+        channels = range(self.n.deep)
+        numbers = [splat(load(self.io.v, place, first + r), self.n.lanes) for r in channels]
+        acc.add_products(numbers, self.vectors(self.scores, slot))
+
+    def keep_sums(self, acc: Registers, first: Any) -> None:
+        """Write the sums of channels from ``first`` on."""
+        for r in range(self.n.deep):
+            for c in range(self.n.vectors):
+                self.put(self.summed, (first + r, c), acc.get(r, c))
 
 
 @T.inline
-def _start(n: Any, io: Any, task: Any, own: Any) -> None:
+def _start(w: Any) -> None:
     """Turn the block's queries, scaled; rows past the end repeat the last row."""
-    for i in T.serial(n.rows):
-        row = T.min(task.row + i, io.length * io.form.ratio - 1)
-        own.position[i] = T.cast(io.past + row // io.form.ratio, "int32")
-        own.peak[i] = T.float32(UNSEEN)
-        own.total[i] = T.float32(0.0)
-        for d in T.serial(io.form.width):
-            own.turned[d, i] = load(io.q, io.row(task.b, row, task.g), d) * T.float32(
-                io.form.factor
-            )
-            own.summed[d, i] = T.float32(0.0)
+    for i in T.serial(w.n.rows):
+        row = T.min(w.row + i, w.io.length * w.io.form.ratio - 1)
+        w.position[i] = T.cast(w.io.past + row // w.io.form.ratio, "int32")
+        w.peak[i] = T.float32(UNSEEN)
+        w.total[i] = T.float32(0.0)
+        for d in T.serial(w.io.form.width):
+            w.turned[d, i] = load(w.io.q, w.io.row(w.b, row, w.g), d) * T.float32(w.io.form.factor)
+            w.summed[d, i] = T.float32(0.0)
 
 
 @T.inline
-def _multiply_keys(n: Any, io: Any, task: Any, own: Any, acc: Any, key: Any) -> None:
-    """Multiply a tile of keys with all rows."""
-    for r in T.unroll(n.tile):
-        for c in T.unroll(n.vectors):
-            acc[r, at(c * n.lanes, n.lanes)] = splat(0.0, n.lanes)
-    for d in T.serial(io.form.width):
-        for r in T.unroll(n.tile):
-            for c in T.unroll(n.vectors):
-                acc[r, at(c * n.lanes, n.lanes)] = load(acc, (r, c * n.lanes), 0, n.lanes) + splat(
-                    load(io.k, io.key(task.b, task.g, key(r)), d), n.lanes
-                ) * load(own.turned, (d, c * n.lanes), 0, n.lanes)
-
-
-@T.inline
-def _keep_scores(n: Any, io: Any, task: Any, own: Any, acc: Any, origin: Any, first: Any) -> None:
-    """Write a tile's scores, hidden where a row does not see the key; raise the rows' maxima."""
-    for r in T.unroll(n.tile):
-        bias: T.let = io.bias(task.b, origin + first + r)
-        for c in T.unroll(n.vectors):
-            score: T.let = io.windowed(
-                io.capped(load(acc, (r, c * n.lanes), 0, n.lanes)) + splat(bias, n.lanes),
-                origin + first + r,
-                load(own.position, (c * n.lanes,), 0, n.lanes),
-            )
-            own.scores[first + r, at(c * n.lanes, n.lanes)] = score
-            own.fresh[at(c * n.lanes, n.lanes)] = T.max(
-                load(own.fresh, (c * n.lanes,), 0, n.lanes), score
-            )
-
-
-@T.inline
-def _score(n: Any, io: Any, task: Any, own: Any, origin: Any, count: Any) -> None:
+def _score(w: Any, origin: Any, count: Any) -> None:
     """Multiply a block of keys with all rows, tile by tile."""
-    for c in T.unroll(n.vectors):
-        own.fresh[at(c * n.lanes, n.lanes)] = load(own.peak, (c * n.lanes,), 0, n.lanes)
-    for j in T.serial(T.ceildiv(count, n.tile)):
-        acc = T.alloc_buffer((n.tile, n.rows), "float32", scope="local")
-        first = j * n.tile
-        if origin + first + n.tile <= io.keys:
-            _multiply_keys(n, io, task, own, acc, lambda r: origin + first + r)
+    for c in T.unroll(w.n.vectors):
+        w.fresh[at(c * w.n.lanes, w.n.lanes)] = w.vector(w.peak, c)
+    for j in T.serial(T.ceildiv(count, w.n.tile)):
+        acc = T.meta_var(Registers.allocated(w.n.tile, w.n.vectors, w.n.lanes))
+        slot = j * w.n.tile
+        acc.fill(lambda r, c: splat(0.0, w.n.lanes))
+        if origin + slot + w.n.tile <= w.io.keys:
+            for d in T.serial(w.io.form.width):
+                w.add_key_products(acc, [origin + slot + r for r in range(w.n.tile)], d)
         else:
-            _multiply_keys(n, io, task, own, acc, lambda r: T.min(origin + first + r, io.keys - 1))
-        _keep_scores(n, io, task, own, acc, origin, first)
-
-
-@T.inline
-def _weigh(n: Any, own: Any, count: Any) -> None:
-    """Turn a block's scores into weights; keep their sums and what older sums shrink by."""
-    for c in T.unroll(n.vectors):
-        fresh: T.let = load(own.fresh, (c * n.lanes,), 0, n.lanes)
-        shrink: T.let = exp2(load(own.peak, (c * n.lanes,), 0, n.lanes) - fresh)
-        total = T.alloc_buffer((n.lanes,), "float32", scope="local")
-        total[at(0, n.lanes)] = load(own.total, (c * n.lanes,), 0, n.lanes) * shrink
-        for t in T.serial(T.ceildiv(count, n.tile) * n.tile):
-            weight: T.let = exp2(load(own.scores, (t, c * n.lanes), 0, n.lanes) - fresh)
-            own.scores[t, at(c * n.lanes, n.lanes)] = weight
-            total[at(0, n.lanes)] = load(total, (0,), 0, n.lanes) + weight
-        own.peak[at(c * n.lanes, n.lanes)] = fresh
-        own.shrink[at(c * n.lanes, n.lanes)] = shrink
-        own.total[at(c * n.lanes, n.lanes)] = load(total, (0,), 0, n.lanes)
-
-
-@T.inline
-def _add_values(n: Any, io: Any, task: Any, own: Any, origin: Any, count: Any) -> None:
-    """Add a block's values, weighted, to what older blocks left."""
-    for j in T.serial(io.form.width // n.deep):
-        acc = T.alloc_buffer((n.deep, n.rows), "float32", scope="local")
-        for r in T.unroll(n.deep):
-            for c in T.unroll(n.vectors):
-                acc[r, at(c * n.lanes, n.lanes)] = load(
-                    own.summed, (j * n.deep + r, c * n.lanes), 0, n.lanes
-                ) * load(own.shrink, (c * n.lanes,), 0, n.lanes)
-        for t in T.serial(count):
-            for r in T.unroll(n.deep):
-                for c in T.unroll(n.vectors):
-                    acc[r, at(c * n.lanes, n.lanes)] = load(
-                        acc, (r, c * n.lanes), 0, n.lanes
-                    ) + splat(
-                        load(io.v, io.value(task.b, task.g, origin + t), j * n.deep + r), n.lanes
-                    ) * load(own.scores, (t, c * n.lanes), 0, n.lanes)
-        for r in T.unroll(n.deep):
-            for c in T.unroll(n.vectors):
-                own.summed[j * n.deep + r, at(c * n.lanes, n.lanes)] = load(
-                    acc, (r, c * n.lanes), 0, n.lanes
+            for d in T.serial(w.io.form.width):
+                w.add_key_products(
+                    acc, [T.min(origin + slot + r, w.io.keys - 1) for r in range(w.n.tile)], d
                 )
+        w.keep_scores(acc, origin + slot, slot)
 
 
 @T.inline
-def _finish(n: Any, io: Any, task: Any, own: Any) -> None:
+def _weigh(w: Any, count: Any) -> None:
+    """Turn a block's scores into weights; keep their sums and what older sums shrink by."""
+    for c in T.unroll(w.n.vectors):
+        fresh: T.let = w.vector(w.fresh, c)
+        shrink: T.let = exp2(w.vector(w.peak, c) - fresh)
+        total = T.alloc_buffer((w.n.lanes,), "float32", scope="local")
+        total[at(0, w.n.lanes)] = w.vector(w.total, c) * shrink
+        for t in T.serial(T.ceildiv(count, w.n.tile) * w.n.tile):
+            weight: T.let = exp2(w.vector(w.scores, t, c) - fresh)
+            w.put(w.scores, (t, c), weight)
+            total[at(0, w.n.lanes)] = load(total, (0,), 0, w.n.lanes) + weight
+        w.put(w.peak, (c,), fresh)
+        w.put(w.shrink, (c,), shrink)
+        w.put(w.total, (c,), load(total, (0,), 0, w.n.lanes))
+
+
+@T.inline
+def _add_values(w: Any, origin: Any, count: Any) -> None:
+    """Add a block's values, weighted, to what older blocks left."""
+    for j in T.serial(w.io.form.width // w.n.deep):
+        acc = T.meta_var(Registers.allocated(w.n.deep, w.n.vectors, w.n.lanes))
+        acc.fill(w.shrunk(j * w.n.deep))
+        for t in T.serial(count):
+            w.add_value_products(acc, origin + t, t, j * w.n.deep)
+        w.keep_sums(acc, j * w.n.deep)
+
+
+@T.inline
+def _finish(w: Any) -> None:
     """Divide by the sums of weights and turn back; rows that saw nothing are 0."""
-    for i in T.serial(n.rows):
-        if task.row + i < io.length * io.form.ratio:
-            part: T.let = T.if_then_else(
-                own.total[i] > T.float32(0.0), T.float32(1.0) / own.total[i], T.float32(0.0)
+    for i in T.serial(w.n.rows):
+        if w.row + i < w.io.length * w.io.form.ratio:
+            part = T.if_then_else(
+                w.total[i] > T.float32(0.0), T.float32(1.0) / w.total[i], T.float32(0.0)
             )
-            for d in T.serial(io.form.width):
-                place = T.meta_var(io.row(task.b, task.row + i, task.g))
-                io.y[place[0], place[1] + d] = own.summed[d, i] * part
+            for d in T.serial(w.io.form.width):
+                store((w.io.y, w.io.row(w.b, w.row + i, w.g)), d, w.summed[d, i] * part)
 
 
 @T.inline
-def _attend(n: Any, io: Any, task: Any, own: Any) -> None:
+def _attend(w: Any) -> None:
     """Compute one block of rows."""
-    _start(n, io, task, own)
-    begin = io.begin(task.row)
-    end = io.end(task.row + n.rows - 1)
-    for j in T.serial(T.ceildiv(end - begin, n.keys)):
-        origin = begin + j * n.keys
-        count = T.min(end - origin, n.keys)
-        _score(n, io, task, own, origin, count)
-        _weigh(n, own, count)
-        _add_values(n, io, task, own, origin, count)
-    _finish(n, io, task, own)
+    _start(w)
+    begin = w.io.begin(w.row)
+    end = w.io.end(w.row + w.n.rows - 1)
+    for j in T.serial(T.ceildiv(end - begin, w.n.keys)):
+        origin = begin + j * w.n.keys
+        count = T.min(end - origin, w.n.keys)
+        _score(w, origin, count)
+        _weigh(w, count)
+        _add_values(w, origin, count)
+    _finish(w)
 
 
 @T.inline
 def _attend_all(n: Any, io: Any, batch: Any) -> None:
-    """Compute all blocks; early and late ones alternate, since late ones see more keys."""
+    """Compute all blocks; early and late ones alternate, since late ones see more keys.
+
+    What is computed once a task is a variable, not a name for an expression: TVM would write the
+    divisions out wherever they are used, and take minutes over them.
+    """
     blocks = T.ceildiv(io.length * io.form.ratio, n.rows)
     for task in T.parallel(batch * io.form.kv_heads * blocks):
         step = task % blocks
-        block = T.if_then_else(step % 2 == 0, step // 2, blocks - 1 - step // 2)
+        row = T.if_then_else(step % 2 == 0, step // 2, blocks - 1 - step // 2) * n.rows
         head = task // blocks
-        _attend(
-            n,
-            io,
-            Task(head // io.form.kv_heads, head % io.form.kv_heads, block * n.rows),
-            Block.allocated(n, io.form.width),
-        )
+        b = head // io.form.kv_heads
+        g = head % io.form.kv_heads
+        _attend(Work.allocated(n, io, b, g, row))
 
 
 def packed(form: Attention, features: Features) -> Any:

@@ -179,7 +179,10 @@ def _check(weight: Weight, packing: Packing) -> None:
     if found != (packing.n, packing.k):
         raise ValueError(f"weight {found} for a packing of {(packing.n, packing.k)}")
     channels = packing.storage is not None and packing.storage.channels
-    if isinstance(weight, Columns) != channels:
+    fits = isinstance(weight, Columns) == channels
+    if isinstance(weight, Packed | Quantized):
+        fits = packing.storage is not None and weight.scheme == packing.storage.scheme
+    if not fits:
         raise ValueError(f"a {type(weight).__name__} does not fit {packing.storage}")
 
 

@@ -16,11 +16,14 @@ from llmopt.backends.tvm.kernels.linear_script import (
     T,
     bind,
     bits,
+    cast,
     integer,
+    intrinsic,
     load,
     number,
     serial,
     store,
+    typed,
     when,
 )
 from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE
@@ -29,7 +32,6 @@ _LOG2_E: Final = 1.4426950408889634
 _LN2_HIGH: Final = 0.693359375  # 9 bits, so that its product with an exponent is exact
 _LN2_LOW: Final = -2.12194440054690583e-4
 _TAYLOR: Final = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
-_ROUND: Final = 12582912.0  # 1.5 * 2**23: adding it leaves a whole number in the low bits
 _ERF: Final = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 _ERF_P: Final = 0.3275911
 
@@ -49,10 +51,9 @@ def exponential(x: Expr, lanes: int) -> Expr:
     degree 7 is within 6e-9.
     """
     x = bind(T.max(T.min(x, number(88, lanes)), number(-87, lanes)))
-    shifted = bind(x * number(_LOG2_E, lanes) + number(_ROUND, lanes))
-    n = bind(shifted - number(_ROUND, lanes))
+    n = bind(intrinsic("llvm.rint", typed("float32", lanes), x * number(_LOG2_E, lanes)))
     r = bind(x - n * number(_LN2_HIGH, lanes) - n * number(_LN2_LOW, lanes))
-    power = (bits("int32", shifted, lanes) << integer(23, lanes)) + integer(127 << 23, lanes)
+    power = (cast("int32", n, lanes) + integer(127, lanes)) << integer(23, lanes)
     return polynomial(_TAYLOR, r, lanes) * bits("float32", power, lanes)
 
 

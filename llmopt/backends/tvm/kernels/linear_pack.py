@@ -35,7 +35,8 @@ def pack_blocks(
 
     A weight in floats is rounded to the nearest code on the way.
     """
-    scheme = Blockwise(storage.bits, storage.block, not storage.zero_points)
+    scheme = storage.scheme
+    assert scheme is not None
     arrays = _empty(n, storage, paired=paired)
     for part, rows in _parts(n, storage.columns, paired=paired):
         some = _codes(weight, rows, scheme)
@@ -136,7 +137,10 @@ def _fill(
 
 def _write(arrays: dict[str, Array], part: slice, codes: Array, scale: Array) -> None:
     arrays["codes"][part] = _by_lane(np.ascontiguousarray(codes).view(np.int32))
-    arrays["scale"][part] = _by_lane(scale)
+    with np.errstate(over="ignore"):
+        arrays["scale"][part] = _by_lane(scale)
+    if not np.isfinite(arrays["scale"][part]).all():
+        raise UnsupportedModelError("weight", ["a scale does not fit float16"], "leave it in float")
 
 
 def _by_lane(values: Array) -> Array:

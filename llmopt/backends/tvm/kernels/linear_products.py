@@ -48,6 +48,7 @@ class Products:
     Args:
         lanes: Outputs in a vector.
         registers: How many vectors the processor holds.
+        straight: How many columns are worth straight code.
         depth: How many groups of four may be added between ``start`` and ``finish``.
         start: The sums so far [lanes] int32 to what ``step`` adds to.
         step: That, weights and activations [lanes] int32 (four bytes a lane) to the next one.
@@ -56,6 +57,7 @@ class Products:
 
     lanes: int
     registers: int
+    straight: int
     depth: int
     start: Callable[[Expr], Expr]
     step: Callable[[Expr, Expr, Expr], Expr]
@@ -71,19 +73,20 @@ def products(features: Features, *, largest: int, signed: bool) -> Products:
         signed: Whether codes are stored signed, as `linear_storage` decides.
     """
     if signed and features.dotprod:
-        return Products(4, 32, 8, _same, _sdot, _last)
+        return Products(4, 32, 32, 8, _same, _sdot, _last)
     if features.avx512vnni and not signed:
-        return Products(16, 32, 64, _same, _vnni(16), _last)
+        return Products(16, 32, 32, 64, _same, _vnni(16), _last)
     if features.avxvnni and not signed:
-        return Products(8, 16, 64, _same, _vnni(8), _last)
+        return Products(8, 16, 32, 64, _same, _vnni(8), _last)
     if features.avx2:
         lanes, registers = (16, 32) if features.avx512 else (8, 16)
         step = _signed_pairs(lanes) if signed else _pairs(lanes)
         depth = 8 if largest <= 15 else 1
-        return Products(lanes, registers, depth, _nothing, step, _widen(lanes))
+        return Products(lanes, registers, 32, depth, _nothing, step, _widen(lanes))
     if features.dotprod:
-        return Products(4, 32, 8, _same, _sdot, _last)
-    return Products(4, 32 if features.neon else 16, 8, _same, _multiply(signed=signed), _last)
+        return Products(4, 32, 32, 8, _same, _sdot, _last)
+    registers = 32 if features.neon else 16
+    return Products(4, registers, 8, 8, _same, _multiply(signed=signed), _last)
 
 
 def _same(total: Expr) -> Expr:

@@ -69,14 +69,16 @@ class Storage:
         return self.columns // self.block
 
     @property
+    def scheme(self) -> Blockwise | None:
+        """The scheme of a weight in blocks."""
+        if self.channels:
+            return None
+        return Blockwise(self.bits, self.block, not self.zero_points)
+
+    @property
     def largest(self) -> int:
         """The largest stored code, or magnitude of one."""
         return 2 * self.middle if self.middle == 64 else (1 << self.bits) - 1
-
-    @property
-    def offset(self) -> int:
-        """What is added to an unsigned code of a block to store it."""
-        return -128 if self.signed else 0
 
 
 def block_storage(scheme: Blockwise, k: int, scale: str, features: Features) -> Storage:

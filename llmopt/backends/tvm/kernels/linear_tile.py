@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from llmopt.backends.tvm.kernels.linear_products import Products
 from llmopt.backends.tvm.kernels.linear_quantize import Activations
@@ -35,7 +35,6 @@ from llmopt.backends.tvm.kernels.linear_script import (
 )
 from llmopt.backends.tvm.kernels.linear_storage import TILE, Storage
 
-_CHUNK: Final = 32  # columns whose products are straight code
 Vectors = list[list[Expr]]
 
 
@@ -81,7 +80,7 @@ class _Run:
         self.number = tile
         self.lanes = of.products.lanes
         self.places = outputs[:: self.lanes]
-        self.chunk = min(_CHUNK, of.storage.block)
+        self.chunk = min(of.products.straight, of.storage.block)
 
     def emit(self) -> Vectors:
         """Emit the loop over blocks and return the vectors of each row."""

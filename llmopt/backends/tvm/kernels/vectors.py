@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -72,6 +73,48 @@ def across(value: Any, combine: Callable[[Any, Any], Any]) -> Any:
         turned = tirx.Shuffle([value], [lane ^ step for lane in range(lanes)])
         value, step = combine(value, turned), step // 2
     return value
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Rows x columns of vectors that stay in registers.
+
+    Each is a buffer of its own: what is larger than a kilobyte TVM moves from the stack to its heap.
+    """
+
+    vectors: tuple[tuple[Any, ...], ...]
+    lanes: int
+
+    @classmethod
+    def allocated(cls, rows: int, columns: int, lanes: int) -> Registers:
+        """Return registers, allocated where the text is being read."""
+        return cls(tuple(tuple(_register(lanes) for _ in range(columns)) for _ in range(rows)), lanes)
+
+    def get(self, row: int, column: int) -> Any:
+        """Return a vector."""
+        return load(self.vectors[row][column], (0,), 0, self.lanes)
+
+    def put(self, row: int, column: int, value: Any) -> None:
+        """Write a vector."""
+        store((self.vectors[row][column], (0,)), 0, value)
+
+    def fill(self, value: Callable[[int, int], Any]) -> None:
+        """Write ``value(row, column)`` to all of them."""
+        for row, vectors in enumerate(self.vectors):
+            for column in range(len(vectors)):
+                self.put(row, column, value(row, column))
+
+    def add_products(self, rows: Sequence[Any], columns: Sequence[Any]) -> None:
+        """Add to each the product of its row's and its column's vector, bound here once."""
+        bound = [T.bind(value) for value in columns]
+        for row, value in enumerate(rows):
+            factor = T.bind(value)
+            for column, other in enumerate(bound):
+                self.put(row, column, self.get(row, column) + factor * other)
+
+
+def _register(lanes: int) -> Any:
+    return T.alloc_buffer((lanes,), "float32", scope="local")
 
 
 def kept(function: Any, names: Sequence[str], needed: Collection[str]) -> Any:

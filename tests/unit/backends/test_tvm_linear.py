@@ -1,0 +1,367 @@
+"""Products with weights give what numpy gives, integers exactly, on every set of instructions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from llmopt.backends.tvm.features import Features, Processor, find_processor
+from llmopt.backends.tvm.kernels.linear import Linear, LinearKernels, Packing, choose, pack
+from llmopt.backends.tvm.kernels.linear_storage import tiles
+from llmopt.errors import UnsupportedModelError
+from llmopt.quantization import packing
+from llmopt.quantization.dynamic import Columns, quantize_columns
+from llmopt.quantization.numerics import Quantized, dequantize, quantize_blockwise
+from llmopt.quantization.schemes import Blockwise, DynamicInt8
+
+tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512cd")
+PROCESSORS = {
+    "avx512vnni": ("cascadelake", Features(avx2=True, avx512=True, avx512vnni=True)),
+    "avx512": ("skylake-avx512", Features(avx2=True, avx512=True)),
+    "avx2": ("haswell", Features(avx2=True)),
+    "portable": ("x86-64", Features()),
+}
+LINUX = {"avx512vnni": "avx512_vnni", "avx512": "avx512bw", "avx2": "avx2", "portable": "sse2"}
+
+
+def processor(name: str) -> Processor:
+    """Return a processor of x86 that this machine can stand in for, or skip the test."""
+    with open("/proc/cpuinfo", encoding="ascii") as file:  # noqa: PTH123 - a device, not a path
+        flags = next((line.split() for line in file if line.startswith("flags")), [])
+    if LINUX[name] not in flags:
+        pytest.skip(f"this processor has no {name}")
+    mcpu, features = PROCESSORS[name]
+    found = find_processor("x86_64", mcpu)
+    assert found.features == features
+    return found
+
+
+def compiled(kernels: LinearKernels, target: dict[str, object]) -> Callable[..., None]:
+    """Return the product's one kernel as a function."""
+    (kernel,) = kernels.kernels
+    module = tvm.IRModule({kernel.name: kernel.function})
+    found: Callable[..., None] = tvm.compile(module, target=tvm.target.Target(target))[kernel.name]
+    return found
+
+
+class Product:
+    """A product that is compiled once and runs on several activations."""
+
+    def __init__(self, wanted: Linear, name: str, weight: Any) -> None:
+        self.wanted = wanted
+        self.kernels = choose(wanted)
+        self.run = compiled(self.kernels, processor(name).target)
+        self.arrays = pack(weight, self.kernels.packing)
+
+    def __call__(self, x: Floats, **others: Floats) -> Floats:
+        """Return the result for ``x``."""
+        y = tvm.runtime.tensor(np.full((len(x), self.wanted.columns), np.nan, np.float32))
+        named = {"x": x, **self.arrays, **others}
+        inputs = self.kernels.kernels[0].inputs
+        self.run(*(tvm.runtime.tensor(named[name]) for name in inputs), y)
+        return np.asarray(y.numpy())
+
+
+def whole_numbers(rng: np.random.Generator, m: int, k: int, block: int) -> Floats:
+    """Return whole numbers of -127 … 127, one of 127 in each block: rounding leaves them."""
+    x = rng.integers(-127, 128, (m, k)).astype(np.float32)
+    x[:, ::block] = 127
+    return x
+
+
+def random_codes(rng: np.random.Generator, n: int, k: int, scheme: Blockwise) -> Quantized:
+    """Return a weight of whole numbers: all codes and zero points, scales 1."""
+    blocks = scheme.blocks(k)
+    codes = rng.integers(0, scheme.levels, (n, scheme.padded(k)), dtype=np.uint8)
+    points = None
+    if not scheme.symmetric:
+        points = rng.integers(0, scheme.levels, (n, blocks), dtype=np.uint8)
+    return Quantized(codes, np.ones((n, blocks), np.float32), points, scheme, k)
+
+
+SCHEMES = [
+    Blockwise(4, 32),
+    Blockwise(4, 64, symmetric=False),
+    Blockwise(4, 128),
+    Blockwise(8, 16),
+    Blockwise(8, 32, symmetric=False),
+]
+
+
+EXACT = [(name, scheme) for name in ("avx512vnni", "avx2") for scheme in SCHEMES]
+EXACT += [(name, scheme) for name in ("avx512", "portable") for scheme in SCHEMES[1::3]]
+
+
+@pytest.mark.parametrize(("name", "scheme"), EXACT, ids=str)
+def test_products_of_whole_numbers_are_exact(name: str, scheme: Blockwise) -> None:
+    rng = np.random.default_rng(0)
+    n, k = 37, 150
+    weight = random_codes(rng, n, k, scheme)
+    numbers = dequantize(weight).astype(np.int64)
+    for rows, sizes in (("one", (1,)), ("many", (1, 2, 17))):
+        wanted = Linear(n, k, scheme, rows, (), PROCESSORS[name][1])  # type: ignore[arg-type]
+        product = Product(wanted, name, weight)
+        for m in sizes:
+            x = whole_numbers(rng, m, k, scheme.block)
+            np.testing.assert_array_equal(product(x), x.astype(np.int64) @ numbers.T)
+
+
+@pytest.mark.parametrize("limit", [64, 127])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_dynamic_int8_of_whole_numbers_is_exact(name: str, limit: int) -> None:
+    rng = np.random.default_rng(1)
+    n, k = 41, 70
+    codes = rng.choice(np.array([-limit, -1, 0, 1, limit], np.int8), (k, n))
+    weight = Columns(codes, np.ones(n, np.float32))
+    for rows, sizes in (("one", (1,)), ("many", (3, 7))):
+        features = PROCESSORS[name][1]
+        wanted = Linear(n, k, DynamicInt8(), rows, (), features, limit=limit)  # type: ignore[arg-type]
+        product = Product(wanted, name, weight)
+        for m in sizes:
+            x = whole_numbers(rng, m, k, k)
+            np.testing.assert_array_equal(product(x), x.astype(np.int64) @ codes.astype(np.int64))
+
+
+def rounded(x: Floats, block: int) -> tuple[Array, Floats]:
+    """Return codes [M, blocks, block] and scales [M, blocks] as the kernels find them."""
+    m, k = x.shape
+    values = np.pad(x, ((0, 0), (0, -k % block))).reshape(m, -1, block)
+    largest = np.abs(values).max(axis=2)
+    inverse = np.where(largest > 1e-30, np.float32(127) / np.maximum(largest, 1e-30), 0)
+    codes = np.rint(values * inverse[..., None].astype(np.float32))
+    return codes, (largest * np.float32(1 / 127)).astype(np.float32)
+
+
+def block_product(x: Floats, weight: Quantized) -> npt.NDArray[np.float64]:
+    """Return the product with rounded activations, sums of blocks exact, in float64."""
+    n, block = len(weight.codes), weight.scheme.block
+    codes, scale = rounded(x, block)
+    points = weight.scheme.middle if weight.zero_point is None else weight.zero_point[..., None]
+    numbers = weight.codes.reshape(n, -1, block).astype(np.float64) - points
+    halved = weight.scale.astype(np.float16).astype(np.float64)
+    found: npt.NDArray[np.float64] = np.einsum(
+        "mbk,nbk,mb,nb->mn", codes.astype(np.float64), numbers, scale.astype(np.float64), halved
+    )
+    return found
+
+
+def close(found: Floats, expected: Array, relative: float) -> None:
+    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:2] + SCHEMES[-1:], ids=str)
+@pytest.mark.parametrize("rows", ["one", "many"])
+def test_rounded_activations_have_the_blocks_of_the_weights(rows: str, scheme: Blockwise) -> None:
+    rng = np.random.default_rng(2)
+    n, k = 37, 200
+    weight = quantize_blockwise(rng.standard_normal((n, k)).astype(np.float32), scheme)
+    wanted = Linear(n, k, scheme, rows, (), PROCESSORS["avx2"][1])  # type: ignore[arg-type]
+    product = Product(wanted, "avx2", weight)
+    x = rng.standard_normal((1 if rows == "one" else 5, k)).astype(np.float32)
+    x[0, 64:128] = 0  # a block of zeros
+    x[0, 3] = 1000  # an outlier spoils its own block only
+    close(product(x), block_product(x, weight), 1e-5)
+
+
+@pytest.mark.parametrize("scheme", [Blockwise(4, 32), Blockwise(8, 64, symmetric=False)], ids=str)
+@pytest.mark.parametrize("rows", ["one", "many"])
+@pytest.mark.parametrize("name", ["avx512vnni", "avx2"])
+def test_exact_products_leave_activations_alone(name: str, rows: str, scheme: Blockwise) -> None:
+    rng = np.random.default_rng(3)
+    n, k = 37, 75
+    values = rng.standard_normal((n, k)).astype(np.float32)
+    weight = quantize_blockwise(values, scheme, scale_dtype=np.float16)
+    features = PROCESSORS[name][1]
+    wanted = Linear(n, k, scheme, rows, (), features, exact=True)  # type: ignore[arg-type]
+    x = rng.standard_normal((1 if rows == "one" else 6, k)).astype(np.float32)
+    close(Product(wanted, name, weight)(x), x @ dequantize(weight).T, 1e-5)
+
+
+def test_exact_products_of_int8_codes_leave_activations_alone() -> None:
+    rng = np.random.default_rng(4)
+    weight = quantize_columns(rng.standard_normal((75, 37)).astype(np.float32), 64)
+    wanted = Linear(37, 75, DynamicInt8(), "many", (), PROCESSORS["avx2"][1], exact=True)
+    x = rng.standard_normal((3, 75)).astype(np.float32)
+    close(Product(wanted, "avx2", weight)(x), x @ (weight.codes * weight.scale), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["avx512vnni", "avx2", "portable"])
+def test_float_products_are_numpys(name: str) -> None:
+    rng = np.random.default_rng(5)
+    n, k = 75, 131
+    weight = rng.standard_normal((n, k)).astype(np.float32)
+    for rows, sizes in (("one", (1,)), ("many", (1, 2, 3, 17, 300))):
+        wanted = Linear(n, k, None, rows, (), PROCESSORS[name][1])  # type: ignore[arg-type]
+        product = Product(wanted, name, weight)
+        for m in sizes:
+            x = rng.standard_normal((m, k)).astype(np.float32)
+            close(product(x), x.astype(np.float64) @ weight.T.astype(np.float64), 1e-5)
+
+
+def erf(x: Array) -> Array:
+    return np.vectorize(math.erf)(x)  # type: ignore[no-any-return]
+
+
+def gelu(x: Array) -> Array:
+    return x * (1 + erf(x / math.sqrt(2))) / 2  # type: ignore[no-any-return]
+
+
+def gelu_tanh(x: Array) -> Array:
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("step", "function"), [("gelu", gelu), ("gelu_tanh", gelu_tanh)])
+@pytest.mark.parametrize("name", ["avx512vnni", "avx2"])
+def test_activations_are_within_a_millionth(
+    name: str, step: str, function: Callable[[Array], Array]
+) -> None:
+    x = np.concatenate([np.linspace(-8, 8, 640), [0, 1e-20, -90, 90, 1e4, -1e4]])
+    x = np.resize(x, (40, 17)).astype(np.float32)
+    wanted = Linear(17, 17, None, "many", (step,), PROCESSORS[name][1])
+    found = Product(wanted, name, np.eye(17, dtype=np.float32))(x)
+    np.testing.assert_allclose(found, function(x.astype(np.float64)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [None, Blockwise(4, 32)], ids=str)
+@pytest.mark.parametrize("n", [74, 64])
+@pytest.mark.parametrize("name", ["avx512vnni", "avx2"])
+def test_a_gated_product_takes_bias_and_residual(
+    name: str, n: int, scheme: Blockwise | None
+) -> None:
+    rng = np.random.default_rng(6)
+    k, m = 64, 5
+    values = rng.standard_normal((n, k)).astype(np.float32)
+    weight = values if scheme is None else quantize_blockwise(values, scheme)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    residual = rng.standard_normal((m, n // 2)).astype(np.float32)
+    steps = ("bias", "swiglu", "residual")
+    features = PROCESSORS[name][1]
+    found = Product(Linear(n, k, scheme, "many", steps, features), name, weight)
+    plain = x @ values.T if isinstance(weight, np.ndarray) else block_product(x, weight)
+    gate, up = np.split(plain.astype(np.float64) + bias, 2, axis=1)
+    expected = gate / (1 + np.exp(-gate)) * up + residual
+    close(found(x, bias=bias, residual=residual), expected, 1e-5)
+
+
+@pytest.mark.parametrize("rows", ["one", "many"])
+@pytest.mark.parametrize("scheme", [None, Blockwise(8, 32)], ids=str)
+def test_bias_and_residual_are_added(rows: str, scheme: Blockwise | None) -> None:
+    rng = np.random.default_rng(7)
+    n, k, m = 70, 96, 1 if rows == "one" else 4
+    weight = np.zeros((n, k), np.float32)
+    x, residual = rng.standard_normal((m, k)), rng.standard_normal((m, n))
+    bias = rng.standard_normal(n).astype(np.float32)
+    steps, features = ("bias", "residual"), PROCESSORS["avx2"][1]
+    product = Product(Linear(n, k, scheme, rows, steps, features), "avx2", weight)  # type: ignore[arg-type]
+    found = product(x.astype(np.float32), bias=bias, residual=residual.astype(np.float32))
+    np.testing.assert_array_equal(found, bias + residual.astype(np.float32))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("scheme", [*SCHEMES, None, DynamicInt8()], ids=str)
+def test_packed_arrays_are_what_the_packing_says(
+    scheme: Blockwise | DynamicInt8 | None, *, paired: bool
+) -> None:
+    rng = np.random.default_rng(8)
+    weight: Any = rng.standard_normal((70, 45)).astype(np.float32)
+    if isinstance(scheme, DynamicInt8):
+        weight = quantize_columns(weight.T)
+    epilogue = ("swiglu",) if paired else ()
+    wanted = Linear(70, 45, scheme, "one", epilogue, PROCESSORS["portable"][1])
+    packed = Packing(70, 45, wanted.storage, paired)
+    found = {name: (a.shape, a.dtype.name) for name, a in pack(weight, packed).items()}
+    assert found == packed.arrays
+
+
+def test_a_weight_is_packed_the_same_from_floats_codes_and_bytes() -> None:
+    rng = np.random.default_rng(9)
+    for scheme in SCHEMES:
+        values = rng.standard_normal((64, 45)).astype(np.float32)
+        codes = quantize_blockwise(values, scheme)
+        packed = choose(Linear(64, 45, scheme, features=PROCESSORS["avx2"][1])).packing
+        first = pack(values, packed)
+        for other in (codes, packing.pack(codes)):
+            for name, array in pack(other, packed).items():
+                np.testing.assert_array_equal(array, first[name])
+
+
+def test_weights_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(10).standard_normal((200, 32)).astype(np.float32)
+    packed = choose(Linear(200, 32, Blockwise(4, 32))).packing
+    whole = pack(values, packed)
+    monkeypatch.setattr("llmopt.backends.tvm.kernels.linear_pack._CHUNK", 1)
+    for name, array in pack(values, packed).items():
+        np.testing.assert_array_equal(array, whole[name])
+
+
+def test_codes_that_would_saturate_are_refused() -> None:
+    weight = Columns(np.full((32, 16), 65, np.int8), np.ones(16, np.float32))
+    wanted = Linear(16, 32, DynamicInt8(), features=PROCESSORS["avx2"][1], limit=64)
+    with pytest.raises(UnsupportedModelError, match="limit=64"):
+        pack(weight, choose(wanted).packing)
+
+
+def test_scales_beyond_float16_are_refused() -> None:
+    weight = np.full((16, 32), 1e6, np.float32)
+    with pytest.raises(UnsupportedModelError, match="float16"):
+        pack(weight, choose(Linear(16, 32, Blockwise(4, 32))).packing)
+
+
+@pytest.mark.parametrize(
+    ("weight", "problem"),
+    [
+        (np.zeros((3, 32), np.float32), "packing of"),
+        (Columns(np.zeros((32, 16), np.int8), np.ones(16, np.float32)), "does not fit"),
+        (quantize_blockwise(np.zeros((16, 32), np.float32), Blockwise(8, 32)), "does not fit"),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_refused(weight: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        pack(weight, choose(Linear(16, 32, Blockwise(4, 32))).packing)
+
+
+@pytest.mark.parametrize("steps", [("residual", "bias"), ("relu",), ("gelu", "swiglu")])
+def test_unknown_epilogues_are_refused(steps: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="epilogue"):
+        Linear(16, 32, epilogue=steps)
+
+
+def test_gates_need_as_many_rows_as_they_gate() -> None:
+    with pytest.raises(ValueError, match="as many"):
+        Linear(33, 32, epilogue=("swiglu",))
+    assert tiles(34, paired=True) == 2
+
+
+def test_kernels_of_different_products_have_different_names() -> None:
+    names = [
+        choose(Linear(32, k, scheme, rows, steps, exact=exact)).kernels[0].name
+        for k in (32, 64)
+        for scheme in (None, Blockwise(4, 32), Blockwise(4, 32, symmetric=False), DynamicInt8())
+        for rows in ("one", "many")
+        for steps in ((), ("gelu",), ("swiglu",))
+        for exact in ((False, True) if scheme else (False,))
+    ]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("mcpu", "instruction"),
+    [("neoverse-n1", "sdot"), ("cortex-a72", "mla")],
+)
+def test_arm64_code_is_generated(mcpu: str, instruction: str) -> None:
+    arm = find_processor("aarch64", mcpu)
+    for scheme in (Blockwise(4, 32), Blockwise(8, 32), DynamicInt8()):
+        kernel = choose(Linear(32, 64, scheme, "one", (), arm.features)).kernels[0]
+        module = tvm.IRModule({kernel.name: kernel.function})
+        code = tvm.compile(module, target=tvm.target.Target(arm.target))
+        assert instruction in code.mod.inspect_source("asm")
