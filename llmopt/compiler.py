@@ -125,7 +125,7 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
 
     backends = [find_backend(target) for target in targets]
     _check_distinct(backends)
-    scheme = _scheme(options, backends)
+    _check_scheme(options, backends)
     pipeline = _pipeline(options)
     required_kinds(options.require)  # a wrong one is told before any work
     if options.verify not in ("final", "off"):
@@ -145,7 +145,7 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
     require(report, options.require)
     _check_dialect(opened.program)
     return [
-        _Compilation(opened, backend, scheme, options, clock).run(place, str(pipeline), ran, report)
+        _compilation(opened, backend, options, clock).run(place, str(pipeline), ran, report)
         for backend, place in zip(backends, places, strict=True)
     ]
 
@@ -160,20 +160,19 @@ def _check_distinct(backends: Sequence[Backend]) -> None:
             )
 
 
-def _scheme(options: CompileOptions, backends: Sequence[Backend]) -> Scheme | None:
+def _check_scheme(options: CompileOptions, backends: Sequence[Backend]) -> None:
     from llmopt.errors import UnknownNameError
     from llmopt.quantization.schemes import parse_scheme
 
     if options.quantize is None:
         if options.max_kl is not None:
             raise UsageError("--max-kl bounds what quantization costs: give --quantize too")
-        return None
-    scheme = parse_scheme(options.quantize)
+        return
+    parse_scheme(options.quantize)
     name = options.quantize.split("{")[0]
     for backend in backends:
         if name not in backend.schemes:
             raise UnknownNameError(f"scheme for {backend.name}", name, backend.schemes)
-    return scheme
 
 
 def _pipeline(options: CompileOptions) -> Any:
@@ -225,6 +224,20 @@ class _Stage:
         self._clock.stages[self._name] = self._clock.stages.get(self._name, 0.0) + spent
 
 
+def _compilation(
+    source: Source, backend: Backend, options: CompileOptions, clock: _Clock
+) -> _Compilation:
+    """Return the work for one target, with what the backend chooses by itself chosen."""
+    from llmopt.quantization.schemes import parse_scheme
+
+    named = options.quantize or backend.default_scheme
+    with clock(f"preparing {backend.name}"):
+        settled, notes = backend.settled(source.program, named)
+    chosen = dataclasses.replace(options, quantize=named)
+    scheme = None if named is None else parse_scheme(named)
+    return _Compilation(source, settled, scheme, chosen, clock, notes)
+
+
 @dataclass(frozen=True)
 class _Compilation:
     """One source on its way to one target."""
@@ -234,6 +247,7 @@ class _Compilation:
     scheme: Scheme | None
     options: CompileOptions
     clock: _Clock
+    notes: tuple[str, ...] = ()
 
     def run(
         self, place: Path, pipeline: str, ran: Sequence[Ran], report: Mapping[str, Fused]
@@ -267,39 +281,55 @@ class _Compilation:
             self._finish(folder, manifest)
         from llmopt.bundle.manifest import Manifest
 
-        notes = (*self.source.notes, *lowered.notes)
+        notes = (*self.source.notes, *self.notes, *lowered.notes)
         return Artifact(place, Manifest.read(place), tuple(done), report, notes)
 
     def _lower(self, program: Program, done: list[Ran]) -> str:
         from llmopt.passes.pipeline import Pipeline
 
-        passes: tuple[Pass, ...] = (*self._quantizer(), *self.backend.passes(self.options.quantize))
-        lowering = Pipeline(passes)
+        lowering = Pipeline(self._passes())
         with self.clock(f"lowering to {self.backend.name}"):
             lowering.run(program, lambda _, __, ran: done.append(ran))
         return str(lowering)
 
     def _quantizer(self) -> tuple[Pass, ...]:
+        from llmopt.passes.convert_float import ConvertFloat
         from llmopt.passes.quantize_dynamic import QuantizeDynamic
         from llmopt.passes.quantize_weights import QuantizeWeights
-        from llmopt.quantization.schemes import Blockwise, DynamicInt8
+        from llmopt.quantization.schemes import Blockwise, Cast, DynamicInt8
 
         match self.scheme:
             case Blockwise(bits, block, symmetric):
                 return (QuantizeWeights(bits, block, symmetric),)
             case DynamicInt8():
                 return (QuantizeDynamic(),)
+            case Cast(dtype):
+                return (ConvertFloat(dtype),)
         return ()
 
+    def _passes(self) -> tuple[Pass, ...]:
+        return (*self._quantizer(), *self.backend.passes(self.options.quantize))
+
     def _transform(self) -> Any:
-        from llmopt.passes import quantize_dynamic, quantize_weights
+        """Return what is done to the source's weights on purpose."""
+        from llmopt.backends.tensorrt import quantize_static
+        from llmopt.backends.tensorrt.quantize_static import QuantizeStatic
+        from llmopt.passes import convert_float, quantize_dynamic, quantize_weights
+        from llmopt.passes.convert_float import ConvertFloat
         from llmopt.quantization.schemes import Blockwise, DynamicInt8
 
-        match self.scheme:
-            case Blockwise():
-                return quantize_weights.rounding(self.source.program, self.scheme)
-            case DynamicInt8():
-                return quantize_dynamic.rounding(self.source.program)
+        program = self.source.program
+        to_float = (item for item in self._passes() if isinstance(item, ConvertFloat))
+        narrower = next(to_float, None)
+        match self.scheme, narrower:
+            case Blockwise(), None:
+                return quantize_weights.rounding(program, self.scheme)
+            case Blockwise(), ConvertFloat():
+                return convert_float.block_rounding(program, self.scheme, narrower)
+            case DynamicInt8(), _:
+                return quantize_dynamic.rounding(program)
+            case _, ConvertFloat():
+                return convert_float.rounding(program, narrower)
         return None
 
     def _prove(self, program: Program, entry: Path) -> Verification:

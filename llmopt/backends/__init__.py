@@ -12,9 +12,17 @@ from llmopt.errors import UnknownNameError
 __all__ = ["ALIASES", "BACKENDS", "Backend", "find_backend", "known_backends"]
 
 BACKENDS: Final[Mapping[str, str]] = {
+    "onnxruntime-arm64": "llmopt.backends.onnxruntime:OnnxRuntimeArm64",
     "onnxruntime-cpu": "llmopt.backends.onnxruntime:OnnxRuntimeCpu",
+    "onnxruntime-cuda": "llmopt.backends.onnxruntime.cuda:OnnxRuntimeCuda",
+    "tvm-arm64": "llmopt.backends.tvm:TvmArm64",
+    "tvm-cpu": "llmopt.backends.tvm:TvmCpu",
 }
-ALIASES: Final[Mapping[str, str]] = {"cpu": "onnxruntime-cpu"}
+ALIASES: Final[Mapping[str, str]] = {
+    "cpu": "onnxruntime-cpu",
+    "edge": "onnxruntime-arm64",
+    "gpu": "onnxruntime-cuda",
+}
 
 
 def known_backends() -> dict[str, type[Backend]]:

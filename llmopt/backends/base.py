@@ -106,6 +106,23 @@ class Backend(abc.ABC):
         return self.name + (f"{{{','.join(changed)}}}" if changed else "")
 
     @property
+    def default_scheme(self) -> str | None:
+        """The scheme where none is asked for; None keeps float32."""
+        return None
+
+    def settled(
+        self,
+        program: Program,  # noqa: ARG002 - most have nothing to settle
+        scheme: str | None,  # noqa: ARG002 - as above
+    ) -> tuple[Self, tuple[str, ...]]:
+        """Return this backend with its open options chosen for ``program``, and notes on why.
+
+        Raises:
+            BackendUnavailableError: what an option asks for is not here.
+        """
+        return self, ()
+
+    @property
     def proven_by(self) -> str:
         """What runs the artifact while it is verified, where that is not the target itself."""
         return ""

@@ -13,6 +13,7 @@ __all__ = ["DEFAULT", "PASSES", "Miss", "Outcome", "Pass", "known_passes"]
 PASSES: Final[Mapping[str, str]] = {
     "canonicalize": "llmopt.passes.canonicalize:Canonicalize",
     "cancel-transposes": "llmopt.passes.cancel_transposes:CancelTransposes",
+    "convert-float": "llmopt.passes.convert_float:ConvertFloat",
     "fold-weights": "llmopt.passes.fold_weights:FoldWeights",
     "fuse-activations": "llmopt.passes.fuse_activations:FuseActivations",
     "fuse-attention": "llmopt.passes.fuse_attention:FuseAttention",

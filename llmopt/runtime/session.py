@@ -23,7 +23,11 @@ Array = npt.NDArray[Any]
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
 
 ENGINES: Final[Mapping[str, str]] = {
+    "onnxruntime-arm64": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
     "onnxruntime-cpu": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
+    "onnxruntime-cuda": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
+    "tvm-arm64": "llmopt.runtime.engines.tvm:TvmSession",
+    "tvm-cpu": "llmopt.runtime.engines.tvm:TvmSession",
 }
 """What opens an artifact, by the name of its target."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Final
 
 from llmopt.ir.program import Program
@@ -10,18 +11,26 @@ from llmopt.ir.program import Program
 FILE: Final = "genai_config.json"
 
 
-def genai_config(program: Program, entry: str) -> bytes | None:
+def genai_config(
+    program: Program, entry: str, providers: Mapping[str, Mapping[str, str]]
+) -> bytes | None:
     """Return the configuration of a decoder with a cache, None for any other Program.
 
     The artifact's inputs and outputs carry the names that onnxruntime-genai expects, so the
     model type only selects its generic decoder.
+
+    Args:
+        program: The decoder.
+        entry: Its file.
+        providers: What is to run it, and options; the processor if none.
     """
     if not program.signature.has_cache or program.facts.task != "generate":
         return None
     model = program.facts.model
     ends = list(model.eos)
+    options = [{name: dict(told)} for name, told in providers.items()]
     decoder: dict[str, Any] = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
         "filename": entry,
         "head_size": model.head_width,
         "hidden_size": model.hidden,

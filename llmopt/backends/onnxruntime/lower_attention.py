@@ -22,6 +22,8 @@ from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
 
 MICROSOFT: Final = "com.microsoft"
+TURNED: Final = "rows/turned"
+"""The node that says where `compact-rows` put each token."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,41 @@ class LowerAttention(Pass):
     Numerics: within 1e-5 relative in float32.
     Scope: the graph. Leaves: Attention as the standard operator, which ONNX Runtime also runs,
     where no fused one does the same; the cache is then concatenated, not written in place.
+
+    Args:
+        bias: Whether GroupQueryAttention takes a bias. Where it does not, `compact-rows` has to
+            have turned padded rows round.
     """
 
     name: ClassVar[str] = "lower-attention"
     lowers: ClassVar[bool] = True
+    bias: bool = True
 
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         for node in g.nodes(program.graph, "Attention"):
             cached = g.optional(node, 4) is not None
-            reason = _not_grouped(program, node) if cached else _not_multi_head(node)
+            reason = self._not_grouped(program, node) if cached else _not_multi_head(node)
             if reason is not None:
                 outcome.miss(node, reason)
                 continue
-            (_grouped if cached else _multi_head)(program, node)
+            if cached:
+                _grouped(program, node, bias=self.bias)
+            else:
+                _multi_head(program, node)
             outcome.hit()
         if outcome.modified:
             g.remove_dead(program.model)
             program.graph.sort()
         _remember_cache(program)
         return outcome
+
+    def _not_grouped(self, program: Program, node: ir.Node) -> str | None:
+        padded = g.optional(node, 3) is not None
+        if padded and not self.bias and _named(program, TURNED) is None:
+            return "GroupQueryAttention takes no mask here, and rows could not be turned round"
+        return not_grouped(program, node)
 
 
 def _remember_cache(program: Program) -> None:
@@ -66,7 +82,7 @@ def _remember_cache(program: Program) -> None:
         program.learn(model=model)
 
 
-def _not_grouped(program: Program, node: ir.Node) -> str | None:
+def not_grouped(program: Program, node: ir.Node) -> str | None:
     """Return why GroupQueryAttention would compute something else, or None."""
     if not g.attribute(node, "is_causal", 0):
         return "GroupQueryAttention is causal, this is not"
@@ -97,7 +113,7 @@ def _not_multi_head(node: ir.Node) -> str | None:
     return None
 
 
-def _grouped(program: Program, node: ir.Node) -> None:
+def _grouped(program: Program, node: ir.Node, *, bias: bool) -> None:
     build = g.Builder(node)
     q, k, v = (g.operand(node, i) for i in range(3))
     attributes: dict[str, Any] = {
@@ -114,12 +130,12 @@ def _grouped(program: Program, node: ir.Node) -> None:
     if turned is not None:
         attributes["do_rotary"] = 1
         q, k, tables = turned
-        tables[2] = _slots(program, tables[2])
+        tables[2] = _slots(program, tables[2]) if bias else None
     packed = _packed(q, k, v)
     qkv = [packed, None, None] if packed is not None else [q, k, v]
     last, total = _lengths(program)
-    bias = _bias(program) if g.optional(node, 3) is not None else None
-    inputs = [*qkv, node.inputs[4], node.inputs[5], last, total, *tables, bias]
+    added = _bias(program) if bias and g.optional(node, 3) is not None else None
+    inputs = [*qkv, node.inputs[4], node.inputs[5], last, total, *tables, added]
     outputs = build.ops(
         "GroupQueryAttention",
         _trimmed(inputs),
@@ -202,10 +218,20 @@ def _lengths(program: Program) -> tuple[ir.Value, ir.Value]:
     count = build.op("Shape", [keys], {"start": 1, "end": 2})
     count32 = build.op("Cast", [count], {"to": int(ir.DataType.INT32)})
     total = build.op("Squeeze", [count32], name="total_keys")
+    if mask is not None and _named(program, TURNED) is not None:
+        return _last_real(build, mask), total
     batch = build.op("Shape", [keys], {"start": 0, "end": 1})
     less = build.op("Sub", [count32, build.constant([1], "int32")])
     last = build.op("Expand", [less, batch], name="last_key")
     return last, total
+
+
+def _last_real(build: g.Builder, mask: ir.Value) -> ir.Value:
+    """Return how many real tokens each row has, less one; a row of padding alone counts as one."""
+    keys = build.op("ReduceSum", [mask, build.constant([1], "int64")], {"keepdims": 0})
+    keys32 = build.op("Cast", [keys], {"to": int(ir.DataType.INT32)})
+    last = build.op("Sub", [keys32, build.constant(1, "int32")])
+    return build.op("Max", [last, build.constant(0, "int32")], name="last_key")
 
 
 def _keys_without_mask(program: Program, build: g.Builder) -> ir.Value:

@@ -25,6 +25,7 @@ from llmopt.passes.base import Outcome, Pass
 from llmopt.quantization.lazy import QuantizedPart, QuantizedWeight
 
 MICROSOFT: Final = "com.microsoft"
+FLOAT: Final = ir.DataType.FLOAT
 Stored = tuple[ir.Value, ir.Value, ir.Value | None]
 """Codes, scales and zero points of a weight."""
 
@@ -83,7 +84,7 @@ class LowerWeights(Pass):
         }
         target, bias = _bias(node, weight.rows)
         build = g.Builder(target)
-        codes, scale, points = _operands(build, weight, stored)
+        codes, scale, points = _operands(build, weight, stored, g.operand(node, 0).dtype)
         if codes.const_value is not None and len(codes.const_value.shape) == 2:
             blocks = [weight.rows, scheme.blocks(weight.columns), scheme.block * scheme.bits // 8]
             codes = build.op("Reshape", [codes, build.constant(blocks, "int64")])
@@ -129,10 +130,11 @@ def _operands(
     build: g.Builder,
     weight: QuantizedWeight,
     stored: dict[QuantizedWeight, Stored],
+    dtype: ir.DataType | None,
     *,
     table: bool = False,
 ) -> Stored:
-    """Return codes, scales and zero points as initializers, each stored once."""
+    """Return codes, scales (of ``dtype``) and zero points as initializers, each stored once."""
     if weight not in stored:
         leaf = next(weights.leaves(weight.base), None)
         stem = leaf.source if leaf else "weight"
@@ -140,7 +142,7 @@ def _operands(
         points = None if weight.scheme.symmetric else weight.zero_bytes()
         stored[weight] = (
             build.initializer(f"{stem}.bytes", codes),
-            build.initializer(f"{stem}.scales", weight.scale()),
+            build.initializer(f"{stem}.scales", weights.cast(weight.scale(), dtype or FLOAT)),
             None if points is None else build.initializer(f"{stem}.zero_points", points),
         )
     return stored[weight]
@@ -159,7 +161,8 @@ def _bias(node: ir.Node, rows: int) -> tuple[ir.Node, ir.Value | None]:
 def _gather(node: ir.Node, weight: QuantizedWeight, stored: dict[QuantizedWeight, Stored]) -> None:
     """Look rows up in the codes; stored flat, so that only the head pays for a reshaped view."""
     build = g.Builder(node)
-    table, scale, points = _operands(build, weight, stored, table=True)
+    dtype = node.outputs[0].dtype
+    table, scale, points = _operands(build, weight, stored, dtype, table=True)
     scheme = weight.scheme
     attributes = {
         "bits": scheme.bits,

@@ -12,16 +12,15 @@ from typing_extensions import override
 
 from llmopt.bundle.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
+from llmopt.runtime.engines.onnxruntime_device import DeviceCache
+from llmopt.runtime.engines.providers import place_of, start
 from llmopt.runtime.pages import large_pages
 from llmopt.runtime.session import Array, Session, aligned_zeros, zeros_together
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
-PROVIDERS: Final[Mapping[str, str]] = {
-    "onnxruntime-cpu": "CPUExecutionProvider",
-    "onnxruntime-arm64": "CPUExecutionProvider",
-}
 _INSTALL: Final = "it is not installed; pip install 'llmopt[runtime]'"
 _ERRORS_ONLY: Final = 3
+_BFLOAT16: Final = 16  # what ONNX calls it
 
 
 class OnnxRuntimeSession(Session):
@@ -40,6 +39,7 @@ class OnnxRuntimeSession(Session):
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
         self._ort = _import_onnxruntime()
+        self.place = place_of(manifest.target, self.threads)
         with large_pages():
             self._session = self._open(folder)
         self._check_names(folder)
@@ -47,8 +47,10 @@ class OnnxRuntimeSession(Session):
     @override
     def stepper(self, batch: int, capacity: int) -> Stepper:
         match self.manifest.model.cache:
-            case "shared":
+            case "shared" if self.place.device == "cpu":
                 return SharedCache(self, batch, capacity)
+            case "shared":
+                return DeviceCache(self, batch, capacity)
             case "concat":
                 return ConcatCache(self, batch)
             case "none":
@@ -60,7 +62,7 @@ class OnnxRuntimeSession(Session):
     ) -> dict[str, Array]:
         wanted = list(names or self.outputs)
         try:
-            results = self._session.run(wanted, dict(feeds))
+            results = self._session.run(wanted, dict(feeds), self.run_options())
         except self._failures as error:
             raise self._failed(error) from error
         return dict(zip(wanted, results, strict=True))
@@ -68,7 +70,9 @@ class OnnxRuntimeSession(Session):
     def run_values(self, feeds: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
         """Return outputs that stay where they are: values to be fed to the next call."""
         try:
-            values: list[Any] = self._session.run_with_ort_values(list(names), dict(feeds))
+            values: list[Any] = self._session.run_with_ort_values(
+                list(names), dict(feeds), self.run_options()
+            )
         except self._failures as error:
             raise self._failed(error) from error
         return values
@@ -76,6 +80,33 @@ class OnnxRuntimeSession(Session):
     def value(self, array: Array) -> Any:
         """Return ``array`` as a value of the backend, sharing its memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def buffer(self, shape: Sequence[int], dtype: str) -> Any:
+        """Return zeros where the model runs; of bfloat16, which numpy lacks, whatever is there."""
+        values, device = self._ort.OrtValue, self.place.device
+        if dtype == "bfloat16":
+            return values.ortvalue_from_shape_and_type(list(shape), _BFLOAT16, device)
+        return values.ortvalue_from_numpy(np.zeros(shape, dtype), device)
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        """Return a value of no elements, on the host."""
+        if dtype == "bfloat16":
+            zeros = np.zeros(shape, np.uint16)
+            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _BFLOAT16)
+        return self.value(np.zeros(shape, dtype))
+
+    def run_options(self, graph: int = -1) -> Any:
+        """Return how to run once: as captured graph ``graph``, or -1 for uncaptured."""
+        if not self.place.captures:
+            return None
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
+
+    def release(self, graph: int) -> None:
+        """Forget captured graph number ``graph`` and free what it holds."""
+        if hasattr(self._session, "release_captured_graph"):
+            self._session.release_captured_graph(graph)
 
     def bind(self) -> Binding:
         """Return an empty set of buffers to run with."""
@@ -92,7 +123,6 @@ class OnnxRuntimeSession(Session):
         return LlmoptError(f"onnxruntime could not run the model: {_first_line(error)}")
 
     def _open(self, folder: Path) -> Any:
-        provider = self._provider()
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -101,20 +131,9 @@ class OnnxRuntimeSession(Session):
         broken = (*self._failures, state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile)
         path = folder / self.manifest.entry
         try:
-            session = self._ort.InferenceSession(path, options, providers=[provider])
+            return start(self._ort, path, options, self.place)
         except broken as error:
             raise ArtifactError(path, self._why_not_opened(error)) from error
-        if session.get_providers()[0] != provider:  # it falls back without a word
-            raise BackendUnavailableError("onnxruntime", f"{provider} did not start")
-        return session
-
-    def _provider(self) -> str:
-        name = self.manifest.target.partition("{")[0]
-        provider = PROVIDERS[name]
-        available = self._ort.get_available_providers()
-        if provider not in available:
-            raise BackendUnavailableError(name, f"onnxruntime has no {provider}, only {available}")
-        return provider
 
     def _why_not_opened(self, error: Exception) -> str:
         made = self.manifest.versions.get("onnxruntime")
@@ -167,23 +186,36 @@ class Binding:
         if name not in self._bound:
             self._bound.append(name)
 
-    def share(self, past: str, present: str, array: Array) -> None:
+    def feed_value(self, name: str, value: Any) -> None:
+        """Read input ``name`` from a value of the backend."""
+        self._kept[name] = value
+        self._binding.bind_ortvalue_input(name, value)
+
+    def fetch_value(self, name: str, value: Any) -> None:
+        """Write output ``name`` into a value of the backend, which has exactly its shape."""
+        self._kept[name] = value
+        self._remember(name)
+        self._binding.bind_ortvalue_output(name, value)
+
+    def share(self, past: str, present: str, value: Any) -> None:
         """Let input ``past`` and output ``present`` be the same memory."""
-        value = self._session.value(array)
-        self._kept[past] = array
+        self._kept[past] = value
         self._remember(present)
         self._binding.bind_ortvalue_input(past, value)
         self._binding.bind_ortvalue_output(present, value)
 
-    def run(self) -> None:
+    def run(self, options: Any = None) -> None:
         """Run the model once on these buffers.
+
+        Args:
+            options: Of this run.
 
         Raises:
             LlmoptError: onnxruntime could not run it.
         """
         session = self._session
         try:
-            session._session.run_with_iobinding(self._binding)  # noqa: SLF001 - as above
+            session._session.run_with_iobinding(self._binding, options)  # noqa: SLF001 - as above
         except session._failures as error:  # noqa: SLF001 - as above
             raise session._failed(error) from error  # noqa: SLF001 - as above
 
@@ -207,7 +239,7 @@ class SharedCache:
         shapes = [cache_shape(past, batch, capacity) for past, _ in pairs]
         caches = zeros_together(shapes, [past.dtype for past, _ in pairs])
         for (past, present), cache in zip(pairs, caches, strict=True):
-            self._binding.share(past.name, present.name, cache)
+            self._binding.share(past.name, present.name, session.value(cache))
 
     def run(self, step: Step) -> Array:
         """Return logits [B, K, V]; the array is overwritten by the next run."""
@@ -293,7 +325,7 @@ class ConcatCache:
         self._pairs = cache_pairs(session)
         self._names = [session.need("logits").name, *(present.name for _, present in self._pairs)]
         self._cache: dict[str, Any] = {
-            past.name: session.value(np.zeros(cache_shape(past, batch, 0), past.dtype))
+            past.name: session.empty(cache_shape(past, batch, 0), past.dtype)
             for past, _ in self._pairs
         }
 

@@ -50,6 +50,7 @@ def test_a_missing_onnxruntime_is_an_error_with_the_line_to_install_it(
 
 def test_an_absent_provider_is_an_error(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["Azure"])
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", list)
     with pytest.raises(BackendUnavailableError, match="has no CPUExecutionProvider, only"):
         load(artifact)
 

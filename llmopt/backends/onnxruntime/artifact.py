@@ -1,0 +1,82 @@
+"""The files of an artifact for ONNX Runtime: the model, its weights, onnxruntime-genai's config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+import onnx_ir as ir
+
+from llmopt.backends.base import Lowered
+from llmopt.backends.onnxruntime.genai import FILE as GENAI
+from llmopt.backends.onnxruntime.genai import genai_config
+from llmopt.ir.dialect import OPSET
+from llmopt.ir.program import Program, Role
+from llmopt.ir.saving import save_with_data
+
+ENTRY: Final = "model.onnx"
+DATA: Final = "model.onnx.data"
+MICROSOFT: Final = "com.microsoft"
+_ALIGNMENT: Final = 4096  # a page: ONNX Runtime maps external data
+_CPU: Final[Mapping[str, Mapping[str, str]]] = {}
+
+
+def write_model(
+    program: Program, folder: Path, providers: Mapping[str, Mapping[str, str]] = _CPU
+) -> Lowered:
+    """Write a lowered Program into ``folder``.
+
+    Args:
+        program: What to write.
+        folder: Where to.
+        providers: What onnxruntime-genai is to run it with, and their options; the processor if
+            none.
+    """
+    model = program.model
+    finish(model)
+    _declare_last_token(program)
+    save_with_data(model, folder / ENTRY, DATA, alignment=_ALIGNMENT)
+    if (config := genai_config(program, ENTRY, providers)) is not None:
+        (folder / GENAI).write_bytes(config)
+    return Lowered(ENTRY, program, {"onnxruntime": installed("onnxruntime"), "opset": OPSET})
+
+
+def _declare_last_token(program: Program) -> None:
+    """Declare logits of one token, the default of ``logits_to_keep``.
+
+    onnxruntime-genai sizes its buffer by what is declared. With ``logits_to_keep`` overridden the
+    shape is another, which ONNX Runtime allows and warns of.
+    """
+    logits, keep = program.output(Role.LOGITS), program.signature.find(Role.LOGITS_TO_KEEP)
+    if logits is not None and keep is not None and logits.shape is not None:
+        batch, _, vocabulary = logits.shape
+        logits.shape = ir.Shape([batch, 1, vocabulary])
+
+
+def finish(model: ir.Model) -> None:
+    """Give every node and value a name of its own, and import the domains that are used."""
+    from onnx_ir.passes.common import NameFixPass
+
+    for node in model.graph:
+        for output in node.outputs:
+            if node.domain == MICROSOFT and _unread(output):
+                output.name = ""
+    NameFixPass()(model)
+    if any(node.domain == MICROSOFT for node in model.graph):
+        model.graph.opset_imports[MICROSOFT] = 1
+
+
+def _unread(value: ir.Value) -> bool:
+    node = value.producer()
+    optional = node is not None and value.index() not in (0, None)
+    return optional and not value.uses() and not value.is_graph_output()
+
+
+def installed(package: str) -> str:
+    """Return the version of an installed package, or ``"absent"``."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

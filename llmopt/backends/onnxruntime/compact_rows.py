@@ -1,0 +1,236 @@
+"""Move padding behind the tokens, inside the graph, for attention that counts its keys.
+
+Rewrites, in front of the first layer and behind the last::
+
+    input_ids     [0 0 a b c]    into    [a b c 0 0]
+    position_ids  [0 0 0 1 2]    into    [0 1 2 0 0]
+    hidden states [a b c . .]    into    [. . a b c]
+
+The fast kernels of GroupQueryAttention on a GPU take no mask: all they know is how many keys each
+row has, and that they are its first ones. A batch that is padded on the left is therefore turned
+round, row by row, and the rows are turned back before anybody reads them. A step of one token has
+nothing to turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import numpy as np
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.backends.onnxruntime.lower_attention import TURNED, not_grouped
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program, Role
+from llmopt.passes.base import Outcome, Pass
+
+_EACH_NUMBER: Final = frozenset(
+    {
+        *("Abs", "Add", "Cast", "Clip", "Cos", "Div", "Erf", "Exp", "Gelu", "Identity", "Max"),
+        *("Min", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Sin", "Sqrt", "Sub"),
+        *("Swish", "Tanh", "Where"),
+    }
+)
+_LAST_AXIS: Final = frozenset({"RMSNormalization", "LayerNormalization", "RotaryEmbedding"})
+
+
+@dataclass(frozen=True)
+class CompactRows(Pass):
+    """Turn each row round so that its padding comes last, and its hidden states back.
+
+    Numerics: exact on unpadded positions. Padding keeps its place and may hold other numbers.
+    Scope: decoders with a cache and a mask. Padding stands at either side of the tokens, not
+    between them.
+    Leaves: graphs where another operator than attention looks from one token to another.
+    """
+
+    name: ClassVar[str] = "compact-rows"
+    lowers: ClassVar[bool] = True
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        mask, tokens = program.input(Role.MASK), program.input(Role.TOKENS)
+        padded = _padded(program)
+        if mask is None or tokens is None or not padded:
+            return outcome
+        if (unfit := _unfit(program, padded)) is not None:
+            outcome.miss(*unfit)
+            return outcome
+        turned = [v for v in (tokens, *map(program.input, _BESIDE)) if v is not None]
+        cuts, ends, obstacle = _readers(program, turned)
+        if obstacle is not None:
+            outcome.miss(*obstacle)
+            return outcome
+        anchor = program.graph[0]
+        forth, back = _turns(g.Builder(anchor), mask, tokens)
+        for value in turned:
+            _turn(value, forth, anchor)
+            outcome.hit()
+        for node in cuts:
+            hidden = g.operand(node, 0)
+            node.replace_input_with(0, _turned_back(g.Builder(node), hidden, back))
+        for out in ends:
+            g.replace_output(out, _turned_back(g.Builder(program.graph), out, back))
+        _on_the_host(program, tokens)
+        return outcome
+
+
+_BESIDE: Final = (Role.POSITIONS, Role.TOKEN_TYPES)
+
+
+def _padded(program: Program) -> list[ir.Node]:
+    """Return the attentions with a cache, if one of them has a mask and no row is turned yet."""
+    if any(node.name == TURNED for node in program.graph):
+        return []
+    cached = [n for n in g.nodes(program.graph, "Attention") if g.optional(n, 4) is not None]
+    return cached if any(g.optional(node, 3) is not None for node in cached) else []
+
+
+def _unfit(program: Program, padded: list[ir.Node]) -> tuple[ir.Node, str] | None:
+    """Return the first attention that could not read turned rows, and why, if there is one."""
+    for node in padded:
+        if g.optional(node, 3) is None:
+            return node, "it attends to padding, and other layers do not"
+        if (reason := not_grouped(program, node)) is not None:
+            return node, reason
+    return None
+
+
+def _readers(
+    program: Program, turned: list[ir.Value]
+) -> tuple[list[ir.Node], list[ir.Value], tuple[ir.Node, str] | None]:
+    """Return what reads rows that are turned: nodes that cut off the last tokens, and outputs.
+
+    The third is the node that looks from one token to another, and how, if there is one.
+    """
+    per_token = set(turned)
+    cuts: list[ir.Node] = []
+    for node in program.graph:
+        if node.op_type == "Shape" or not any(value in per_token for value in node.inputs):
+            continue
+        if node.inputs[0] in per_token and _slices_tokens(node):
+            cuts.append(node)
+            continue
+        if (reason := _mixes(node, per_token)) is not None:
+            return [], [], (node, reason)
+        per_token.update(node.outputs[:1] if node.op_type == "Attention" else node.outputs)
+    return cuts, [out for out in program.graph.outputs if out in per_token], None
+
+
+def _slices_tokens(node: ir.Node) -> bool:
+    return g.is_op(node, "Slice") and g.ints(g.optional(node, 3)) == [1]
+
+
+def _mixes(node: ir.Node, per_token: set[ir.Value]) -> str | None:
+    """Return why ``node`` may look from one token to another, None if it does not."""
+    alone = f"{node.op_type} may look from one token to another"
+    others = [v for v in node.inputs if v is not None and v not in per_token]
+    if node.op_type in _EACH_NUMBER:
+        same = all(_same_for_all_tokens(value) for value in others)
+        return None if same else f"{node.op_type} adds what depends on a token's place"
+    if node.op_type in _LAST_AXIS:
+        return None
+    fits = _PER_TOKEN.get(node.op_type)
+    return None if fits is not None and fits(node, others) else alone
+
+
+def _by_matrix(node: ir.Node, others: list[ir.Value]) -> bool:
+    return others == [node.inputs[1]] and g.rank(others[0]) == 2
+
+
+def _by_row(node: ir.Node, others: list[ir.Value]) -> bool:
+    return node.inputs[0] in others and g.attribute(node, "axis", 0) == 0
+
+
+def _along_last_axis(node: ir.Node, _: list[ir.Value]) -> bool:
+    return g.attribute(node, "axis", -1) in {-1, (g.rank(node.outputs[0]) or 0) - 1}
+
+
+def _slices_last_axis(node: ir.Node, _: list[ir.Value]) -> bool:
+    axes = g.ints(g.optional(node, 3))
+    return axes in ([-1], [(g.rank(node.inputs[0]) or 0) - 1])
+
+
+def _keeps_tokens(node: ir.Node, _: list[ir.Value]) -> bool:
+    target = g.ints(node.inputs[1])
+    return target is not None and target[:2] == [0, 0]
+
+
+_PER_TOKEN: Final[Mapping[str, Callable[[ir.Node, list[ir.Value]], bool]]] = {
+    "Attention": lambda node, _: g.optional(node, 4) is not None,
+    "Concat": _along_last_axis,
+    "Gather": _by_row,
+    "MatMul": _by_matrix,
+    "Reshape": _keeps_tokens,
+    "Slice": _slices_last_axis,
+    "Softmax": _along_last_axis,
+    "Split": _along_last_axis,
+}
+
+
+def _same_for_all_tokens(value: ir.Value) -> bool:
+    """Whether ``value`` is a constant that does not differ along [B, S, ...]'s second axis."""
+    sizes = g.shape(value)
+    held = value.is_initializer() or g.constant(value) is not None
+    return held and sizes is not None and (len(sizes) < 2 or all(n == 1 for n in sizes[:-1]))
+
+
+def _turns(build: g.Builder, mask: ir.Value, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return for each place [B, S] where its token is now, and where it was before.
+
+    All of it is made of values that live where the mask lives; the sizes alone are the host's.
+    """
+    count = build.op("Shape", [tokens], {"start": 1, "end": 2})
+    ends = build.constant([np.iinfo(np.int64).max], "int64")
+    axis, along = build.constant([1], "int64"), build.constant(1, "int64")
+    zero = build.constant(0, "int64")
+    new = build.op("Slice", [mask, build.op("Neg", [count]), ends, axis])
+    before_first = build.op("Equal", [build.op("CumSum", [new, along]), zero])
+    padding = build.op("ReduceSum", [_integers(build, before_first), axis])
+    ones = _integers(build, build.op("Equal", [new, new]))
+    size = build.op("ReduceSum", [ones, axis])
+    place = build.op("Sub", [build.op("CumSum", [ones, along]), along])
+    forth = build.op("Mod", [build.op("Add", [place, padding]), size], name=TURNED)
+    back = build.op("Mod", [build.op("Sub", [place, padding]), size])
+    last = build.constant([2], "int64")
+    return forth, build.op("Unsqueeze", [back, last])
+
+
+def _integers(build: g.Builder, value: ir.Value) -> ir.Value:
+    return build.op("Cast", [value], {"to": int(ir.DataType.INT64)})
+
+
+def _turn(value: ir.Value, forth: ir.Value, anchor: ir.Node) -> None:
+    readers = [use for use in value.uses() if use.node.op_type != "Shape"]
+    build = g.Builder(anchor)
+    out = build.op("GatherElements", [value, forth], {"axis": 1}, name=f"rows/{value.name}")
+    out.shape, out.type = value.shape, value.type
+    for use in readers:
+        use.node.replace_input_with(use.idx, out)
+
+
+def _turned_back(build: g.Builder, rows: ir.Value, back: ir.Value) -> ir.Value:
+    out = build.op("GatherND", [rows, back], {"batch_dims": 1}, name="rows/back")
+    out.shape, out.type = rows.shape, rows.type
+    return out
+
+
+def _on_the_host(program: Program, tokens: ir.Value) -> None:
+    """Compute where the last tokens begin from sizes, which are on the host, and the wish itself.
+
+    A provider of a device puts integer arithmetic of its own inputs on the device, and waits for
+    the result where a Slice needs it; what starts from a Shape stays on the host.
+    """
+    keep = program.input(Role.LOGITS_TO_KEEP)
+    for node in g.nodes(program.graph, "Neg"):
+        source = g.producer(node.inputs[0], "Reshape")
+        if keep is not None and source is not None and source.inputs[0] is keep:
+            build = g.Builder(node)
+            count = build.op("Shape", [tokens], {"start": 1, "end": 2})
+            nothing = build.op("Sub", [count, count])
+            g.replace(node.outputs[0], build.op("Sub", [nothing, keep]))
+    g.remove_dead(program.model)

@@ -1,0 +1,126 @@
+"""ONNX Runtime on NVIDIA GPUs: 16 bits, and nothing that runs on the host in secret."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar, Final, Self
+
+from typing_extensions import override
+
+from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.onnxruntime.artifact import write_model
+from llmopt.backends.onnxruntime.compact_rows import CompactRows
+from llmopt.backends.onnxruntime.kernels import cuda_kernels
+from llmopt.backends.onnxruntime.lower_attention import LowerAttention
+from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivations
+from llmopt.backends.onnxruntime.lower_weights import LowerWeights
+from llmopt.backends.onnxruntime.session import open_session
+from llmopt.errors import UnsupportedModelError, UsageError
+from llmopt.ir.program import Program
+from llmopt.passes.base import Pass
+from llmopt.passes.convert_float import NARROW, ConvertFloat
+from llmopt.passes.pipeline import Pipeline
+from llmopt.runtime.engines.providers import CUDA
+
+SCHEMES: Final = {"float16": "fp16", "bfloat16": "bf16"}
+TOLERANCE: Final = 2e-2
+"""Of the largest logit. float16 rounds each result to 11 bits, 5e-4 relative, hundreds of times in
+a deep model. bfloat16 is proven on the float32 twin of its graph: what is left there are rotary
+tables of 8 bits, 4e-3 relative, in every layer."""
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeCuda(Backend):
+    """ONNX with ONNX Runtime's fused operators for NVIDIA GPUs.
+
+    Args:
+        dtype: Of activations and caches: ``float16``, or ``bfloat16``, which needs compute
+            capability 8.0.
+        graph: ``true`` lets a step of one token be captured once as a CUDA graph and played back.
+    """
+
+    name: ClassVar[str] = "onnxruntime-cuda"
+    summary: ClassVar[str] = "the same for NVIDIA GPUs, in 16 bits, every node with a CUDA kernel"
+    schemes: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "w4", "w8"})
+    dtype: str = "float16"
+    graph: str = "false"
+
+    def __post_init__(self) -> None:
+        """Refuse what no kernel has."""
+        if self.dtype not in NARROW:
+            raise UsageError(f"onnxruntime-cuda{{dtype={self.dtype}}}: float16 or bfloat16")
+        if self.graph not in {"true", "false"}:
+            raise UsageError(f"onnxruntime-cuda{{graph={self.graph}}}: true or false")
+
+    @property
+    @override
+    def default_scheme(self) -> str:
+        return SCHEMES[self.dtype]
+
+    @property
+    @override
+    def proven_by(self) -> str:
+        if self.dtype == "float16":
+            return "onnxruntime's CPU provider, the same graph in float16"
+        return "onnxruntime's CPU provider, the same graph in float32"
+
+    @override
+    def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
+        named = {of: dtype for dtype, of in SCHEMES.items()}
+        return replace(self, dtype=named.get(scheme or "", self.dtype)), ()
+
+    @override
+    def tolerance(self, scheme: str | None) -> float:
+        return TOLERANCE
+
+    @override
+    def available(self) -> Availability:
+        missing = "pip install 'llmopt[compile]'" if find_spec("onnx_ir") is None else ""
+        return Availability(missing, _missing_device())
+
+    @override
+    def check(self, program: Program) -> list[str]:
+        lowered = Pipeline(self.passes(None)).run(program.clone())
+        return cuda_kernels().lacking(lowered.graph)
+
+    @override
+    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+        narrow = () if scheme in SCHEMES.values() else (ConvertFloat(self.dtype),)
+        return (
+            *narrow,
+            CompactRows(),  # before weights leave the dialect: it has to know every operator
+            LowerWeights(accuracy_level=0),
+            LowerAttention(bias=False),
+            FuseSkipNorm(),
+            LowerActivations(),
+        )
+
+    @override
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
+        if problems := cuda_kernels().lacking(program.graph):
+            hint = "choose another scheme or target, or replace the operation"
+            raise UnsupportedModelError("the lowered model", problems, hint)
+        return write_model(program, folder, {"cuda": self._settings()})
+
+    @override
+    def open(self, entry: Path, *, exact: bool = False) -> Run:
+        return open_session(entry, exact=exact, widened=self.dtype == "bfloat16")
+
+    def _settings(self) -> dict[str, str]:
+        captured = "1" if self.graph == "true" else "0"
+        return {"enable_cuda_graph": captured, "enable_skip_layer_norm_strict_mode": "1"}
+
+
+def _missing_device() -> str:
+    """Return what an artifact lacks to run here, empty if nothing."""
+    if find_spec("onnxruntime") is None:
+        return "pip install 'llmopt[cuda]'"
+    import onnxruntime
+
+    if CUDA not in onnxruntime.get_available_providers():
+        return "pip uninstall onnxruntime; pip install onnxruntime-gpu"
+    if not Path("/dev/nvidiactl").exists() and not Path("/dev/dxg").exists():
+        return "an NVIDIA GPU and its driver"
+    return ""

@@ -1,0 +1,147 @@
+"""Where ONNX Runtime runs a model, and making sure that it does.
+
+ONNX Runtime leaves to the processor what a provider does not take, and prints a warning at most.
+Here a provider that is asked for and does not start is an error, and so is a node that it leaves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from llmopt.errors import BackendUnavailableError
+
+CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+OPENVINO: Final = "OpenVINOExecutionProvider"
+_RECORD: Final = "session.record_ep_graph_assignment_info"
+_INSTALL: Final[Mapping[str, str]] = {
+    CUDA: "pip uninstall onnxruntime; pip install onnxruntime-gpu, on a machine with an NVIDIA "
+    "driver, CUDA and cuDNN",
+    OPENVINO: "pip install 'llmopt[openvino]'",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A provider and what it is told.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+        device: Where its memory is: ``"cpu"`` or ``"cuda"``.
+        settings: Its options.
+        plugin: The package that brings it, where it is not part of onnxruntime.
+        whole: Whether it has to take every node.
+    """
+
+    provider: str = CPU
+    device: str = "cpu"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    plugin: str = ""
+    whole: bool = False
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps of one token are recorded once and played back."""
+        return self.settings.get("enable_cuda_graph") == "1"
+
+
+def place_of(target: str, threads: int) -> Place:
+    """Return where an artifact of this target runs.
+
+    Args:
+        target: The target as text, options included.
+        threads: Threads inside one operator.
+    """
+    name, _, rest = target.partition("{")
+    pairs = (pair.partition("=") for pair in rest.rstrip("}").split(",") if pair)
+    options = {key.strip(): value.strip() for key, _, value in pairs}
+    if name == "onnxruntime-cuda":
+        graph = "1" if options.get("graph") == "true" else "0"
+        return Place(CUDA, "cuda", {"enable_cuda_graph": graph})
+    if options.get("ep") == "openvino":
+        return openvino(threads)
+    return Place()
+
+
+def openvino(threads: int) -> Place:
+    """Return OpenVINO's processor, computing in float32."""
+    settings = {
+        "load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32", '
+        f'"INFERENCE_NUM_THREADS": "{threads}", "NUM_STREAMS": "1"}}}}'
+    }
+    return Place(OPENVINO, "cpu", settings, "onnxruntime_ep_openvino", whole=True)
+
+
+def start(ort: Any, model: str | Path | bytes, options: Any, place: Place) -> Any:
+    """Return a session of ``model`` that runs at ``place``.
+
+    Args:
+        ort: The package ``onnxruntime``.
+        model: A file, or the model itself.
+        options: Of the session; the provider is added to them.
+        place: Where it shall run.
+
+    Raises:
+        BackendUnavailableError: the provider is not here, does not start, or leaves nodes.
+    """
+    if place.device == "cuda" and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds CUDA in Python packages, and says nothing where there is none
+    providers = _register(ort, options, place)
+    if place.whole:
+        options.add_session_config_entry(_RECORD, "1")
+    source = model if isinstance(model, bytes) else str(model)
+    session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
+    if session.get_providers()[0] != place.provider:  # it falls back without a word
+        reason = f"{place.provider} did not start"
+        if place.provider in _INSTALL:
+            reason += f": {_INSTALL[place.provider]}"
+        raise BackendUnavailableError("onnxruntime", reason)
+    if place.whole and (left := left_behind(session, place.provider)):
+        words = ", ".join(f"{count} {name}" for name, count in left.most_common(4))
+        raise BackendUnavailableError(place.provider, f"it left nodes to the processor: {words}")
+    return session
+
+
+def left_behind(session: Any, provider: str) -> Counter[str]:
+    """Return how many nodes of which operator run elsewhere than at ``provider``."""
+    return Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    )
+
+
+def _register(ort: Any, options: Any, place: Place) -> list[Any] | None:
+    """Make the provider known, and return the list of providers, None where options hold it."""
+    if place.plugin:
+        _load_plugin(ort, place)
+    available = ort.get_available_providers()
+    if place.provider in available:
+        if place.settings:
+            return [(place.provider, dict(place.settings)), CPU]
+        return [place.provider]
+    devices = [d for d in ort.get_ep_devices() if d.ep_name == place.provider]
+    if not devices:
+        have = ", ".join(available)
+        problem = f"onnxruntime has no {place.provider}, only {have}"
+        install = _INSTALL.get(place.provider, "pip install 'llmopt[runtime]'")
+        raise BackendUnavailableError("onnxruntime", f"{problem}; {install}")
+    options.add_provider_for_devices(devices[:1], dict(place.settings))
+    return None
+
+
+def _load_plugin(ort: Any, place: Place) -> None:
+    if any(device.ep_name == place.provider for device in ort.get_ep_devices()):
+        return
+    try:
+        package = importlib.import_module(place.plugin)
+        ort.register_execution_provider_library(place.plugin, package.get_library_path())
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = f"{place.plugin} cannot be loaded ({error}); {_INSTALL[place.provider]}"
+        raise BackendUnavailableError(place.provider, reason) from error
