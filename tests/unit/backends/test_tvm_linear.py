@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,9 @@ from llmopt.quantization.numerics import Quantized, dequantize, quantize_blockwi
 from llmopt.quantization.schemes import Blockwise, DynamicInt8
 
 tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
+
+from llmopt.backends.tvm.kernels import linear_amx  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.linear_script import T, load, serial  # noqa: E402 - needs TVM
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -56,10 +60,11 @@ def compiled(kernels: LinearKernels, target: dict[str, object]) -> Callable[...,
 class Product:
     """A product that is compiled once and runs on several activations."""
 
-    def __init__(self, wanted: Linear, name: str, weight: Any) -> None:
+    def __init__(self, wanted: Linear, name: str, weight: Any, mcpu: str = "") -> None:
         self.wanted = wanted
         self.kernels = choose(wanted)
-        self.run = compiled(self.kernels, processor(name).target)
+        found = find_processor("x86_64", mcpu) if mcpu else processor(name)
+        self.run = compiled(self.kernels, found.target)
         self.arrays = pack(weight, self.kernels.packing)
 
     def __call__(self, x: Floats, **others: Floats) -> Floats:
@@ -352,6 +357,124 @@ def test_kernels_of_different_products_have_different_names() -> None:
         for exact in ((False, True) if scheme else (False,))
     ]
     assert len(set(names)) == len(names)
+
+
+class EmulatedTiles:
+    """AMX's tiles in plain loops: any machine runs the kernel that is written for them."""
+
+    def __init__(self) -> None:
+        self.tiles: list[Any] = []
+        self.depth = 0
+
+    def configure(self, depth: int) -> None:
+        """Make the tiles, [16, 64 bytes] each."""
+        self.depth = depth
+        kinds = ["int32"] * 4 + ["int8"] * 4
+        shapes = [(16, 16)] * 4 + [(16, 64)] * 4
+        self.tiles = [T.alloc_buffer(s, kind) for s, kind in zip(shapes, kinds, strict=True)]
+
+    def zero(self, tile: int) -> None:
+        """Set sums to zero."""
+        with serial(16) as i, serial(16) as j:
+            T.buffer_store(self.tiles[tile], T.int32(0), [i, j])
+
+    def load(self, tile: int, buffer: Any, index: tuple[Any, Any], stride: int) -> None:
+        """Read a tile a word at a time."""
+        weights = tile > 5
+        rows, words = (self.depth // 4, 16) if weights else (16, self.depth // 4)
+        assert stride == 4 * int(buffer.shape[1])
+        with serial(rows) as i, serial(words) as j:
+            word = load(buffer, [index[0] + i, index[1] + j], 1)
+            value = T.reinterpret("int8x4", word)
+            T.buffer_store(self.tiles[tile], value, [i, T.ramp(4 * j, 1, 4)])
+
+    def multiply(self, sums: int, activations: int, weights: int) -> None:
+        """Add the products of signed bytes to sums."""
+        c, a, b = (self.tiles[tile] for tile in (sums, activations, weights))
+        with serial(16) as i, serial(16) as j, serial(self.depth) as k:
+            left = T.Cast("int32", a[i, k])
+            right = T.Cast("int32", b[T.floordiv(k, 4), 4 * j + T.floormod(k, 4)])
+            T.buffer_store(c, c[i, j] + left * right, [i, j])
+
+    def store(self, tile: int, buffer: Any, index: tuple[Any, Any], stride: int) -> None:
+        """Write sums."""
+        assert stride == 4 * int(buffer.shape[1])
+        with serial(16) as i, serial(16) as j:
+            T.buffer_store(buffer, self.tiles[tile][i, j], [index[0] + i, index[1] + j])
+
+    def release(self) -> None:
+        """Forget the tiles: what follows must configure them."""
+        self.tiles = []
+
+
+SAPPHIRE_RAPIDS = Features(avx2=True, avx512=True, avx512vnni=True, amx_int8=True)
+TILED = [
+    Blockwise(4, 32),
+    Blockwise(4, 128, symmetric=False),
+    Blockwise(8, 64),
+    Blockwise(8, 32, symmetric=False),
+    DynamicInt8(),
+]
+
+
+@pytest.mark.parametrize("scheme", TILED, ids=str)
+def test_the_kernel_of_tiles_is_right_with_emulated_tiles(
+    scheme: Blockwise | DynamicInt8, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_amx, "Intrinsics", EmulatedTiles)
+    rng = np.random.default_rng(11)
+    n, k = 70, 150
+    if isinstance(scheme, DynamicInt8):
+        block, codes = k, rng.integers(-64, 65, (k, n)).astype(np.int8)
+        weight: Any = Columns(codes, np.ones(n, np.float32))
+        numbers = codes.T.astype(np.int64)
+    else:
+        block, weight = scheme.block, random_codes(rng, n, k, scheme)
+        numbers = dequantize(weight).astype(np.int64)
+    product = Product(Linear(n, k, scheme, "many", (), SAPPHIRE_RAPIDS), "avx512vnni", weight)
+    for m in (1, 17, 70):
+        x = whole_numbers(rng, m, k, block)
+        np.testing.assert_array_equal(product(x), x.astype(np.int64) @ numbers.T)
+
+
+def test_the_kernel_of_tiles_finishes_with_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_amx, "Intrinsics", EmulatedTiles)
+    rng = np.random.default_rng(12)
+    n, k, m, scheme = 64, 64, 40, Blockwise(4, 32)
+    weight = quantize_blockwise(rng.standard_normal((n, k)).astype(np.float32), scheme)
+    x, bias = rng.standard_normal((m, k)), rng.standard_normal(n)
+    wanted = Linear(n, k, scheme, "many", ("bias", "swiglu"), SAPPHIRE_RAPIDS)
+    product = Product(wanted, "avx512vnni", weight)
+    found = product(x.astype(np.float32), bias=bias.astype(np.float32))
+    gate, up = np.split(block_product(x.astype(np.float32), weight) + bias, 2, axis=1)
+    close(found, gate / (1 + np.exp(-gate)) * up, 1e-5)
+
+
+def test_tiles_run_on_amx() -> None:
+    with open("/proc/cpuinfo", encoding="ascii") as file:  # noqa: PTH123 - a device, not a path
+        if "amx_int8" not in file.read():
+            pytest.skip("this processor has no amx_int8")
+    assert ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    rng = np.random.default_rng(13)
+    weight = random_codes(rng, 70, 150, Blockwise(4, 32))
+    wanted = Linear(70, 150, Blockwise(4, 32), "many", (), SAPPHIRE_RAPIDS)
+    product = Product(wanted, "avx512vnni", weight, "sapphirerapids")
+    x = whole_numbers(rng, 70, 150, 32)
+    expected = x.astype(np.int64) @ dequantize(weight).astype(np.int64).T
+    np.testing.assert_array_equal(product(x), expected)
+
+
+def test_code_for_amx_is_generated() -> None:
+    target = find_processor("x86_64", "sapphirerapids")
+    assert target.features.amx_int8
+    kernel = choose(Linear(32, 64, Blockwise(4, 64), "many", (), target.features)).kernels[0]
+    code = tvm.compile(
+        tvm.IRModule({kernel.name: kernel.function}), target=tvm.target.Target(target.target)
+    )
+    text = code.mod.inspect_source("asm")
+    assert text.count("tdpbssd") == 4
+    assert "ldtilecfg" in text
+    assert "tilerelease" in text
 
 
 @pytest.mark.parametrize(

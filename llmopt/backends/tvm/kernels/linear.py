@@ -204,7 +204,13 @@ def _kernel(wanted: Linear, packing: Packing) -> Kernel:
 
 def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
     """Return what emits the kernel's code."""
-    from llmopt.backends.tvm.kernels import linear_exact, linear_float, linear_gemm, linear_gemv
+    from llmopt.backends.tvm.kernels import (
+        linear_amx,
+        linear_exact,
+        linear_float,
+        linear_gemm,
+        linear_gemv,
+    )
     from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
     from llmopt.backends.tvm.kernels.linear_products import products
 
@@ -218,6 +224,8 @@ def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
             emit(buffers, epilogue, k, features)
         elif wanted.exact:
             linear_exact.emit(buffers, epilogue, k, storage, features.lanes)
+        elif not one and features.amx_int8 and linear_amx.fits(storage):
+            linear_amx.emit(buffers, epilogue, k, storage, linear_amx.Intrinsics())
         else:
             unit = products(features, largest=storage.largest, signed=storage.signed)
             (linear_gemv if one else linear_gemm).emit(buffers, epilogue, k, storage, unit)

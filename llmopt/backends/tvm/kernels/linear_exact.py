@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
-from llmopt.backends.tvm.kernels.linear_gemm import each_piece
+from llmopt.backends.tvm.kernels.linear_gemm import Step, each_piece
 from llmopt.backends.tvm.kernels.linear_script import (
     Expr,
     Register,
@@ -48,15 +48,19 @@ def emit(
     """
     m = buffers["x"].shape[0]
 
-    def piece(first: Expr, tile: Expr) -> None:
-        rows = [bind(T.min(first + i, m - 1)) for i in range(_AT_ONCE)]
-        found = [_Half(buffers, storage, (tile, at), lanes) for at in range(0, TILE, HALF)]
-        values = [half.sums(rows, k) for half in found]
-        for i in range(_AT_ONCE):
-            with when(first + i < m):
-                epilogue.write(first + i, tile, [vector for value in values for vector in value[i]])
+    def begin(tile: Expr) -> Step:
+        halves = [_Half(buffers, storage, (tile, at), lanes) for at in range(0, TILE, HALF)]
 
-    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), _AT_ONCE, piece)
+        def step(first: Expr) -> None:
+            rows = [bind(T.min(first + i, m - 1)) for i in range(_AT_ONCE)]
+            values = [half.sums(rows, k) for half in halves]
+            for i in range(_AT_ONCE):
+                with when(first + i < m):
+                    epilogue.write(first + i, tile, [v for value in values for v in value[i]])
+
+        return step
+
+    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), _AT_ONCE, begin)
 
 
 class _Half:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
-from llmopt.backends.tvm.kernels.linear_gemm import each_piece
+from llmopt.backends.tvm.kernels.linear_gemm import Step, each_piece
 from llmopt.backends.tvm.kernels.linear_script import (
     Expr,
     Register,
@@ -59,23 +59,26 @@ def emit_rows(buffers: Mapping[str, Any], epilogue: Epilogue, k: int, features: 
     m = buffers["x"].shape[0]
     packed = _by_column(buffers["x"], at_once, k)
 
-    def piece(first: Expr, tile: Expr) -> None:
-        part = bind(T.floordiv(first, at_once))
+    def begin(tile: Expr) -> Step:
+        def step(first: Expr) -> None:
+            part = bind(T.floordiv(first, at_once))
 
-        def x(row: int, column: Expr) -> Expr:
-            return load(packed, [part, column, row], 1)
+            def x(row: int, column: Expr) -> Expr:
+                return load(packed, [part, column, row], 1)
 
-        values: list[list[Expr]] = [[] for _ in range(at_once)]
-        for start in range(0, TILE, width):
-            places = range(start, start + width, lanes)
-            found = _sums((buffers["weights"], tile), places, (at_once, k, lanes), x)
-            for row, vectors in zip(values, found, strict=True):
-                row.extend(vectors)
-        for i, vectors in enumerate(values):
-            with when(first + i < m):
-                epilogue.write(first + i, tile, vectors)
+            values: list[list[Expr]] = [[] for _ in range(at_once)]
+            for start in range(0, TILE, width):
+                places = range(start, start + width, lanes)
+                found = _sums((buffers["weights"], tile), places, (at_once, k, lanes), x)
+                for row, vectors in zip(values, found, strict=True):
+                    row.extend(vectors)
+            for i, vectors in enumerate(values):
+                with when(first + i < m):
+                    epilogue.write(first + i, tile, vectors)
 
-    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), at_once, piece)
+        return step
+
+    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), at_once, begin)
 
 
 def _by_column(x: Any, at_once: int, k: int) -> Any:

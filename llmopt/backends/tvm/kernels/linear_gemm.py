@@ -1,7 +1,7 @@
 """Many rows times integer weights, for prefill and encoders: ``w4``, ``w8``, ``w8a8-dynamic``.
 
 Rows are rounded to int8 by all threads; then threads share pieces of the result, a piece being a
-tile of 32 outputs times up to 252 rows::
+tile of 32 outputs times up to 256 rows::
 
              32 outputs                A tile's weights, 32 * K / 2 bytes in 4 bits, stay in the
            ┌────────────┐              nearest cache while its rows pass, a few at a time; they
@@ -20,7 +20,7 @@ to unpack 4 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
@@ -30,8 +30,9 @@ from llmopt.backends.tvm.kernels.linear_script import Expr, T, bind, parallel, s
 from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tiles
 from llmopt.backends.tvm.kernels.linear_tile import Tile
 
-ROWS: Final = 252
-"""Rows of a piece: their codes, 252 * K bytes, fit the second cache for K up to some thousands."""
+Step = Callable[[Expr], None]
+ROWS: Final = 256
+"""Rows of a piece: their codes, 256 * K bytes, fit the second cache for K up to some thousands."""
 _SHAPES: Final = {
     (16, 32): (6, TILE),
     (8, 16): (3, HALF),
@@ -60,22 +61,41 @@ def emit(
     at_once, width = _SHAPES[products.lanes, products.registers]
     tile_of = Tile(storage, products, activations, buffers)
 
-    def piece(first: Expr, tile: Expr) -> None:
-        rows = [bind(T.min(first + i, m - 1)) for i in range(at_once)]
-        values = tile_of.emit(rows, tile, width)
-        for i, value in enumerate(values):
-            with when(first + i < m):
-                epilogue.write(first + i, tile, value)
+    def begin(tile: Expr) -> Step:
+        def step(first: Expr) -> None:
+            rows = [bind(T.min(first + i, m - 1)) for i in range(at_once)]
+            for i, vectors in enumerate(tile_of.emit(rows, tile, width)):
+                with when(first + i < m):
+                    epilogue.write(first + i, tile, vectors)
 
-    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), at_once, piece)
+        return step
+
+    each_piece(m, tiles(epilogue.n, paired=epilogue.paired), at_once, begin)
 
 
-def each_piece(m: Expr, count: int, at_once: int, emit_piece: Any) -> None:
-    """Emit the loops over pieces of ``count`` tiles: ``emit_piece(first row, tile)``."""
+def each_piece(
+    m: Expr,
+    count: int,
+    at_once: int,
+    begin: Callable[[Expr], Step],
+    end: Callable[[], None] = lambda: None,
+) -> None:
+    """Emit the loops over pieces of the result.
+
+    Args:
+        m: How many rows there are.
+        count: How many tiles there are.
+        at_once: How many rows a step computes.
+        begin: Emits what a piece of a tile begins with; what it returns emits the rows from a
+            first one on.
+        end: Emits what a piece ends with.
+    """
     size = ROWS // at_once * at_once
     chunks = T.floordiv(m + size - 1, size)
     with parallel(chunks * count) as index:
         tile, chunk = bind(T.floormod(index, count)), bind(T.floordiv(index, count))
         rows = bind(T.min(m - chunk * size, T.int64(size)))
-        with serial(T.floordiv(rows + at_once - 1, at_once)) as step:
-            emit_piece(bind(chunk * size + step * at_once), tile)
+        step = begin(tile)
+        with serial(T.floordiv(rows + at_once - 1, at_once)) as i:
+            step(bind(chunk * size + i * at_once))
+        end()

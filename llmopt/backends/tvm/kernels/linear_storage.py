@@ -36,7 +36,7 @@ TILE: Final = 32
 HALF: Final = 16
 """Gates in a tile of a gated product, and rows that they gate."""
 STEP: Final = 32
-"""The padded length of a row is a multiple of it, or of the block where that is smaller."""
+"""The padded length of a row of int8 codes is a multiple of it, of twice that for AMX."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def block_storage(scheme: Blockwise, k: int, scale: str, features: Features) -> 
 
 def channel_storage(k: int, limit: int, features: Features) -> Storage:
     """Return how int8 codes of -limit … limit with one scale a row are stored."""
-    columns = -(-k // STEP) * STEP
+    step = 2 * STEP if features.amx_int8 else STEP
+    columns = -(-k // step) * step
     vnni = features.avx512vnni or features.avxvnni
     middle = 128 if vnni else 64 if features.avx2 and limit <= 64 else 0
     return Storage(
