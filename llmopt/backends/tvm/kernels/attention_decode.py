@@ -110,11 +110,11 @@ def _fold(acc: Any, lanes: Any, rows: Any) -> None:
 def _score(p: Any) -> None:
     """Write the scores of all query heads with the piece's keys."""
     for j in T.serial(T.ceildiv(p.count, p.lanes)):
-        bias = T.alloc_buffer((p.lanes,), "float32", scope="local")
+        bias = T.alloc_buffer((p.lanes,), "float32")
         for i in T.unroll(p.lanes):
             bias[i] = p.io.bias(p.b, p.first + j * p.lanes + i)
         for r in T.serial(p.io.form.ratio):
-            acc = T.alloc_buffer((p.lanes, p.lanes), "float32", scope="local")
+            acc = T.alloc_buffer((p.lanes, p.lanes), "float32")
             for i in T.unroll(p.lanes):
                 acc[i, at(0, p.lanes)] = p.product(r, j * p.lanes + i)
             _fold(acc, p.lanes, p.lanes // 2)
@@ -127,8 +127,8 @@ def _score(p: Any) -> None:
 def _weigh(p: Any, top: Any, total: Any, slot: Any) -> None:
     """Turn scores into weights; write each query head's peak and sum of weights."""
     for r in T.serial(p.io.form.ratio):
-        best = T.alloc_buffer((p.lanes,), "float32", scope="local")
-        tally = T.alloc_buffer((p.lanes,), "float32", scope="local")
+        best = T.alloc_buffer((p.lanes,), "float32")
+        tally = T.alloc_buffer((p.lanes,), "float32")
         best[at(0, p.lanes)] = splat(UNSEEN, p.lanes)
         tally[at(0, p.lanes)] = splat(0.0, p.lanes)
         for j in T.serial(T.ceildiv(p.count, p.lanes)):
@@ -151,7 +151,7 @@ def _weigh(p: Any, top: Any, total: Any, slot: Any) -> None:
 def _add_values(p: Any, sums: Any, slot: Any) -> None:
     """Write the weighted sums of values, some query heads at a time."""
     for k in T.serial(p.io.form.ratio // p.together):
-        acc = T.alloc_buffer((p.together, p.io.form.width), "float32", scope="local")
+        acc = T.alloc_buffer((p.together, p.io.form.width), "float32")
         for r in T.unroll(p.together):
             for d in T.unroll(p.io.form.width // p.lanes):
                 acc[r, at(d * p.lanes, p.lanes)] = splat(0.0, p.lanes)
@@ -176,8 +176,8 @@ def _join(io: Any, lanes: Any, batch: Any, pieces: Any, sums: Any, top: Any, tot
     for head in T.serial(batch * io.form.heads):
         group = head // io.form.ratio
         r = head % io.form.ratio
-        best = T.alloc_buffer((1,), "float32", scope="local")
-        whole = T.alloc_buffer((1,), "float32", scope="local")
+        best = T.alloc_buffer((1,), "float32")
+        whole = T.alloc_buffer((1,), "float32")
         best[0] = T.float32(UNSEEN)
         whole[0] = T.float32(0.0)
         for i in T.serial(pieces):
@@ -190,7 +190,7 @@ def _join(io: Any, lanes: Any, batch: Any, pieces: Any, sums: Any, top: Any, tot
             whole[0] > T.float32(0.0), T.float32(1.0) / whole[0], T.float32(0.0)
         )
         for d in T.serial(io.form.width // lanes):
-            acc = T.alloc_buffer((lanes,), "float32", scope="local")
+            acc = T.alloc_buffer((lanes,), "float32")
             acc[at(0, lanes)] = splat(0.0, lanes)
             for i in T.serial(pieces):
                 row = (group * pieces + i) * io.form.ratio + r
@@ -323,8 +323,8 @@ def fused(form: Attention, turning: Turning, features: Features) -> Any:
         top = T.alloc_buffer((room_for,), "float32")
         total = T.alloc_buffer((room_for,), "float32")
         for task in T.parallel(batch * group * pieces):
-            query = T.alloc_buffer((ratio, width), "float32", scope="local")
-            scores = T.alloc_buffer((ratio, PIECE), "float32", scope="local")
+            query = T.alloc_buffer((ratio, width), "float32")
+            scores = T.alloc_buffer((ratio, PIECE), "float32")
             b = task // (group * pieces)
             g = task // pieces % group
             i = task % pieces

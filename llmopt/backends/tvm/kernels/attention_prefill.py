@@ -20,7 +20,7 @@ maxima are some 15 instructions a vector against 2·D multiply-adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,15 @@ from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.activations import exp2
 from llmopt.backends.tvm.kernels.attention_form import UNSEEN, Attention
 from llmopt.backends.tvm.kernels.attention_places import Places
-from llmopt.backends.tvm.kernels.vectors import Registers, at, load, splat, store
+from llmopt.backends.tvm.kernels.vectors import (
+    Registers,
+    at,
+    fitting,
+    load,
+    splat,
+    store,
+    transposed,
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,11 @@ class Blocks:
     """Sizes of the blocks.
 
     Args:
-        lanes: Of a vector.
+        lanes: Of a vector of rows.
         vectors: Vectors of rows in a block.
         tile: Keys that stay in registers together.
         deep: Channels that do: the most up to ``tile`` that divide the width of a head.
+        square: Lanes of a vector of channels; divides the width of a head and ``lanes``.
         keys: Keys in a block; a multiple of ``tile``.
     """
 
@@ -49,7 +58,8 @@ class Blocks:
     vectors: int
     tile: int
     deep: int
-    keys: int = 64
+    square: int
+    keys: int = 32
 
     @property
     def rows(self) -> int:
@@ -61,7 +71,7 @@ class Blocks:
         """Return sizes that fit the registers: 32 of them with AVX-512 and NEON, else 16."""
         vectors, tile = (2, 8) if features.avx512 else (3, 8) if features.neon else (3, 4)
         deep = next(n for n in range(tile, 0, -1) if form.width % n == 0)
-        return cls(features.lanes, vectors, tile, deep)
+        return cls(features.lanes, vectors, tile, deep, fitting(features, form.width))
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,12 @@ class Work:
         io: Where everything is.
         b: The sequence.
         g: The key head.
-        row: The first row.
         turned: [D, N] float32, queries times the scale.
+        held: [keys, D] float32, a block of keys, then its values.
         scores: [keys, N] float32, scores, then weights.
         summed: [D, N] float32, weighted values so far.
+        line: [N] int64, of each row in ``q`` and ``y``.
+        column: [N] int64, where the row's numbers begin there.
         position: [N] int32, of each row among the keys.
         peak: [N] float32, the largest score of the blocks before.
         fresh: [N] float32, the same with this block.
@@ -88,10 +100,12 @@ class Work:
     io: Places
     b: Any
     g: Any
-    row: Any
     turned: Any
+    held: Any
     scores: Any
     summed: Any
+    line: Any
+    column: Any
     position: Any
     peak: Any
     fresh: Any
@@ -99,14 +113,13 @@ class Work:
     total: Any
 
     @classmethod
-    def allocated(cls, n: Blocks, io: Places, b: Any, g: Any, row: Any) -> Work:
+    def allocated(cls, n: Blocks, io: Places, b: Any, g: Any) -> Work:
         """Return a task with its buffers, allocated where the text is being read."""
         width, rows = io.form.width, n.rows
-        shapes = [(width, rows), (n.keys, rows), (width, rows), *[(rows,)] * 5]
-        dtypes = ["float32"] * 3 + ["int32"] + ["float32"] * 4
+        shapes = [(width, rows), (n.keys, width), (n.keys, rows), (width, rows), *[(rows,)] * 7]
+        dtypes = ["float32"] * 4 + ["int64", "int64", "int32"] + ["float32"] * 4
         pairs = zip(shapes, dtypes, strict=True)
-        held = [T.alloc_buffer(shape, dtype, scope="local") for shape, dtype in pairs]
-        return cls(n, io, b, g, row, *held)
+        return cls(n, io, b, g, *[T.alloc_buffer(shape, dtype) for shape, dtype in pairs])
 
     def vectors(self, buffer: Any, *place: Any) -> list[Any]:
         """Return all rows' vectors of a buffer [..., N] at a place of its first axes."""
@@ -120,19 +133,38 @@ class Work:
         """Write vector c of a buffer [..., N] at ``place = (..., c)``."""
         store((buffer, (*place[:-1], place[-1] * self.n.lanes)), 0, value)
 
-    def add_key_products(self, acc: Registers, keys: Sequence[Any], d: Any) -> None:
-        """Add number d of some keys times number d of all rows."""
-        places = [self.io.key(self.b, self.g, key) for key in keys]
-        numbers = [splat(load(self.io.k, place, d), self.n.lanes) for place in places]
+    def turn(self, row: Any, channel: Any) -> None:
+        """Write a square of queries, scaled, row and channel exchanged."""
+        factor = splat(self.io.form.factor, self.n.square)
+        vectors = [
+            load(self.io.q, (self.line[row + i], self.column[row + i]), channel, self.n.square)
+            for i in range(self.n.square)
+        ]
+        for i, vector in enumerate(transposed([vector * factor for vector in vectors])):
+            store((self.turned, (channel + i, row)), 0, vector)
+
+    def turn_back(self, row: Any, channel: Any) -> None:
+        """Write a square of results, divided by the rows' totals."""
+        part = T.bind(load(self.total, (row,), 0, self.n.square))
+        vectors = [
+            load(self.summed, (channel + i, row), 0, self.n.square) * part
+            for i in range(self.n.square)
+        ]
+        for i, vector in enumerate(transposed(vectors)):
+            store((self.io.y, (self.line[row + i], self.column[row + i])), channel, vector)
+
+    def add_key_products(self, acc: Registers, slot: Any, d: Any) -> None:
+        """Add number d of a tile of keys times number d of all rows."""
+        numbers = [splat(self.held[slot + r, d], self.n.lanes) for r in range(self.n.tile)]
         acc.add_products(numbers, self.vectors(self.turned, d))
 
     def keep_scores(self, acc: Registers, key: Any, slot: Any) -> None:
         """Write a tile's scores, hidden where a row does not see the key; raise the maxima."""
+        biases = [T.bind(self.io.bias(self.b, key + r)) for r in range(self.n.tile)]
         for c in range(self.n.vectors):
             position, best = T.bind(self.vector(self.position, c)), self.vector(self.fresh, c)
-            for r in range(self.n.tile):
-                bias = splat(self.io.bias(self.b, key + r), self.n.lanes)
-                score = self.io.capped(acc.get(r, c)) + bias
+            for r, bias in enumerate(biases):
+                score = self.io.capped(acc.get(r, c)) + splat(bias, self.n.lanes)
                 score = T.bind(self.io.windowed(score, key + r, position))
                 self.put(self.scores, (slot + r, c), score)
                 best = T.max(best, score)
@@ -142,11 +174,9 @@ class Work:
         """Return what is left of the sums of channels from ``first`` on: by row, by column."""
         return lambda r, c: self.vector(self.summed, first + r, c) * self.vector(self.shrink, c)
 
-    def add_value_products(self, acc: Registers, key: Any, slot: Any, first: Any) -> None:
+    def add_value_products(self, acc: Registers, slot: Any, first: Any) -> None:
         """Add channels from ``first`` on of a value, weighted, to the sums of all rows."""
-        place = self.io.value(self.b, self.g, key)
-        channels = range(self.n.deep)
-        numbers = [splat(load(self.io.v, place, first + r), self.n.lanes) for r in channels]
+        numbers = [splat(self.held[slot, first + r], self.n.lanes) for r in range(self.n.deep)]
         acc.add_products(numbers, self.vectors(self.scores, slot))
 
     def keep_sums(self, acc: Registers, first: Any) -> None:
@@ -157,36 +187,51 @@ class Work:
 
 
 @T.inline
-def _start(w: Any) -> None:
+def _start(w: Any, first: Any) -> None:
     """Turn the block's queries, scaled; rows past the end repeat the last row."""
     for i in T.serial(w.n.rows):
-        row = T.min(w.row + i, w.io.length * w.io.form.ratio - 1)
+        row = T.min(first + i, w.io.length * w.io.form.ratio - 1)
+        w.line[i] = w.b * w.io.length + row // w.io.form.ratio
+        w.column[i] = (w.g * w.io.form.ratio + row % w.io.form.ratio) * w.io.form.width
         w.position[i] = T.cast(w.io.past + row // w.io.form.ratio, "int32")
         w.peak[i] = T.float32(UNSEEN)
         w.total[i] = T.float32(0.0)
-        for d in T.serial(w.io.form.width):
-            w.turned[d, i] = load(w.io.q, w.io.row(w.b, row, w.g), d) * T.float32(w.io.form.factor)
-            w.summed[d, i] = T.float32(0.0)
+    for i in T.serial(w.n.rows // w.n.square):
+        for d in T.serial(w.io.form.width // w.n.square):
+            w.turn(i * w.n.square, d * w.n.square)
+    for d in T.serial(w.io.form.width):
+        for c in T.unroll(w.n.vectors):
+            w.put(w.summed, (d, c), splat(0.0, w.n.lanes))
+
+
+@T.inline
+def _hold(w: Any, buffer: Any, place: Any, origin: Any, count: Any) -> None:
+    """Copy keys or values side by side, so that they do not evict each other from the cache."""
+    for t in T.serial(count):
+        for d in T.serial(w.io.form.width // w.n.square):
+            store(
+                (w.held, (t, 0)),
+                d * w.n.square,
+                load(
+                    buffer,
+                    place(w.b, w.g, T.min(origin + t, w.io.keys - 1)),
+                    d * w.n.square,
+                    w.n.square,
+                ),
+            )
 
 
 @T.inline
 def _score(w: Any, origin: Any, count: Any) -> None:
     """Multiply a block of keys with all rows, tile by tile."""
     for c in T.unroll(w.n.vectors):
-        w.fresh[at(c * w.n.lanes, w.n.lanes)] = w.vector(w.peak, c)
+        w.put(w.fresh, (c,), w.vector(w.peak, c))
     for j in T.serial(T.ceildiv(count, w.n.tile)):
         acc = T.meta_var(Registers.allocated(w.n.tile, w.n.vectors, w.n.lanes))
-        slot = j * w.n.tile
         acc.fill(lambda r, c: splat(0.0, w.n.lanes))
-        if origin + slot + w.n.tile <= w.io.keys:
-            for d in T.serial(w.io.form.width):
-                w.add_key_products(acc, [origin + slot + r for r in range(w.n.tile)], d)
-        else:
-            for d in T.serial(w.io.form.width):
-                w.add_key_products(
-                    acc, [T.min(origin + slot + r, w.io.keys - 1) for r in range(w.n.tile)], d
-                )
-        w.keep_scores(acc, origin + slot, slot)
+        for d in T.serial(w.io.form.width):
+            w.add_key_products(acc, j * w.n.tile, d)
+        w.keep_scores(acc, origin + j * w.n.tile, j * w.n.tile)
 
 
 @T.inline
@@ -195,7 +240,7 @@ def _weigh(w: Any, count: Any) -> None:
     for c in T.unroll(w.n.vectors):
         fresh: T.let = w.vector(w.fresh, c)
         shrink: T.let = exp2(w.vector(w.peak, c) - fresh)
-        total = T.alloc_buffer((w.n.lanes,), "float32", scope="local")
+        total = T.alloc_buffer((w.n.lanes,), "float32")
         total[at(0, w.n.lanes)] = w.vector(w.total, c) * shrink
         for t in T.serial(T.ceildiv(count, w.n.tile) * w.n.tile):
             weight: T.let = exp2(w.vector(w.scores, t, c) - fresh)
@@ -207,13 +252,13 @@ def _weigh(w: Any, count: Any) -> None:
 
 
 @T.inline
-def _add_values(w: Any, origin: Any, count: Any) -> None:
+def _add_values(w: Any, count: Any) -> None:
     """Add a block's values, weighted, to what older blocks left."""
     for j in T.serial(w.io.form.width // w.n.deep):
         acc = T.meta_var(Registers.allocated(w.n.deep, w.n.vectors, w.n.lanes))
         acc.fill(w.shrunk(j * w.n.deep))
         for t in T.serial(count):
-            w.add_value_products(acc, origin + t, t, j * w.n.deep)
+            w.add_value_products(acc, t, j * w.n.deep)
         w.keep_sums(acc, j * w.n.deep)
 
 
@@ -221,26 +266,28 @@ def _add_values(w: Any, origin: Any, count: Any) -> None:
 def _finish(w: Any) -> None:
     """Divide by the sums of weights and turn back; rows that saw nothing are 0."""
     for i in T.serial(w.n.rows):
-        if w.row + i < w.io.length * w.io.form.ratio:
-            part = T.if_then_else(
-                w.total[i] > T.float32(0.0), T.float32(1.0) / w.total[i], T.float32(0.0)
-            )
-            for d in T.serial(w.io.form.width):
-                store((w.io.y, w.io.row(w.b, w.row + i, w.g)), d, w.summed[d, i] * part)
+        w.total[i] = T.if_then_else(
+            w.total[i] > T.float32(0.0), T.float32(1.0) / w.total[i], T.float32(0.0)
+        )
+    for i in T.serial(w.n.rows // w.n.square):
+        for d in T.serial(w.io.form.width // w.n.square):
+            w.turn_back(i * w.n.square, d * w.n.square)
 
 
 @T.inline
-def _attend(w: Any) -> None:
-    """Compute one block of rows."""
-    _start(w)
-    begin = w.io.begin(w.row)
-    end = w.io.end(w.row + w.n.rows - 1)
+def _attend(w: Any, row: Any) -> None:
+    """Compute the block of rows from ``row`` on."""
+    _start(w, row)
+    begin = w.io.begin(row)
+    end = w.io.end(row + w.n.rows - 1)
     for j in T.serial(T.ceildiv(end - begin, w.n.keys)):
         origin = begin + j * w.n.keys
         count = T.min(end - origin, w.n.keys)
+        _hold(w, w.io.k, w.io.key, origin, T.ceildiv(count, w.n.tile) * w.n.tile)
         _score(w, origin, count)
         _weigh(w, count)
-        _add_values(w, origin, count)
+        _hold(w, w.io.v, w.io.value, origin, count)
+        _add_values(w, count)
     _finish(w)
 
 
@@ -258,7 +305,7 @@ def _attend_all(n: Any, io: Any, batch: Any) -> None:
         head = task // blocks
         b = head // io.form.kv_heads
         g = head % io.form.kv_heads
-        _attend(Work.allocated(n, io, b, g, row))
+        _attend(Work.allocated(n, io, b, g), row)
 
 
 def packed(form: Attention, features: Features) -> Any:

@@ -111,7 +111,7 @@ def _rotate(head: Any, half: Any, root: Any) -> None:
 @T.inline
 def turn(head: Any) -> None:
     """Write one head: normed, its first numbers rotated, all scaled."""
-    root = T.alloc_buffer((head.lanes,), "float32", scope="local")
+    root = T.alloc_buffer((head.lanes,), "float32")
     root[at(0, head.lanes)] = splat(0.0, head.lanes)
     if head.turning.norm is not None:
         for j in T.serial(head.turning.width // head.lanes):

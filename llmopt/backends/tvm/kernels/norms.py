@@ -120,7 +120,7 @@ class Row:
 @T.inline
 def sum_row(acc: Any, lanes: Any, width: Any, term: Any) -> None:
     """Write to ``acc [lanes]`` the lane-wise sums of ``term(d)`` over a row."""
-    four = T.alloc_buffer((4, lanes), "float32", scope="local")
+    four = T.alloc_buffer((4, lanes), "float32")
     for i in T.unroll(4):
         four[i, at(0, lanes)] = splat(0.0, lanes)
     for j in T.serial(width // (4 * lanes)):
@@ -138,8 +138,8 @@ def sum_row(acc: Any, lanes: Any, width: Any, term: Any) -> None:
 @T.inline
 def _normalize(row: Any, y: Any, place: Any) -> None:
     """Write the norm of a row."""
-    mean = T.alloc_buffer((row.lanes,), "float32", scope="local")
-    root = T.alloc_buffer((row.lanes,), "float32", scope="local")
+    mean = T.alloc_buffer((row.lanes,), "float32")
+    root = T.alloc_buffer((row.lanes,), "float32")
     mean[at(0, row.lanes)] = splat(0.0, row.lanes)
     if row.norm.kind == "layer":
         sum_row(mean, row.lanes, row.norm.width, row.number)
@@ -211,8 +211,8 @@ def softmax(width: int, features: Features, rows: Rows = "many") -> Kernel:
         given = T.match_buffer(x, (count, width), "float32")
         out = T.match_buffer(y, (count, width), "float32")
         for m in loop(count):
-            best = T.alloc_buffer((lanes,), "float32", scope="local")
-            total = T.alloc_buffer((lanes,), "float32", scope="local")
+            best = T.alloc_buffer((lanes,), "float32")
+            total = T.alloc_buffer((lanes,), "float32")
             best[at(0, lanes)] = splat(-3e38, lanes)
             total[at(0, lanes)] = splat(0.0, lanes)
             for j in T.serial(width // lanes):
@@ -249,8 +249,8 @@ def argmax(width: int, features: Features) -> Kernel:
         given = T.match_buffer(x, (count, width), "float32")
         out = T.match_buffer(y, (count,), "int64")
         for m in T.serial(count):
-            best = T.alloc_buffer((lanes,), "float32", scope="local")
-            where = T.alloc_buffer((1,), "int64", scope="local")
+            best = T.alloc_buffer((lanes,), "float32")
+            where = T.alloc_buffer((1,), "int64")
             best[at(0, lanes)] = splat(float("-inf"), lanes)
             for j in T.serial(width // lanes):
                 best[at(0, lanes)] = T.max(

@@ -64,6 +64,24 @@ def pair_sums(first: Any, second: Any) -> Any:
     return even + odd
 
 
+def transposed(vectors: Sequence[Any]) -> list[Any]:
+    """Return as many vectors as each has lanes, row and lane exchanged.
+
+    log2(L) rounds of L shuffles; each exchanges blocks twice as wide as the one before.
+    """
+    rows, step = [T.bind(vector) for vector in vectors], 1
+    lanes = len(rows)
+    while step < lanes:
+        upper = [lane if not lane & step else lanes + lane - step for lane in range(lanes)]
+        lower = [lane + step if not lane & step else lanes + lane for lane in range(lanes)]
+        after = list(rows)
+        for i in (i for i in range(lanes) if not i & step):
+            after[i] = T.bind(shuffled(rows[i], rows[i + step], upper))
+            after[i + step] = T.bind(shuffled(rows[i], rows[i + step], lower))
+        rows, step = after, 2 * step
+    return rows
+
+
 def across(value: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """Return a vector that holds all lanes of ``value`` combined, in every lane."""
     lanes = lanes_of(value)
@@ -88,7 +106,9 @@ class Registers:
     @classmethod
     def allocated(cls, rows: int, columns: int, lanes: int) -> Registers:
         """Return registers, allocated where the text is being read."""
-        return cls(tuple(tuple(_register(lanes) for _ in range(columns)) for _ in range(rows)), lanes)
+        return cls(
+            tuple(tuple(_register(lanes) for _ in range(columns)) for _ in range(rows)), lanes
+        )
 
     def get(self, row: int, column: int) -> Any:
         """Return a vector."""
@@ -114,7 +134,7 @@ class Registers:
 
 
 def _register(lanes: int) -> Any:
-    return T.alloc_buffer((lanes,), "float32", scope="local")
+    return T.alloc_buffer((lanes,), "float32")
 
 
 def kept(function: Any, names: Sequence[str], needed: Collection[str]) -> Any:
