@@ -234,7 +234,7 @@ def _compilation(
     with clock(f"preparing {backend.name}"):
         settled, notes = backend.settled(source.program, named)
     chosen = dataclasses.replace(options, quantize=named)
-    scheme = None if named is None else parse_scheme(named)
+    scheme = None if named is None else settled.stored(parse_scheme(named))
     return _Compilation(source, settled, scheme, chosen, clock, notes)
 
 
@@ -299,8 +299,8 @@ class _Compilation:
         from llmopt.quantization.schemes import Blockwise, Cast, DynamicInt8
 
         match self.scheme:
-            case Blockwise(bits, block, symmetric):
-                return (QuantizeWeights(bits, block, symmetric),)
+            case Blockwise(bits, block, symmetric, positive, half):
+                return (QuantizeWeights(bits, block, symmetric, positive, half),)
             case DynamicInt8():
                 return (QuantizeDynamic(),)
             case Cast(dtype):
@@ -321,6 +321,10 @@ class _Compilation:
         program = self.source.program
         to_float = (item for item in self._passes() if isinstance(item, ConvertFloat))
         narrower = next(to_float, None)
+        static = next((item for item in self._passes() if isinstance(item, QuantizeStatic)), None)
+        if static is not None and narrower is not None:
+            others = convert_float.rounding(program, narrower)
+            return quantize_static.rounding(program, static, others)
         match self.scheme, narrower:
             case Blockwise(), None:
                 return quantize_weights.rounding(program, self.scheme)

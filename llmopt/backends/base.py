@@ -15,6 +15,7 @@ import numpy.typing as npt
 from llmopt.errors import UnknownNameError, UsageError
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
+from llmopt.quantization.schemes import Scheme
 
 Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
@@ -121,6 +122,14 @@ class Backend(abc.ABC):
             BackendUnavailableError: what an option asks for is not here.
         """
         return self, ()
+
+    def stored(self, scheme: Scheme) -> Scheme:
+        """Return the scheme as this backend stores it.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        return scheme
 
     @property
     def proven_by(self) -> str:

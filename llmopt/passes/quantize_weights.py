@@ -46,17 +46,21 @@ class QuantizeWeights(Pass):
         bits: Width of a code: 4 or 8.
         block: Weights that share a scale: 16 to 256.
         symmetric: Whether the zero point is the middle code.
+        positive: Whether scales are positive.
+        half: Whether scales are rounded to float16.
     """
 
     name: ClassVar[str] = "quantize-weights"
     bits: int = 4
     block: int = 32
     symmetric: bool = True
+    positive: bool = False
+    half: bool = False
 
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
-        scheme = Blockwise(self.bits, self.block, self.symmetric)
+        scheme = Blockwise(self.bits, self.block, self.symmetric, self.positive, self.half)
         made: dict[object, ir.Value] = {}
         for node, value, base in list(candidates(program)):
             if base.shape.numpy()[1] < SHORTEST:

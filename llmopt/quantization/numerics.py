@@ -89,6 +89,12 @@ def quantize_blockwise(
     >>> one.scale.tolist(), one.codes[0, :5].tolist()
     ([[-1.0]], [0, 7, 15, 6, 8])
 
+    Symmetric and positive: ``scale = max(max / 7, -min / 8)`` (4 bits), so that nothing saturates.
+
+    >>> one = quantize_blockwise(row, Blockwise(bits=4, block=16, positive=True))
+    >>> one.scale.round(4).tolist(), one.codes[0, :5].tolist()
+    ([[1.142899990081787]], [15, 9, 2, 10, 8])
+
     Asymmetric: ``scale = (max - min) / (2**bits - 1)`` over the block's values and 0, and
     ``zero_point = -min / scale`` rounded, so that 0 is exact and every error at most scale / 2.
 
@@ -180,12 +186,14 @@ def _quantize_chunk(weight: Floats, out: Quantized, first_row: int) -> None:
     low, high = (part.reshape(out.scale.shape) for part in _extremes(values, scheme.block))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise _unusable(values, first_row)
-    if scheme.symmetric:
+    if scheme.symmetric and scheme.positive:
+        scale = np.maximum(high / (scheme.middle - 1), low / -scheme.middle)
+    elif scheme.symmetric:
         scale = np.where(high > -low, high, low) / -scheme.middle
     else:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         scale = (high - low) / (scheme.levels - 1)
-    out.scale[:] = _stored(scale, out.scale.dtype)
+    out.scale[:] = _stored(scale, np.dtype(np.float16) if scheme.half else out.scale.dtype)
     if not np.isfinite(out.scale).all():
         raise _unusable(values, first_row)
     if out.zero_point is not None:

@@ -24,7 +24,8 @@ class Blockwise:
     """Weights in unsigned codes, one scale for each block of one row; activations stay float.
 
     Range: ``(code - zero_point) * scale``, ``code`` in 0 … 2**bits - 1. Without a zero point
-    (``symmetric``) it is 2**(bits - 1), and the scale may be negative.
+    (``symmetric``) it is 2**(bits - 1), and the scale may be negative, unless ``positive`` says
+    that the machine takes no such scale.
 
     A head of N = 49152 rows and K = 576 columns, in 4 bits and blocks of 32:
 
@@ -45,6 +46,9 @@ class Blockwise:
         bits: Width of a code: 4 or 8; 2 is for experiments and has no name in `SCHEMES`.
         block: Columns that share a scale: 16, 32, 64, 128 or 256.
         symmetric: Whether the zero point is the middle code instead of one stored per block.
+        positive: Whether the scale is positive, though a negative one may fit a block better.
+        half: Whether scales are rounded to float16 before codes are chosen, for kernels that store
+            them so.
 
     Raises:
         UsageError: another width or block.
@@ -53,6 +57,8 @@ class Blockwise:
     bits: int = 4
     block: int = 32
     symmetric: bool = True
+    positive: bool = False
+    half: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no kernel has."""
@@ -90,6 +96,8 @@ class Blockwise:
         default = Blockwise()
         changed = [f"block={self.block}"] if self.block != default.block else []
         changed += [] if self.symmetric else ["symmetric=false"]
+        changed += ["positive=true"] if self.positive else []
+        changed += ["half=true"] if self.half else []
         return f"w{self.bits}" + (f"{{{','.join(changed)}}}" if changed else "")
 
 
@@ -140,7 +148,37 @@ class Cast:
         return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
 
 
-Scheme = Blockwise | DynamicInt8 | Cast
+@dataclass(frozen=True)
+class Static:
+    """Weights in 8 bits, one scale per output channel; activations too, one scale per tensor.
+
+    The scales of activations are found once, on calibration data (*static*), and are symmetric:
+    ``code * scale``, codes -127 … 127 of int8 or float8 (E4M3, up to 448) numbers.
+
+    >>> str(Static("int8")), str(Static("float8")), Static("int8").limit
+    ('w8a8', 'fp8', 127.0)
+
+    Args:
+        code: ``"int8"`` or ``"float8"``.
+    """
+
+    code: Literal["int8", "float8"]
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude of a code."""
+        return {"int8": 127.0, "float8": 448.0}[self.code]
+
+    def size_bytes(self, rows: int, columns: int) -> int:
+        """Return the size of a weight [rows = K, columns = N]: codes, and float16 scales."""
+        return rows * columns + 2 * columns
+
+    @override
+    def __str__(self) -> str:
+        return {"int8": "w8a8", "float8": "fp8"}[self.code]
+
+
+Scheme = Blockwise | DynamicInt8 | Cast | Static
 
 _NAMED: Final[dict[str, Scheme]] = {
     "w8": Blockwise(bits=8),
@@ -148,6 +186,8 @@ _NAMED: Final[dict[str, Scheme]] = {
     "w8a8-dynamic": DynamicInt8(),
     "fp16": Cast("float16"),
     "bf16": Cast("bfloat16"),
+    "w8a8": Static("int8"),
+    "fp8": Static("float8"),
 }
 
 SCHEMES: Final[dict[str, str]] = {
@@ -156,6 +196,8 @@ SCHEMES: Final[dict[str, str]] = {
     "w8a8-dynamic": "int8 weights per output channel, int8 activations scaled per token; encoders",
     "fp16": "weights and activations in IEEE half precision",
     "bf16": "weights and activations in bfloat16",
+    "w8a8": "int8 weights per output channel, int8 activations per tensor, calibrated; encoders",
+    "fp8": "float8 (E4M3) weights per output channel, activations per tensor, calibrated; encoders",
 }
 
 
@@ -163,7 +205,7 @@ def parse_scheme(text: str) -> Scheme:
     """Return the scheme that ``text`` names.
 
     >>> parse_scheme("w4{block=64,symmetric=false}")
-    Blockwise(bits=4, block=64, symmetric=False)
+    Blockwise(bits=4, block=64, symmetric=False, positive=False, half=False)
     >>> str(parse_scheme("w8{symmetric=true,block=128}"))
     'w8{block=128}'
 
@@ -193,15 +235,21 @@ def parse_scheme(text: str) -> Scheme:
 
 def _with_options(scheme: Blockwise, pairs: list[str]) -> Blockwise:
     block, symmetric = scheme.block, scheme.symmetric
+    positive, half = scheme.positive, scheme.half
     for pair in pairs:
         key, _, value = (part.strip() for part in pair.partition("="))
         if key == "block":
             block = _integer(value)
         elif key == "symmetric":
-            symmetric = _boolean(value)
+            symmetric = _boolean(value, key)
+        elif key == "positive":
+            positive = _boolean(value, key)
+        elif key == "half":
+            half = _boolean(value, key)
         else:
-            raise UnknownNameError(f"option of scheme w{scheme.bits}", key, ("block", "symmetric"))
-    return Blockwise(scheme.bits, block, symmetric)
+            known = ("block", "symmetric", "positive", "half")
+            raise UnknownNameError(f"option of scheme w{scheme.bits}", key, known)
+    return Blockwise(scheme.bits, block, symmetric, positive, half)
 
 
 def _integer(value: str) -> int:
@@ -210,7 +258,7 @@ def _integer(value: str) -> int:
     return int(value)
 
 
-def _boolean(value: str) -> bool:
+def _boolean(value: str, key: str) -> bool:
     if value not in {"true", "false"}:
-        raise UsageError(f"symmetric={value}: write true or false")
+        raise UsageError(f"{key}={value}: write true or false")
     return value == "true"

@@ -1,0 +1,286 @@
+"""TensorRT and TensorRT-RTX: one typed network, engines for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.backends.base import TOLERANCE, Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.tensorrt.int4_weights import Int4Weights
+from llmopt.backends.tensorrt.legalize_attention import LegalizeAttention, declined
+from llmopt.backends.tensorrt.legalize_operators import LegalizeOperators
+from llmopt.backends.tensorrt.network import problems_of, profiles_of
+from llmopt.backends.tensorrt.quantize_static import QuantizeStatic
+from llmopt.backends.tensorrt.report import Attention, attentions, read_layers, summary
+from llmopt.errors import ArtifactError, BackendUnavailableError, UnsupportedModelError, UsageError
+from llmopt.ir import graph as g
+from llmopt.ir.dialect import OPSET
+from llmopt.ir.program import Program
+from llmopt.ir.saving import save_with_data
+from llmopt.passes.base import Pass
+from llmopt.passes.convert_float import NARROW, ConvertFloat
+from llmopt.quantization.calibration import Observer
+from llmopt.quantization.schemes import Blockwise, Scheme, Static, parse_scheme
+from llmopt.runtime.engines.cuda_driver import LIBRARY
+from llmopt.runtime.engines.tensorrt_build import (
+    CAPABILITIES,
+    INSTALL,
+    MODULES,
+    build_engine,
+    import_tensorrt,
+)
+from llmopt.runtime.engines.tensorrt_recipe import NETWORK, RECIPE, WEIGHTS, Recipe, engine_file
+
+REPORT: Final = "engine-report.json"
+_ALIGNMENT: Final = 4096  # a page
+TOLERANCES: Final[Mapping[str, float]] = {
+    "fp16": 2e-2,
+    "bf16": 1e-1,
+    "w4": 5e-2,
+    "w8a8": 5e-2,
+    "fp8": 5e-2,
+}
+"""What rounding every value to 11 bits (or 8: bf16) leaves of the largest output after tens of
+layers, against the source with its weights rounded the same way. Activations of 8 bits are left
+unrounded for it; what they cost is the quality that ``compile`` measures."""
+
+
+@dataclass(frozen=True)
+class _TensorRt(Backend):
+    """What both packages share: options of the typed network, and how it is written.
+
+    Args:
+        dtype: The float of activations where a scheme does not say: ``float16`` or ``bfloat16``.
+        chunk: Most new tokens of one call of a decoder; longer prompts take several.
+        percentile: For ``w8a8`` and ``fp8``: how much of what calibration saw a scale covers.
+        calibration: For the same: a file, one text a line; random tokens if not given.
+    """
+
+    schemes: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "w4", "w8a8", "fp8"})
+    package: ClassVar[str]
+    dtype: str = "float16"
+    chunk: str = "512"
+    percentile: str = "100"
+    calibration: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        if self.dtype not in NARROW:
+            raise UsageError(f"dtype={self.dtype}: choose float16 or bfloat16")
+        if not self.chunk.isdecimal() or int(self.chunk) < 1:
+            raise UsageError(f"chunk={self.chunk}: give a whole number of tokens")
+        Observer(_number("percentile", self.percentile))
+
+    @property
+    @override
+    def proven_by(self) -> str:
+        return "the typed network in onnxruntime-cpu; the engine itself was not run"
+
+    @override
+    def tolerance(self, scheme: str | None) -> float:
+        return TOLERANCE if scheme is None else TOLERANCES[scheme.split("{")[0]]
+
+    @override
+    def available(self) -> Availability:
+        there = any(find_spec(name) is not None for name in MODULES[self.package])
+        missing = "" if there else INSTALL[self.package]
+        return Availability(self._to_build(missing), missing or _driver())
+
+    @override
+    def check(self, program: Program) -> list[str]:
+        return problems_of(program)
+
+    @override
+    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+        legal = (LegalizeAttention(), LegalizeOperators())
+        match parse_scheme(scheme) if scheme else None:
+            case Static(code):
+                percentile = _number("percentile", self.percentile)
+                first = QuantizeStatic(code, percentile, self.calibration)
+                return (first, *legal, ConvertFloat(self.dtype))
+            case Blockwise():
+                return (Int4Weights(), *legal, ConvertFloat(self.dtype))
+        return legal
+
+    @override
+    def stored(self, scheme: Scheme) -> Scheme:
+        if not isinstance(scheme, Blockwise):
+            return scheme
+        if not scheme.symmetric:
+            raise UsageError(f"{scheme}: TensorRT has no zero points; leave symmetric=false away")
+        return dataclasses.replace(scheme, positive=True)
+
+    @override
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
+        trt = None if demand.defer_engine else self._tensorrt()
+        recipe = Recipe(
+            self.package,
+            () if demand.defer_engine else self._capabilities(),
+            profiles_of(program, demand.batch, int(self.chunk)),
+        )
+        _write_network(program, folder)
+        (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
+        versions: dict[str, str | int] = {"opset": OPSET}
+        requires: dict[str, Any] = {
+            "batch": demand.batch,
+            "length": program.facts.max_length,
+            "chunk": int(self.chunk),
+        }
+        notes = _notes(program, demand)
+        if trt is None:
+            notes += (f"the engine is built at the first load, by {self.package} on the device",)
+            return Lowered(NETWORK, program, versions, requires, notes)
+        versions[self.package] = str(trt.__version__)
+        requires |= {"sm": list(recipe.capabilities), self.package: str(trt.__version__)}
+        notes += self._build(trt, program, folder, recipe)
+        return Lowered(NETWORK, program, versions, requires, notes)
+
+    @override
+    def open(self, entry: Path, *, exact: bool = False) -> Run:
+        from llmopt.backends.tensorrt.typed_run import open_typed
+
+        return open_typed(entry, exact=exact)
+
+    def _tensorrt(self) -> Any:
+        try:
+            return import_tensorrt(self.package, self.name)
+        except BackendUnavailableError as error:
+            hint = "or pass --defer-engine: the engine is then built at the first load"
+            raise BackendUnavailableError(self.name, f"{error.reason}; {hint}") from error
+
+    def _to_build(self, missing: str) -> str:
+        return missing
+
+    def _capabilities(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _build(self, trt: Any, program: Program, folder: Path, recipe: Recipe) -> tuple[str, ...]:
+        """Build every engine, write them and the report, and say what was fused."""
+        nodes = [str(node.name) for node in g.nodes(program.graph, "Attention")]
+        written = declined(program)
+        engines, notes = [], []
+        for capability in recipe.capabilities:
+            try:
+                built = build_engine(trt, folder / NETWORK, recipe, capability)
+            except ArtifactError as error:
+                hint = "report it: this should have been found before the build"
+                raise UnsupportedModelError(self.name, [error.problem], hint) from error
+            (folder / engine_file(capability)).write_bytes(built.engine)
+            layers = read_layers(built.layers)
+            found = attentions(layers, nodes, written, len(recipe.profiles))
+            engines.append(summary(capability, layers, found))
+            notes.append(_fused(capability, found))
+        text = json.dumps({"schema": 1, "engines": engines}, indent=2) + "\n"
+        (folder / REPORT).write_text(text, encoding="utf-8")
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class TensorRtRtx(_TensorRt):
+    """Engines for RTX GPUs, built ahead of time on a machine that needs no GPU.
+
+    Args:
+        sm: Compute capabilities without their point, separated by semicolons: ``89;120``.
+    """
+
+    name: ClassVar[str] = "tensorrt-rtx"
+    summary: ClassVar[str] = "TensorRT-RTX engines for RTX GPUs, built ahead of time without a GPU"
+    package: ClassVar[str] = "tensorrt_rtx"
+    sm: str = "89"
+
+    def __post_init__(self) -> None:
+        """Refuse GPUs that TensorRT-RTX does not build for."""
+        super().__post_init__()
+        known = {each.replace(".", "") for each in CAPABILITIES}
+        for given in self.sm.split(";"):
+            if given not in known:
+                choices = ";".join(each.replace(".", "") for each in CAPABILITIES)
+                raise UsageError(f"sm={given}: TensorRT-RTX builds for {choices}")
+
+    @override
+    def _capabilities(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(f"{each[:-1]}.{each[-1]}" for each in self.sm.split(";")))
+
+
+@dataclass(frozen=True)
+class TensorRt(_TensorRt):
+    """An engine for the GPU of this machine, or of the machine that loads it first."""
+
+    name: ClassVar[str] = "tensorrt"
+    summary: ClassVar[str] = "a TensorRT engine for the GPU at hand; --defer-engine builds it there"
+    package: ClassVar[str] = "tensorrt"
+
+    @override
+    def _to_build(self, missing: str) -> str:
+        lacking = missing or _driver()
+        return f"{lacking}, or compile with --defer-engine" if lacking else ""
+
+    @override
+    def _capabilities(self) -> tuple[str, ...]:
+        from llmopt.runtime.engines.cuda_driver import Driver
+
+        return (Driver(self.name).capability,)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{name}={text}: give a number") from None
+
+
+def _driver() -> str:
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError:
+        return f"an NVIDIA GPU and its driver ({LIBRARY})"
+    return ""
+
+
+def _write_network(program: Program, folder: Path) -> None:
+    from onnx_ir.passes.common import NameFixPass
+
+    g.name_nodes(program.graph)
+    NameFixPass()(program.model)
+    save_with_data(program.model, folder / NETWORK, WEIGHTS, alignment=_ALIGNMENT)
+
+
+def _notes(program: Program, demand: Demand) -> tuple[str, ...]:
+    """Say what the cache takes, which --max-length and --batch decide."""
+    size = sum(
+        value.const_value is None and value.dtype is not None and _bytes(value, demand.batch)
+        for value in program.graph.inputs
+        if g.rank(value) == 4
+    )
+    if not size:
+        return ()
+    length = program.facts.max_length
+    note = (
+        f"the cache of {demand.batch} sequences of {length} tokens takes {size / 2**20:.0f} MiB on "
+        "the device, and each step reads all of it: --batch and --max-length bound it"
+    )
+    return (note,)
+
+
+def _bytes(value: ir.Value, batch: int) -> int:
+    sizes = [size if isinstance(size, int) else batch for size in g.shape(value) or []]
+    total = value.dtype.itemsize if value.dtype is not None else 0
+    for size in sizes:
+        total *= size
+    return int(total)
+
+
+def _fused(capability: str, found: Sequence[Attention]) -> str:
+    fused = sum(each.fused for each in found)
+    text = f"sm {capability}: {fused} of {len(found)} attentions are one layer each"
+    missed = [f"{each.node}: {each.reason}" for each in found if not each.fused]
+    return text + (f"; {'; '.join(missed[:3])}" if missed else "")

@@ -1,0 +1,279 @@
+"""Give every Attention the form that TensorRT's parser turns into one layer.
+
+Rewrites::
+
+    Attention(q, k, v, padding, past_key, past_value)       is_causal, windows
+        into  keys = TensorScatter(past_key, k, write_indices)      [B, G, C, D], in place
+              values = TensorScatter(past_value, v, write_indices)
+              Attention(q, keys, values, mask)                      [B, H, S, D]
+
+with one boolean mask [B, 1, S, C] for all layers that see alike. The parser reads neither
+``nonpad_kv_seqlen`` nor windows nor ``softcap``, and anchors ``is_causal`` at the top left, which
+is wrong for a cache: what an attention sees is therefore always written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.backends.tensorrt.written_out import written_out
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program, Role
+from llmopt.passes.base import Outcome, Pass
+from llmopt.runtime.engines.tensorrt_recipe import WRITE_INDICES
+
+NO_SOFTCAP: Final = "TensorRT's attention has no softcap: it is products and a softmax"
+_DECLINED: Final = "llmopt.tensorrt.declined"
+_PASTS: Final = (Role.PAST_KEY, Role.PAST_VALUE)
+_CACHES: Final = (*_PASTS, Role.PRESENT_KEY, Role.PRESENT_VALUE)
+
+
+@dataclass(frozen=True)
+class LegalizeAttention(Pass):
+    """Write out masks, and let a cache be a buffer of fixed capacity that is updated in place.
+
+    Numerics: exact on unpadded queries.
+    Scope: the graph. The cache becomes [B, G, C, D] for C the most tokens of a sequence,
+    ``attention_mask`` [B, C], and ``write_indices`` [B] says where each row's new tokens go.
+    Leaves: nothing; an attention with ``softcap`` is written out as products and a softmax, and
+    reported: TensorRT does not fuse it.
+    """
+
+    name: ClassVar[str] = "legalize-attention"
+    lowers: ClassVar[bool] = True
+    changes_signature: ClassVar[bool] = True
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        nodes = g.nodes(program.graph, "Attention")
+        if not nodes:
+            return outcome
+        cached = program.signature.has_cache
+        writes = _fix_capacity(program) if cached else None
+        legalizer = _Legalizer(program, writes, outcome)
+        for node in nodes:
+            legalizer.rewrite(node)
+        g.remove_dead(program.model)
+        program.graph.sort()
+        if cached:
+            program.learn(model=replace(program.facts.model, cache="shared"))
+        return outcome
+
+
+def declined(program: Program) -> dict[str, str]:
+    """Return the attentions that were written out, and why."""
+    found: dict[str, str] = program.model.meta.setdefault(_DECLINED, {})
+    return found
+
+
+def _fix_capacity(program: Program) -> ir.Value:
+    """Give the signature a cache of fixed capacity; return the new input ``write_indices``."""
+    capacity, graph = program.facts.max_length, program.graph
+    writes = ir.Value(
+        name=WRITE_INDICES, shape=ir.Shape(["B"]), type=ir.TensorType(ir.DataType.INT64)
+    )
+    signature = program.signature
+    inputs = [_fixed(port, capacity) for port in signature.inputs]
+    shapes = {port.name: port.shape for port in inputs}
+    for value in graph.inputs:
+        if str(value.name) in shapes:
+            value.shape = ir.Shape(shapes[str(value.name)])
+    place = next(i for i, port in enumerate(inputs) if port.role in _PASTS)
+    graph.inputs.insert(place, writes)
+    index = type(inputs[0])(WRITE_INDICES, WRITE_INDICES, "int64", ("B",))
+    inputs.insert(place, index)
+    outputs = [_fixed(port, capacity) for port in signature.outputs]
+    program.signature = replace(signature, inputs=tuple(inputs), outputs=tuple(outputs))
+    return writes
+
+
+def _fixed(port: Any, capacity: int) -> Any:
+    if port.role == Role.MASK:
+        return replace(port, shape=(port.shape[0], capacity))
+    if port.role in _CACHES:
+        return replace(port, shape=(*port.shape[:2], capacity, port.shape[3]))
+    return port
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an attention sees, the same for all layers that share a mask."""
+
+    causal: bool = False
+    left: int = -1
+    right: int = -1
+    mask: ir.Value | None = None
+
+    @property
+    def placed(self) -> bool:
+        """Whether it matters where a query stands among the keys."""
+        return self.causal or self.left >= 0 or self.right >= 0
+
+
+@dataclass
+class _Legalizer:
+    """The attentions of one Program on their way to TensorRT's form.
+
+    Args:
+        program: What to edit.
+        writes: ``write_indices`` [B] if there is a cache.
+        outcome: What was done.
+    """
+
+    program: Program
+    writes: ir.Value | None
+    outcome: Outcome
+    masks: dict[_Seen, ir.Value] = field(default_factory=dict)
+
+    def rewrite(self, node: ir.Node) -> None:
+        """Replace one Attention."""
+        build = g.Builder(node)
+        heads = int(g.attribute(node, "q_num_heads", 0))
+        groups = int(g.attribute(node, "kv_num_heads", 0))
+        q, k, v = (
+            _split_heads(build, g.operand(node, i), count)
+            for i, count in enumerate((heads, groups, groups))
+        )
+        if g.optional(node, 4) is not None:
+            k, v = self._scatter(build, node, 1, k), self._scatter(build, node, 2, v)
+        seen = _Seen(
+            bool(g.attribute(node, "is_causal", 0)),
+            int(g.attribute(node, "left_window_size", -1)),
+            int(g.attribute(node, "right_window_size", -1)),
+            g.optional(node, 3),
+        )
+        causal, mask = self._masked(build, seen, (q, k))
+        softcap = float(g.attribute(node, "softcap", 0.0))
+        if softcap:
+            self.outcome.miss(node, NO_SOFTCAP, "attention")
+            declined(self.program)[str(node.name)] = NO_SOFTCAP
+            scale = _scale(node, q)
+            out = written_out(build, (q, k, v), mask, scale, softcap)
+        else:
+            attributes = {"is_causal": 1} if causal else {}
+            attributes |= {name: g.attribute(node, name, 0) for name in _KEPT & {*node.attributes}}
+            inputs = [q, k, v] + ([mask] if mask is not None else [])
+            out = build.op("Attention", inputs, attributes, name=node.name)
+        out.shape, out.type = q.shape, q.type
+        g.replace(node.outputs[0], _join_heads(build, out))
+        self.outcome.hit()
+
+    def _scatter(self, build: g.Builder, node: ir.Node, index: int, new: ir.Value) -> ir.Value:
+        """Write new keys or values into the cache and let it be the present one."""
+        past, present = g.operand(node, 3 + index), node.outputs[index]
+        inputs = [past, new, self.writes]
+        # the parser takes the axis counted from the end alone
+        attributes = {"axis": -2, "mode": "linear"}
+        written = build.op("TensorScatter", inputs, attributes, name=f"{node.name}/update")
+        written.shape, written.type = past.shape, past.type
+        if present.is_graph_output():
+            g.replace_output(present, written)
+        return written
+
+    def _masked(
+        self, build: g.Builder, seen: _Seen, qk: tuple[ir.Value, ir.Value]
+    ) -> tuple[bool, ir.Value | None]:
+        """Return whether the attribute says it is causal, and the mask that says all else."""
+        if self.writes is None and not seen.placed:
+            return False, seen.mask
+        if self.writes is None and seen == _Seen(causal=True):
+            return True, None
+        if seen not in self.masks:
+            self.masks[seen] = self._mask(build, seen, *qk)
+        return False, self.masks[seen]
+
+    def _mask(self, build: g.Builder, seen: _Seen, q: ir.Value, k: ir.Value) -> ir.Value:
+        """Return where attention goes, [B or 1, 1, S, C] boolean, or added numbers as given."""
+        slots, keys = self._slots(build, q), _keys(build, k)
+        bounds: list[ir.Value] = []
+        if seen.causal:
+            bounds.append(build.op("LessOrEqual", [keys, slots]))
+        elif self.writes is not None:  # not beyond what is written
+            count = build.op("Squeeze", [build.op("Shape", [q], {"start": 2, "end": 3})])
+            place = build.op("Unsqueeze", [self.writes, build.constant([1, 2, 3], "int64")])
+            bounds.append(build.op("Less", [keys, build.op("Add", [place, count])]))
+        if seen.left >= 0:
+            oldest = build.op("Sub", [slots, build.constant(seen.left, "int64")])
+            bounds.append(build.op("GreaterOrEqual", [keys, oldest]))
+        if seen.right >= 0 and not seen.causal:
+            newest = build.op("Add", [slots, build.constant(seen.right, "int64")])
+            bounds.append(build.op("LessOrEqual", [keys, newest]))
+        if seen.mask is not None and seen.mask.dtype != ir.DataType.FLOAT:
+            bounds.append(seen.mask)
+        allowed = bounds[0]
+        for bound in bounds[1:]:
+            allowed = build.op("And", [allowed, bound])
+        if seen.mask is not None and seen.mask.dtype == ir.DataType.FLOAT:
+            # the lowest finite number: a row that sees nothing must not become NaN
+            low = build.constant(np.finfo(np.float32).min, "float32")
+            allowed = build.op("Where", [allowed, seen.mask, low])
+        return allowed
+
+    def _slots(self, build: g.Builder, q: ir.Value) -> ir.Value:
+        """Return where each query stands among the keys, [B or 1, 1, S, 1] int64."""
+        zero, one = build.constant(0, "int64"), build.constant(1, "int64")
+        count = build.op("Squeeze", [build.op("Shape", [q], {"start": 2, "end": 3})])
+        rows = build.op("Range", [zero, count, one])
+        rows = build.op("Unsqueeze", [rows, build.constant([0, 1, 3], "int64")])
+        if self.writes is None:
+            return rows
+        start = build.op("Unsqueeze", [self.writes, build.constant([1, 2, 3], "int64")])
+        return build.op("Add", [start, rows])
+
+
+_KEPT: Final = frozenset({"scale"})
+
+
+def _keys(build: g.Builder, k: ir.Value) -> ir.Value:
+    """Return the index of each key, [1, 1, 1, C] int64."""
+    zero, one = build.constant(0, "int64"), build.constant(1, "int64")
+    count = build.op("Squeeze", [build.op("Shape", [k], {"start": 2, "end": 3})])
+    keys = build.op("Range", [zero, count, one])
+    return build.op("Unsqueeze", [keys, build.constant([0, 1, 2], "int64")])
+
+
+def _split_heads(build: g.Builder, x: ir.Value, heads: int) -> ir.Value:
+    """Return ``x`` [B, S, H * D] as [B, H, S, D]; a rotation is done there instead of before."""
+    rotary = g.producer(x, "RotaryEmbedding")
+    if rotary is None or g.rank(rotary.inputs[0]) == 4 or g.sole_user(x) is None:
+        return _transposed(build, x, heads)
+    inner = _transposed(g.Builder(rotary), g.operand(rotary, 0), heads)
+    attributes = {
+        name: g.attribute(rotary, name, 0)
+        for name in ("interleaved", "rotary_embedding_dim")
+        if name in rotary.attributes
+    }
+    inputs = [inner, *rotary.inputs[1:]]
+    out = g.Builder(rotary).op("RotaryEmbedding", inputs, attributes, name=rotary.name)
+    out.shape, out.type = inner.shape, inner.type
+    return out
+
+
+def _transposed(build: g.Builder, x: ir.Value, heads: int) -> ir.Value:
+    sizes: Sequence[Any] = g.shape(x) or ["B", "S", "?"]
+    width = sizes[2] // heads if isinstance(sizes[2], int) else -1
+    split = build.op("Reshape", [x, build.constant([0, 0, heads, width], "int64")])
+    turned = build.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
+    shape = [sizes[0], heads, sizes[1], width if width > 0 else None]
+    turned.shape, turned.type = ir.Shape(shape), x.type
+    return turned
+
+
+def _join_heads(build: g.Builder, x: ir.Value) -> ir.Value:
+    """Return ``x`` [B, H, S, D] as [B, S, H * D]."""
+    turned = build.op("Transpose", [x], {"perm": [0, 2, 1, 3]})
+    return build.op("Reshape", [turned, build.constant([0, 0, -1], "int64")])
+
+
+def _scale(node: ir.Node, q: ir.Value) -> float:
+    given = g.attribute(node, "scale", None)
+    width = g.static(q, 3)
+    assert width is not None
+    return float(given) if given is not None else float(width) ** -0.5

@@ -1,0 +1,55 @@
+"""Which operators TensorRT's parser takes, and what else it wants said in another way.
+
+Rewrites::
+
+    logits_to_keep, an input with a default value    into    logits_to_keep, an input
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from typing_extensions import override
+
+from llmopt.ir.program import Program, Role
+from llmopt.passes.base import Outcome, Pass
+
+_TAKEN: Final = """
+    Abs Add And ArgMax ArgMin Attention Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos
+    CumSum DequantizeLinear Div Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather
+    GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf
+    IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Mean Min Mod Mul
+    Neg Not OneHot Or PRelu Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceL1
+    ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    ReduceSumSquare Relu Reshape RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid
+    Sign Sin Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish
+    Tan Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor
+"""
+TAKEN: Final = frozenset(_TAKEN.split())
+"""Operators of the standard domain that the parser of TensorRT 11 and TensorRT-RTX 1.7 imports and
+that a Transformer may hold. Source: docs/operators.md of onnx/onnx-tensorrt."""
+
+
+@dataclass(frozen=True)
+class LegalizeOperators(Pass):
+    """Let the network have inputs and constants, and nothing between.
+
+    TensorRT takes an input that has a default value for a constant.
+
+    Numerics: exact.
+    Scope: the graph's inputs. Leaves: everything else.
+    """
+
+    name: ClassVar[str] = "legalize-operators"
+    lowers: ClassVar[bool] = True
+    changes_signature: ClassVar[bool] = True
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        port = program.signature.find(Role.LOGITS_TO_KEEP)
+        if port is not None and port.name in program.graph.initializers:
+            program.graph.initializers.pop(port.name).const_value = None
+            outcome.hit()
+        return outcome

@@ -1,0 +1,93 @@
+"""What a typed network has to serve, and what keeps a Program from becoming one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import onnx_ir as ir
+
+from llmopt.backends.tensorrt.legalize_operators import TAKEN
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program, Role
+from llmopt.runtime.engines.tensorrt_recipe import Bounds, Profile, Sizes
+
+_PASTS: Final = (Role.PAST_KEY, Role.PAST_VALUE)
+USUAL: Final = 128  # tokens: what kernels are chosen for where a length is free
+
+
+def problems_of(program: Program) -> list[str]:
+    """Return every operator, and every use of a cache, that cannot be lowered."""
+    found = [
+        f"TensorRT has no {node.op_type} ({node.name!r})"
+        for node in program.graph
+        if node.domain or node.op_type not in TAKEN
+    ]
+    if program.signature.has_cache:
+        found += _of_cache(program)
+    return found
+
+
+def _of_cache(program: Program) -> Iterator[str]:
+    """Yield what would change its meaning when a cache is a buffer of fixed capacity."""
+    if not program.facts.max_length:
+        yield "no limit of tokens is known, and the cache needs one: give --max-length"
+    names = {port.name for port in program.signature.inputs if port.role in _PASTS}
+    for value in program.graph.inputs:
+        readers = g.users(value) if value.name in names else []
+        for node in readers:
+            if node.op_type != "Attention":
+                yield f"{node.op_type} ({node.name!r}) reads the cache beside attention"
+    mask = program.input(Role.MASK)
+    for node in g.users(mask) if mask is not None else []:
+        if node.op_type == "Shape":
+            yield f"{node.op_type} ({node.name!r}) reads the length of the attention mask"
+    for node in g.nodes(program.graph, "Attention"):
+        given = g.optional(node, 3)
+        if g.optional(node, 4) is not None and given is not None and _is_written_out(given):
+            yield f"the mask of {node.name!r} is more than causality, a window and padding"
+
+
+def _is_written_out(mask: ir.Value) -> bool:
+    from llmopt.passes.raise_attention import PADDING_MASK
+
+    node = mask.producer()
+    return node is None or node.name != PADDING_MASK
+
+
+def profiles_of(program: Program, batch: int, chunk: int) -> tuple[Profile, ...]:
+    """Return the ranges of sizes to build for: prefill and decode, or all at once.
+
+    Args:
+        program: The lowered Program.
+        batch: Most sequences.
+        chunk: Most new tokens of one call, where there is a cache.
+    """
+    limit = program.facts.max_length or USUAL * 4
+    if not program.signature.has_cache:
+        return (_profile(program, "all", batch, limit),)
+    return (
+        _profile(program, "prefill", batch, min(chunk, limit)),
+        _profile(program, "decode", batch, 1),
+    )
+
+
+def _profile(program: Program, name: str, batch: int, tokens: int) -> Profile:
+    shapes = {}
+    for value in program.graph.inputs:
+        sizes = g.shape(value) or []
+        if any(not isinstance(size, int) for size in sizes):
+            shapes[str(value.name)] = Bounds(
+                _sizes(sizes, 1, 1),
+                _sizes(sizes, 1, min(USUAL, tokens)),
+                _sizes(sizes, batch, tokens),
+            )
+    values = {}
+    keep = program.signature.find(Role.LOGITS_TO_KEEP)
+    if keep is not None:
+        values[keep.name] = Bounds((1,), (1,), (tokens,))
+    return Profile(name, shapes, values)
+
+
+def _sizes(dims: list[g.Dim], batch: int, tokens: int) -> Sizes:
+    return tuple(d if isinstance(d, int) else (batch if d == "B" else tokens) for d in dims)

@@ -1,0 +1,189 @@
+"""Run a typed network in onnxruntime on the CPU, before TensorRT sees it.
+
+What runs is the file that TensorRT parses, with two liberties: the capacity of its cache is what
+the call at hand needs and not the engine's, so that a test of 40 tokens does not copy 8192 slots,
+and bfloat16, which onnxruntime has no CPU kernels for, is float32 with every value rounded to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.backends.base import Arrays, Run
+from llmopt.errors import BackendUnavailableError
+from llmopt.runtime.engines.tensorrt_recipe import WRITE_INDICES
+
+Array = npt.NDArray[Any]
+_EXTERNAL: Final = "session.model_external_initializers_file_folder_path"
+_STEP: Final = 64  # slots: the cache grows by so many, and onnxruntime sees few shapes
+_FLOAT, _BFLOAT16 = 1, 16  # onnx.TensorProto
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """The cache of a network.
+
+    Args:
+        mask: The mask's name; [B, C].
+        presents: For each past key or value, what the network calls it afterwards.
+    """
+
+    mask: str
+    presents: Mapping[str, str]
+
+
+def open_typed(network: Path, *, exact: bool = False) -> Run:
+    """Return a function from inputs to outputs of a typed network.
+
+    A cache may have any number of slots: it is cut or extended to what the call needs. Without
+    ``write_indices`` new tokens go behind those that the mask counts.
+
+    Args:
+        network: The ONNX file; its weights are beside it.
+        exact: Leave activations unrounded that the network rounds to 8 bits, so that what is left
+            of the error is the graph's.
+
+    Raises:
+        BackendUnavailableError: onnxruntime is not installed.
+    """
+    import onnx
+
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise BackendUnavailableError("onnxruntime-cpu", "pip install 'llmopt[runtime]'") from error
+    proto = onnx.load(network, load_external_data=False)
+    caches = _free_capacity(proto)
+    in_float32(proto)
+    if exact:
+        _leave_unrounded(proto)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Q/DQ stay what they are: fused int8 products would round in other places than TensorRT
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry(_EXTERNAL, str(network.parent))
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    inputs = {value.name: _NUMPY[value.type] for value in session.get_inputs()}
+    names = [output.name for output in session.get_outputs()]
+
+    def run(feeds: Mapping[str, Array]) -> Arrays:
+        given = dict(feeds) if caches is None else _with_room(feeds, caches)
+        given.setdefault("logits_to_keep", np.asarray(1, np.int64))
+        arrays: Arrays = {
+            name: given[name].astype(dtype, copy=False) for name, dtype in inputs.items()
+        }
+        return dict(zip(names, session.run(names, arrays), strict=True))
+
+    return run
+
+
+_NUMPY: Final = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+
+def _free_capacity(proto: Any) -> _Caches | None:
+    """Let the number of slots be any; return the caches, None where there are none."""
+    values = {value.name: value for value in (*proto.graph.input, *proto.graph.output)}
+    scatters = [node for node in proto.graph.node if node.op_type == "TensorScatter"]
+    if not scatters:
+        return None
+    presents = {node.input[0]: node.output[0] for node in scatters}
+    capacity = values[scatters[0].input[0]].type.tensor_type.shape.dim[2].dim_value
+    for name in (*presents, *presents.values()):
+        values[name].type.tensor_type.shape.dim[2].dim_param = "C"
+    masks = [value for value in proto.graph.input if _is_mask(value, capacity)]
+    masks[0].type.tensor_type.shape.dim[1].dim_param = "C"
+    return _Caches(masks[0].name, presents)
+
+
+def _is_mask(value: Any, capacity: int) -> bool:
+    dims = value.type.tensor_type.shape.dim
+    return len(dims) == 2 and dims[1].dim_value == capacity
+
+
+def _with_room(feeds: Mapping[str, Array], caches: _Caches) -> dict[str, Array]:
+    """Return inputs whose cache and mask have as many slots as the tokens need."""
+    mask = feeds[caches.mask]
+    batch, end = mask.shape
+    slots = -(-end // _STEP) * _STEP
+    new = feeds["input_ids"].shape[1]
+    given = {caches.mask: _resized(mask, 1, slots)}
+    given[WRITE_INDICES] = np.full(batch, end - new, np.int64)
+    given |= {name: _resized(feeds[name], 2, slots) for name in caches.presents}
+    return {**feeds, **given}
+
+
+def _resized(array: Array, axis: int, size: int) -> Array:
+    """Return ``array`` with zeros added, or its end taken away, along one axis."""
+    have = array.shape[axis]
+    if have >= size:
+        return np.ascontiguousarray(np.take(array, range(size), axis) if have > size else array)
+    shape = list(array.shape)
+    shape[axis] = size - have
+    return np.concatenate([array, np.zeros(shape, array.dtype)], axis=axis)
+
+
+def in_float32(proto: Any) -> None:
+    """Compute in float32 what the network computes in bfloat16, rounding every value to it."""
+    import onnx
+
+    values = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info)
+    wide = [value for value in values if _is_bfloat16(value)]
+    for value in wide:
+        value.type.tensor_type.elem_type = _FLOAT
+    rounded = {value.name for value in wide}
+    nodes = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == _BFLOAT16:
+            name = tensor.name
+            tensor.name = f"{name}.bfloat16"
+            nodes.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=_FLOAT))
+    for node in proto.graph.node:
+        nodes.extend(_rounded(node, rounded))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+def _leave_unrounded(proto: Any) -> None:
+    """Let whoever reads DequantizeLinear(QuantizeLinear(x)) read x."""
+    made = {output: node for node in proto.graph.node for output in node.output}
+    for node in proto.graph.node:
+        codes = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if codes is not None and codes.op_type == "QuantizeLinear":
+            node.op_type, x = "Identity", codes.input[0]
+            del node.input[:], node.attribute[:]
+            node.input.append(x)
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return bool(value.type.tensor_type.elem_type == _BFLOAT16)
+
+
+def _rounded(node: Any, rounded: set[str]) -> list[Any]:
+    """Return a node whose outputs of bfloat16 are float32, rounded there and back."""
+    import onnx
+
+    for attribute in node.attribute:
+        if attribute.name in {"to", "output_dtype"} and attribute.i == _BFLOAT16:
+            attribute.i = _FLOAT
+    nodes = [node]
+    for index, name in enumerate(node.output):
+        if name in rounded:
+            raw, narrow = f"{name}.raw", f"{name}.bfloat16"
+            node.output[index] = raw
+            nodes.append(onnx.helper.make_node("Cast", [raw], [narrow], to=_BFLOAT16))
+            nodes.append(onnx.helper.make_node("Cast", [narrow], [name], to=_FLOAT))
+    return nodes

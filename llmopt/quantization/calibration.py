@@ -1,0 +1,100 @@
+"""How large activations become: ranges observed on data, from which static scales are made.
+
+``percentile`` 100 is min-max: the largest magnitude that was seen. A lower one lets outliers
+saturate so that the rest is finer: of a percentile p, 100 - p percent of all magnitudes are larger.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.errors import UnsupportedModelError, UsageError
+
+Array = npt.NDArray[Any]
+_ROWS: Final = 256  # of one array that are kept for the percentile
+_TINY: Final = 1e-6  # the range of what is always zero
+
+
+@dataclass
+class Observer:
+    """The magnitudes that were seen of each activation, channel by channel.
+
+    Args:
+        percentile: Of the magnitudes of a channel that its range covers, 50 … 100.
+
+    Raises:
+        UsageError: The percentile is not in that range.
+    """
+
+    percentile: float = 100.0
+    _largest: dict[str, Array] = field(default_factory=dict)
+    _rows: dict[str, list[Array]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a percentile that covers nothing."""
+        if not 50.0 <= self.percentile <= 100.0:
+            raise UsageError(f"percentile={self.percentile:g}: choose one from 50 to 100")
+
+    def add(self, name: str, array: Array) -> None:
+        """Note the magnitudes of one activation [.., K] in one batch.
+
+        Raises:
+            UnsupportedModelError: One is not finite.
+        """
+        rows = np.abs(array.astype(np.float32)).reshape(-1, array.shape[-1])
+        largest = rows.max(axis=0)
+        if not np.all(np.isfinite(largest)):
+            hint = "calibrate on data that the model can compute"
+            raise UnsupportedModelError(name, ["it became NaN or infinite on calibration"], hint)
+        self._largest[name] = np.maximum(largest, self._largest.get(name, 0.0))
+        if self.percentile < 100.0:
+            self._rows.setdefault(name, []).append(_sampled(rows, name))
+
+    def ranges(self) -> Mapping[str, Array]:
+        """Return the magnitude to cover of each channel, [K] float32, > 0.
+
+        >>> seen = Observer()
+        >>> seen.add("x", np.array([[1.0, -2.0], [-3.0, 0.0]]))
+        >>> seen.ranges()["x"].tolist()
+        [3.0, 2.0]
+        """
+        if self.percentile == 100.0:
+            return {name: np.maximum(sizes, _TINY) for name, sizes in self._largest.items()}
+        return {
+            name: np.maximum(np.percentile(np.concatenate(parts), self.percentile, axis=0), _TINY)
+            for name, parts in self._rows.items()
+        }
+
+
+def smoothing(activations: Array, weights: Array) -> Array:
+    """Return how much of each channel's range its weights take over from the activation.
+
+    The activation is divided by it and the weights are multiplied, so that both are as hard to
+    round: ``sqrt(max|x| / max|w|)``, with geometric mean 1.
+
+    >>> smoothing(np.array([8.0, 0.5]), np.array([0.5, 0.5])).tolist()
+    [2.0, 0.5]
+
+    Args:
+        activations: [K], the range of each channel, > 0.
+        weights: [K], the largest magnitude of what each channel is multiplied by.
+
+    Source: G. Xiao et al., SmoothQuant, 2023, https://arxiv.org/abs/2211.10438, equation 4 with
+    alpha 0.5.
+    """
+    ratio = np.sqrt(activations / np.maximum(weights, _TINY))
+    return np.asarray((ratio / np.exp(np.mean(np.log(ratio)))).astype(np.float32))
+
+
+def _sampled(rows: Array, name: str) -> Array:
+    """Return at most 256 of the rows, drawn by the name alone."""
+    if len(rows) <= _ROWS:
+        return rows
+    drawn = np.random.default_rng(zlib.crc32(name.encode())).integers(0, len(rows), _ROWS)
+    return rows[drawn]
