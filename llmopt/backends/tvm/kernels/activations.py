@@ -10,11 +10,14 @@ statement written before, so they are called where the text of a kernel is being
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
 
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
-from llmopt.backends.tvm.kernels.vectors import lanes_of, splat
+from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm.kernels.kernel import Kernel
+from llmopt.backends.tvm.kernels.vectors import fitting, lanes_of, load, splat, store
 
 _ROUND: Final = 1.5 * 2.0**23
 """Added to a float32 of magnitude below 2**22 it leaves the nearest integer in the low bits."""
@@ -117,3 +120,64 @@ def softcapped(x: Any, cap: float) -> Any:
     """Return ``cap * tanh(x / cap) * log2(e)``: attention scores as exponents of two."""
     lanes = lanes_of(x)
     return splat(cap * math.log2(math.e), lanes) * tanh(x * splat(1.0 / cap, lanes))
+
+
+Rows = Literal["one", "many"]
+LOOPS: Final[Mapping[Rows, Callable[..., Any]]] = {"one": T.serial, "many": T.parallel}
+"""How a kernel goes through its rows: few of them are not worth a second thread."""
+FUNCTIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "exp": exp,
+    "tanh": tanh,
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+}
+
+
+def activation(name: str, width: int, features: Features, rows: Rows = "many") -> Kernel:
+    """Return a function of every number: ``x [M, W]`` to ``y [M, W]``.
+
+    Args:
+        name: Of `FUNCTIONS`.
+        width: W.
+        features: Of the processor.
+        rows: ``"one"`` for few rows, on one thread; ``"many"`` in parallel.
+    """
+    lanes, loop, function = fitting(features, width), LOOPS[rows], FUNCTIONS[name]
+
+    @T.prim_func(s_tir=True)
+    def activation(x: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        count = T.int64()
+        given = T.match_buffer(x, (count, width), "float32")
+        out = T.match_buffer(y, (count, width), "float32")
+        for m in loop(count):
+            for j in T.serial(width // lanes):
+                store((out, (m, 0)), j * lanes, function(load(given, (m, 0), j * lanes, lanes)))
+
+    return Kernel(f"{name}_w{width}_{rows}_{features.label}", activation, ("x",), ("y",))
+
+
+def gated(name: str, width: int, features: Features, rows: Rows = "many") -> Kernel:
+    """Return ``f(gate) * up``: ``x [M, 2·W]``, gates first, to ``y [M, W]``.
+
+    The arguments are those of `activation`; ``"silu"`` makes SwiGLU, ``"gelu_tanh"`` GeGLU.
+    """
+    lanes, loop, function = fitting(features, width), LOOPS[rows], FUNCTIONS[name]
+
+    @T.prim_func(s_tir=True)
+    def gated(x: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        count = T.int64()
+        given = T.match_buffer(x, (count, 2 * width), "float32")
+        out = T.match_buffer(y, (count, width), "float32")
+        for m in loop(count):
+            for j in T.serial(width // lanes):
+                store(
+                    (out, (m, 0)),
+                    j * lanes,
+                    function(load(given, (m, 0), j * lanes, lanes))
+                    * load(given, (m, width), j * lanes, lanes),
+                )
+
+    return Kernel(f"gated_{name}_w{width}_{rows}_{features.label}", gated, ("x",), ("y",))

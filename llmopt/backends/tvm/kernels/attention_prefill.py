@@ -228,7 +228,7 @@ def _score(w: Any, origin: Any, count: Any) -> None:
         w.put(w.fresh, (c,), w.vector(w.peak, c))
     for j in T.serial(T.ceildiv(count, w.n.tile)):
         acc = T.meta_var(Registers.allocated(w.n.tile, w.n.vectors, w.n.lanes))
-        acc.fill(lambda r, c: splat(0.0, w.n.lanes))
+        acc.clear()
         for d in T.serial(w.io.form.width):
             w.add_key_products(acc, j * w.n.tile, d)
         w.keep_scores(acc, origin + j * w.n.tile, j * w.n.tile)

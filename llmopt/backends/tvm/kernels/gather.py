@@ -8,8 +8,8 @@ from __future__ import annotations
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm.kernels.activations import LOOPS, Rows
 from llmopt.backends.tvm.kernels.kernel import Kernel
-from llmopt.backends.tvm.kernels.norms import LOOPS, Rows
 from llmopt.backends.tvm.kernels.vectors import at, fitting, load
 
 

@@ -9,19 +9,15 @@ memory; a row alone, in decode, is some 100 ns and not worth a second thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import Features
-from llmopt.backends.tvm.kernels.activations import exp2
+from llmopt.backends.tvm.kernels.activations import LOOPS, Rows, exp2
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.kernels.vectors import across, at, fitting, kept, load, splat
-
-Rows = Literal["one", "many"]
-LOOPS: Final[dict[str, Callable[..., Any]]] = {"one": T.serial, "many": T.parallel}
 
 
 @dataclass(frozen=True)

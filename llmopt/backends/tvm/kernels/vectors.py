@@ -97,7 +97,7 @@ def across(value: Any, combine: Callable[[Any, Any], Any]) -> Any:
 class Registers:
     """Rows x columns of vectors that stay in registers.
 
-    Each is a buffer of its own: what is larger than a kilobyte TVM moves from the stack to its heap.
+    Each is a buffer of its own, because TVM moves what is larger than a kilobyte to its heap.
     """
 
     vectors: tuple[tuple[Any, ...], ...]
@@ -123,6 +123,11 @@ class Registers:
         for row, vectors in enumerate(self.vectors):
             for column in range(len(vectors)):
                 self.put(row, column, value(row, column))
+
+    def clear(self) -> None:
+        """Write 0 to all of them."""
+        zero = splat(0.0, self.lanes)
+        self.fill(lambda _row, _column: zero)
 
     def add_products(self, rows: Sequence[Any], columns: Sequence[Any]) -> None:
         """Add to each the product of its row's and its column's vector, bound here once."""
