@@ -84,7 +84,7 @@ _BITS: Final[Mapping[str, tuple[int, int]]] = {
 
 
 def processor_features() -> frozenset[str]:
-    """Return what the processor can do: ``avx2``, ``avx512_vnni``, ``asimddp``, …"""
+    """Return what the processor can do, such as ``avx2`` or ``asimddp``."""
     if platform.machine() == "aarch64":
         # not /proc/cpuinfo, which under emulation is the emulating machine's
         getauxval = ctypes.CDLL(None).getauxval

@@ -19,6 +19,7 @@ from llmopt.backends.tvm.lower_attention import LowerAttention
 from llmopt.backends.tvm.lower_linear import LowerLinear
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
+from llmopt.quantization.schemes import Blockwise, Scheme
 from llmopt.runtime.engines.tvm import INDEX, WEIGHTS
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Tvm(Backend):
         return Availability("" if builds else _BUILDS, runs)
 
     @override
+    def stored(self, scheme: Scheme) -> Scheme:
+        half = isinstance(scheme, Blockwise)
+        return dataclasses.replace(scheme, half=True) if half else scheme
+
+    @override
     def check(self, program: Program) -> list[str]:
         from llmopt.backends.tvm.convert import unsupported
 
@@ -69,7 +75,7 @@ class Tvm(Backend):
     @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         from llmopt.backends.tvm.build import build
-        from llmopt.backends.tvm.convert import Bounds, Module
+        from llmopt.backends.tvm.convert import Module
 
         processor = self.processor()
         limits = _limits(program, demand)
@@ -114,7 +120,7 @@ class TvmArm64(Tvm):
     """A shared library for an arm64 processor, compiled and linked on any machine.
 
     Args:
-        mcpu: The processor by LLVM's name: ``cortex-a76``, ``neoverse-n1``; ``generic`` runs on all.
+        mcpu: The processor by LLVM's name: ``cortex-a76``, ``neoverse-n1``; all run ``generic``.
     """
 
     name: ClassVar[str] = "tvm-arm64"

@@ -108,7 +108,9 @@ def listed(values: Any, number: int, kind: Any) -> Any:
     return get("vm.builtin.tuple_getitem", values, relax().prim_value(number), ty_args=kind)
 
 
-def call(name: Any, arguments: Sequence[Any], kinds: Sequence[Any], aliases: list[int] | None) -> Any:
+def call(
+    name: Any, arguments: Sequence[Any], kinds: Sequence[Any], aliases: list[int] | None
+) -> Any:
     """Return a call of a kernel.
 
     Args:

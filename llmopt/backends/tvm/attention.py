@@ -70,7 +70,8 @@ def attention(f: Function, node: ir.Node) -> Sequence[Any]:
         return [_plain(f, node, form, (_headed(f, q, form.heads), keys, values))]
     caches = [f.tensor(node.inputs[i]) for i in (4, 5)]
     keys, values = (
-        f.emit(_in_use(f, _append(f, cache, new))) for cache, new in zip(caches, (k, v), strict=True)
+        f.emit(_in_use(f, _append(f, cache, new)))
+        for cache, new in zip(caches, (k, v), strict=True)
     )
     return [_plain(f, node, form, (_headed(f, q, form.heads), keys, values))]
 
@@ -192,7 +193,8 @@ def packed(f: Function, node: ir.Node) -> Sequence[Any]:
     form = _kernel_form(node, width, cached=False)
     operands = {"qkv": f.rows(row), "mask": f.mask_for(batch, tokens)}
     shape = ([batch * tokens, form.heads * form.width], "float32")
-    (y,) = f.call(f.module.made(kernels.attention, form, f.features), operands, [shape])
+    kernel = f.module.made(kernels.attention, form, f.features)
+    (y,) = f.call(kernel, operands, [shape])
     return [f.unrows(y, [batch, tokens])]
 
 

@@ -83,7 +83,8 @@ def entries(program: Program) -> list[Entry]:
 
 
 def _rounds(program: Program) -> bool:
-    return any(g.attribute(node, "scheme", "") for node in g.nodes(program.graph, "Linear", domain=DOMAIN))
+    products = g.nodes(program.graph, "Linear", domain=DOMAIN)
+    return any(g.attribute(node, "scheme", "") for node in products)
 
 
 class Module:
@@ -361,9 +362,7 @@ class Function:
     def _aliases(kernel: Kernel, count: int, inplace: Mapping[int, str] | None) -> list[int] | None:
         if not inplace:
             return None
-        return [
-            kernel.inputs.index(inplace[i]) if i in inplace else -1 for i in range(count)
-        ]
+        return [kernel.inputs.index(inplace[i]) if i in inplace else -1 for i in range(count)]
 
 
 def _identifier(name: str) -> str:

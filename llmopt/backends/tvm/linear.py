@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
 from llmopt.quantization.dynamic import Columns
-from llmopt.quantization.schemes import DynamicInt8
+from llmopt.quantization.lazy import QuantizedWeight
+from llmopt.quantization.schemes import Blockwise, DynamicInt8
 
 if TYPE_CHECKING:
     from llmopt.backends.tvm.convert import Function
@@ -57,7 +59,12 @@ def _scheme(node: ir.Node) -> Any:
     text = g.attribute(node, "scheme", "")
     if not text:
         return None
-    return DynamicInt8() if text == DYNAMIC else quantized(g.operand(node, 1)).scheme
+    return DynamicInt8() if text == DYNAMIC else _kernel_scheme(quantized(g.operand(node, 1)))
+
+
+def _kernel_scheme(weight: QuantizedWeight) -> Blockwise:
+    """Return the scheme as far as kernels tell schemes apart."""
+    return dataclasses.replace(weight.scheme, positive=False, half=False)
 
 
 def _weight(f: Function, node: ir.Node, packing: kernels.Packing) -> dict[str, Any]:
@@ -97,7 +104,8 @@ def _reader(node: ir.Node) -> Callable[[], kernels.Weight]:
         scale = g.weight(node.inputs[2])
         assert scale is not None
         return lambda: Columns(tensor.numpy(), scale.numpy())
-    return quantized(value).packed
+    codes = quantized(value)
+    return lambda: dataclasses.replace(codes.packed(), scheme=_kernel_scheme(codes))
 
 
 def products(program: Program) -> dict[Hashable, ir.Node]:
@@ -112,7 +120,7 @@ def products(program: Program) -> dict[Hashable, ir.Node]:
 def gather_rows(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write a lookup of rows of a rounded table."""
     codes = quantized(g.operand(node, 0))
-    wanted = kernels.Linear(codes.rows, codes.columns, codes.scheme, features=f.features)
+    wanted = kernels.Linear(codes.rows, codes.columns, _kernel_scheme(codes), features=f.features)
     packing = f.module.made(kernels.choose, wanted).packing
     like = f.module.products.get(key_of(node))
     return looked_up(f, f.tensor(node.inputs[1]), packing, like if like is not None else node)

@@ -13,7 +13,7 @@ Rewrites::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -97,26 +97,38 @@ def padded(node: ir.Node) -> bool:
 
 def _found(node: ir.Node) -> _Found | str:
     """Return the row that Q, K and V are parts of, or why they are not."""
-    if g.optional(node, 3) is not None and not padded(node):
-        return "its mask is more than padding"
-    if g.optional(node, 6) is not None or len(node.outputs) > 3:
-        return "it takes lengths of keys, or gives scores"
+    if (outside := next(_outside(node), None)) is not None:
+        return outside
     q, k = (_turned(g.operand(node, i), _heads(node, i)) for i in (0, 1))
-    v = g.operand(node, 2)
+    if (problem := next(_apart(node, q, k), None)) is not None:
+        return problem
     split = g.producer(q.source, "Split")
-    if split is None or list(split.outputs) != [q.source, k.source, v]:
-        return "Q, K and V are not the three parts of one value"
-    if not _even(node, q.source, k.source, v):
-        return "the heads of Q, K and V are not equally wide"
-    if q.tables != k.tables or (q.norm is None) != (k.norm is None):
-        return "Q and K are turned in different ways"
-    cached = g.optional(node, 4) is not None
-    if not cached and (q.tables or q.norm is not None):
-        return "it has no cache, and Q and K are turned"
+    assert split is not None
     norms = None if q.norm is None or k.norm is None else (q.norm, k.norm)
-    if norms and _epsilon(norms[0]) != _epsilon(norms[1]):
-        return "Q and K are normed with different epsilons"
     return _Found(g.operand(split, 0), q.tables, norms)
+
+
+def _outside(node: ir.Node) -> Iterator[str]:
+    """Yield what the kernels do not compute."""
+    if g.optional(node, 3) is not None and not padded(node):
+        yield "its mask is more than padding"
+    if g.optional(node, 6) is not None or len(node.outputs) > 3:
+        yield "it takes lengths of keys, or gives scores"
+
+
+def _apart(node: ir.Node, q: _Turned, k: _Turned) -> Iterator[str]:
+    """Yield why Q, K and V are not the parts of one row, turned alike."""
+    v, split = g.operand(node, 2), g.producer(q.source, "Split")
+    if split is None or list(split.outputs) != [q.source, k.source, v]:
+        yield "Q, K and V are not the three parts of one value"
+    elif not _even(node, q.source, k.source, v):
+        yield "the heads of Q, K and V are not equally wide"
+    elif g.optional(node, 4) is None and (q.tables or q.norm is not None):
+        yield "it has no cache, and Q and K are turned"
+    if q.tables != k.tables or (q.norm is None) != (k.norm is None):
+        yield "Q and K are turned in different ways"
+    elif q.norm and k.norm and _epsilon(q.norm) != _epsilon(k.norm):
+        yield "Q and K are normed with different epsilons"
 
 
 def _heads(node: ir.Node, index: int) -> int:

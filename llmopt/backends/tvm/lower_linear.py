@@ -5,7 +5,7 @@ Rewrites::
     MatMul(x, W)                                        into    Linear(x, W)
     MatMul(x, Transpose(DequantizeLinear(codes)))       into    Linear<w4>(x, codes)
     Mul(MatMul(DequantizeLinear(QuantizeLinear(x / m)),
-               DequantizeLinear(codes, scale)), m)      into    Linear<w8a8-dynamic>(x, codes, scale)
+               DequantizeLinear(codes, scale)), m)      into    Linear<w8a8-dynamic>(x, codes)
     Gather(DequantizeLinear(codes), ids)                into    GatherRows<w4>(codes, ids)
 
 and what follows a product and reads nothing else of it: a bias, a Gelu, a gated feed-forward, the

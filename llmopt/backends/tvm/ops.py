@@ -7,6 +7,7 @@ of Relax, or a known value (`sizes`). TVM fuses and compiles the element-wise on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -106,7 +107,8 @@ def _reduce_l2(w: Writer, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x = w.tensor(node.inputs[0])
     axes = _axes(w, node, len(shape_of(x)))
-    squares = w.emit(op.sum(w.emit(op.multiply(x, x)), axes, bool(g.attribute(node, "keepdims", 1))))
+    keep = bool(g.attribute(node, "keepdims", 1))
+    squares = w.emit(op.sum(w.emit(op.multiply(x, x)), axes, keep))
     return [op.sqrt(squares)]
 
 
@@ -170,7 +172,8 @@ def _softplus(w: Writer, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x = w.tensor(node.inputs[0])
     one, zero = api.scalar(1.0, dtype_of(x)), api.scalar(0.0, dtype_of(x))
-    tail = w.emit(op.log(w.emit(op.add(one, w.emit(op.exp(w.emit(op.negative(w.emit(op.abs(x))))))))))
+    small = w.emit(op.exp(w.emit(op.negative(w.emit(op.abs(x))))))
+    tail = w.emit(op.log(w.emit(op.add(one, small))))
     return [op.add(w.emit(op.maximum(x, zero)), tail)]
 
 
@@ -253,8 +256,7 @@ def _split(w: Writer, node: ir.Node) -> Sequence[Any]:
         parts = [int(n) for n in _numbers(w, node, 1)]
     else:
         parts = [-(-size // len(node.outputs))] * len(node.outputs)
-    starts = np.cumsum([0, *parts]).tolist()
-    slices = zip(starts, starts[1:], strict=False)
+    slices = pairwise(np.cumsum([0, *parts]).tolist())
     return [
         w.emit(api.relax().op.strided_slice(x, [axis], [start], [min(end, size)]))
         for start, end in slices
@@ -270,7 +272,8 @@ def _slice(w: Writer, node: ir.Node) -> Sequence[Any]:
     else:
         axes = _axes(w, node, len(sizes), 3)
     steps = [1] * len(axes) if g.optional(node, 4) is None else _numbers(w, node, 4)
-    sides = [bounds(sizes[a], s, e, t) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)]
+    limits = zip(axes, starts, ends, steps, strict=True)
+    sides = [bounds(sizes[axis], start, end, step) for axis, start, end, step in limits]
     kept = [
         (axis, begin, end, step)
         for axis, (begin, end), step in zip(axes, sides, steps, strict=True)

@@ -23,7 +23,8 @@ def open_session(entry: Path, *, exact: bool = False) -> Run:
         BackendUnavailableError: TVM's runtime is not here.
     """
     library = Library(entry)
-    prefix = "exact_" if exact and any(name.startswith("exact_") for name in library.functions) else ""
+    rounds = any(name.startswith("exact_") for name in library.functions)
+    prefix = "exact_" if exact and rounds else ""
 
     def run(feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         return run_once(library, feeds, prefix)

@@ -52,9 +52,7 @@ def evaluate(node: ir.Node, operands: Sequence[Known | None]) -> Known | None:
     return None if result is None else _simplified(result)
 
 
-def bounds(
-    size: Any, start: Any, end: Any, step: int
-) -> tuple[Any, Any]:
+def bounds(size: Any, start: Any, end: Any, step: int) -> tuple[Any, Any]:
     """Return the bounds of a slice of an axis of ``size``, counted from its start.
 
     A bound that is an expression is taken as it is: only its own graph can say that it fits.
@@ -94,7 +92,7 @@ def _binary(compute: Callable[[Any, Any], Any]) -> Rule:
     return rule
 
 
-def _gather(node: ir.Node, operands: list[Known]) -> Known | None:
+def _gather(_: ir.Node, operands: list[Known]) -> Known | None:
     data, index = operands
     if data.ndim != 1 or not all(isinstance(i, int) for i in index.reshape(-1)):
         return None
@@ -103,7 +101,7 @@ def _gather(node: ir.Node, operands: list[Known]) -> Known | None:
 
 def _slice(_: ir.Node, operands: list[Known]) -> Known | None:
     data, *rest = operands
-    numbers = [[item for item in part.reshape(-1)] for part in rest]
+    numbers = [list(part.reshape(-1)) for part in rest]
     if not all(isinstance(item, int) for part in numbers for item in part):
         return None
     start, end = numbers[0][0], numbers[1][0]

@@ -27,7 +27,7 @@ from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError, U
 from llmopt.runtime.cores import usable_cores
 from llmopt.runtime.processor import processor_features
 from llmopt.runtime.session import Array, Session, aligned_zeros, zeros_together
-from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
+from llmopt.runtime.steps import NoCache, Step, Stepper, cache_shape
 
 INDEX: Final = "model.json"
 WEIGHTS: Final = "weights.bin"

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm.script import tirx as T  # noqa: N812 - the script language's own name
+
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.kernels.linear import Packing
 from llmopt.backends.tvm.kernels.linear_storage import TILE, Storage
-from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 
 def gather_packed(packing: Packing) -> Kernel:
@@ -78,9 +79,7 @@ def _codes(packing: Packing, storage: Storage) -> Any:
             assert -size <= ids[m] and ids[m] < size, "an id is outside the table"
             row: T.let = T.if_then_else(ids[m] < 0, ids[m] + size, ids[m])
             for k in T.serial(width):
-                step: T.let = T.cast(
-                    scale[row // TILE, k // storage.block, row % TILE], "float32"
-                )
+                step: T.let = T.cast(scale[row // TILE, k // storage.block, row % TILE], "float32")
                 y[m, k] = T.cast(code(codes, row, k, storage) - storage.middle, "float32") * step
 
     return gather

@@ -1,0 +1,232 @@
+"""Compiling for TVM, end to end on tiny models, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bert
+import numpy as np
+import pytest
+import tiny_sources
+from programs import program
+from tiny_artifacts import rewrite_manifest
+
+import llmopt
+from llmopt.backends.base import Demand
+from llmopt.backends.tvm import TvmArm64, TvmCpu
+from llmopt.backends.tvm.features import Features
+from llmopt.errors import ArtifactError, BackendUnavailableError, UnknownNameError, UsageError
+from llmopt.runtime.engines import tvm as engine
+from llmopt.runtime.processor import processor_features
+
+PROMPTS = [[5, 9, 11, 3, 8, 7], [4, 40]]
+ALL_STEPS: dict[str, Any] = {"max_new_tokens": 12, "stop_tokens": ()}
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 machine")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sources.llama_folder(tmp_path_factory.mktemp("sources") / "llama")
+
+
+@pytest.fixture(scope="module")
+def llama(source: Path, tmp_path_factory: pytest.TempPathFactory) -> llmopt.Artifact:
+    """The tiny Llama for this machine, unrounded."""
+    folder = tmp_path_factory.mktemp("tvm") / "llama"
+    return llmopt.compile(source, target="tvm-cpu", output=folder)
+
+
+@pytest.fixture
+def copy(llama: llmopt.Artifact, tmp_path: Path) -> Path:
+    """A copy of the artifact that a test may damage."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in llama.path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_decoder_computes_what_onnxruntime_computes(
+    llama: llmopt.Artifact, source: Path, tmp_path: Path
+) -> None:
+    other = llmopt.load(llmopt.compile(source, output=tmp_path / "other"))
+    runner = llmopt.load(llama)
+    ids = np.array(PROMPTS[:1])
+
+    assert llama.manifest.verification["worst_error_rel"] <= 1e-4
+    wanted = other.logits(ids, prefill=6)
+    for prefill in (1, 4, 6):
+        assert np.abs(runner.logits(ids, prefill=prefill) - wanted).max() <= 1e-4
+    assert runner.generate_ids(PROMPTS, **ALL_STEPS) == other.generate_ids(PROMPTS, **ALL_STEPS)
+    alone = [runner.generate_ids(prompt, **ALL_STEPS) for prompt in PROMPTS]
+    assert alone == runner.generate_ids(PROMPTS, **ALL_STEPS)
+
+
+def test_rounded_weights_are_proven_and_their_quality_measured(
+    source: Path, tmp_path: Path
+) -> None:
+    artifact = llmopt.compile(
+        source, target="tvm-cpu", output=tmp_path / "out", quantize="w4{block=16}"
+    )
+
+    assert artifact.manifest.verification["worst_error_rel"] <= 1e-4
+    assert 0 < artifact.manifest.quality["kl_mean"] < 1
+    index = json.loads((artifact.path / engine.INDEX).read_text())
+    tables = [each for each in index["weights"] if "embed" in each["name"]]
+    assert [each["dtype"] for each in tables] == ["int32", "float16"]  # head and lookup share one
+    runner = llmopt.load(artifact)
+    assert len(runner.generate_ids(PROMPTS[0], **ALL_STEPS)) == 12
+
+
+@pytest.mark.parametrize("scheme", [None, "w4{block=16}", "w8a8-dynamic"])
+def test_an_encoder_computes_what_its_source_computes(scheme: str | None, tmp_path: Path) -> None:
+    artifact = llmopt.compile(
+        bert.make(), target="tvm-cpu", output=tmp_path / "out", quantize=scheme, batch=2
+    )
+
+    assert artifact.manifest.verification["worst_error_rel"] <= 1e-4
+    runner = llmopt.load(artifact)
+    ids = np.random.default_rng(0).integers(0, bert.VOCABULARY, (5, 7))
+    together = runner.run({"input_ids": ids})["last_hidden_state"]
+    alone = runner.run({"input_ids": ids[4:]})["last_hidden_state"]
+    assert together.shape[0] == 5
+    assert np.abs(together[4:] - alone).max() <= 1e-5
+
+
+def test_a_long_prompt_goes_in_pieces(llama: llmopt.Artifact) -> None:
+    ids = np.array(PROMPTS[:1])
+    runner = llmopt.load(llama)
+    wanted = runner.logits(ids)
+    session: Any = runner.session
+    session._library.limits = engine.Limits(batch=8, tokens=4)
+
+    assert np.abs(runner.logits(ids) - wanted).max() <= 1e-5
+    tokens = runner.generate_ids(PROMPTS[0], **ALL_STEPS)
+    assert tokens == llmopt.load(llama).generate_ids(PROMPTS[0], **ALL_STEPS)
+
+
+def test_more_sequences_than_it_was_built_for_are_refused(llama: llmopt.Artifact) -> None:
+    with pytest.raises(UsageError, match=r"9 sequences.*built for 8.*--batch 9"):
+        llmopt.load(llama).generate_ids([[5]] * 9, max_new_tokens=1)
+
+
+def test_raw_inputs_and_outputs_have_the_dialects_names(llama: llmopt.Artifact) -> None:
+    found = llmopt.load(llama).run({"input_ids": np.array(PROMPTS[:1])})
+
+    assert found["logits"].shape == (1, 1, tiny_sources.VOCABULARY)
+    assert found["present.1.value"].shape == (1, tiny_sources.GROUPS, 6, tiny_sources.WIDTH)
+
+
+def test_weights_are_mapped_where_wide_vectors_like_them(llama: llmopt.Artifact) -> None:
+    index = json.loads((llama.path / engine.INDEX).read_text())
+    size = (llama.path / engine.WEIGHTS).stat().st_size
+
+    assert index["weights"]
+    assert all(each["offset"] % 64 == 0 for each in index["weights"])
+    numbers = sum(tensor.nbytes for tensor in tiny_sources.tensors().values())
+    assert size < 1.7 * numbers  # rows of 60 fill tiles of 32; nothing is stored twice
+
+
+def test_the_same_source_gives_the_same_bytes(
+    llama: llmopt.Artifact, source: Path, tmp_path: Path
+) -> None:
+    again = llmopt.compile(source, target="tvm-cpu", output=tmp_path / "again", verify="off")
+
+    for name in ("model.so", engine.WEIGHTS, engine.INDEX):
+        files = [(folder / name).read_bytes() for folder in (llama.path, again.path)]
+        assert hashlib.sha256(files[0]).digest() == hashlib.sha256(files[1]).digest(), name
+
+
+def test_running_needs_no_compiler_and_no_torch(llama: llmopt.Artifact) -> None:
+    code = (
+        "import sys, llmopt; print(llmopt.load(sys.argv[1]).generate_ids([5, 9], max_new_tokens=2));"
+        "print({'tvm', 'torch', 'onnx', 'onnx_ir', 'ml_dtypes'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(llama.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_processor_without_a_feature_is_refused(copy: Path) -> None:
+    rewrite_manifest(copy, requires={"machine": platform.machine(), "cpu_features": ["amx_no"]})
+    with pytest.raises(BackendUnavailableError, match=r"lacks amx_no; compile.*mcpu=") as caught:
+        llmopt.load(copy)
+    assert caught.value.exit_code == 3
+
+    rewrite_manifest(copy, requires={"machine": "vax"})
+    with pytest.raises(BackendUnavailableError, match="code for vax"):
+        llmopt.load(copy)
+
+
+def test_a_missing_runtime_is_an_error_with_the_line_to_install_it(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    with pytest.raises(BackendUnavailableError, match=r"pip install 'llmopt\[runtime-tvm\]'"):
+        llmopt.load(copy)
+
+
+@pytest.mark.parametrize("name", ["model.so", engine.INDEX])
+def test_a_damaged_file_is_named(name: str, copy: Path) -> None:
+    file = copy / name
+    file.write_bytes(bytes(file.stat().st_size))
+
+    with pytest.raises(ArtifactError, match=name):
+        llmopt.load(copy)
+
+
+def test_weights_cut_short_are_an_error(copy: Path) -> None:
+    (copy / engine.WEIGHTS).write_bytes(bytes(64))
+    with pytest.raises(ArtifactError, match=engine.WEIGHTS):
+        engine.Library(copy / "model.so")
+
+
+def test_operators_without_a_kernel_are_listed_together() -> None:
+    made = program(
+        """main (float[B,4] x) => (float[B,4] y, float[B,4] z)
+    { [odd] y = Relu (x)\n [strange] z = Relu (x) }"""
+    )
+    for node in made.graph:
+        node.op_type = "NoSuchOperator"
+
+    assert TvmCpu().check(made) == [
+        "no kernel for NoSuchOperator ('odd')",
+        "no kernel for NoSuchOperator ('strange')",
+    ]
+
+
+@needs_x86
+def test_a_processor_is_this_one_or_the_one_named() -> None:
+    own = TvmCpu().processor()
+
+    assert set(own.required) <= processor_features()
+    assert own.features.avx2 == ("avx2" in processor_features())
+    assert TvmCpu(mcpu="haswell").processor().features == Features(avx2=True)
+    bare = TvmCpu(mcpu="sapphirerapids", without="amx-tile+avx512vnni").processor()
+    assert bare.features.avx512
+    assert not (bare.features.avx512vnni or bare.features.amx_int8)
+    assert bare.target["mattr"] == ["-amx-tile", "-avx512vnni"]
+    with pytest.raises(UnknownNameError, match="did you mean 'haswell'"):
+        TvmCpu(mcpu="haswel").processor()
+    with pytest.raises(UnknownNameError, match="unknown processor feature 'avx3'"):
+        TvmCpu(without="avx3").processor()
+
+
+def test_arm64_is_compiled_and_linked_on_any_machine(tmp_path: Path) -> None:
+    made = program("main (float[B,4] x) => (float[B,4] y) { y = Relu (x) }")
+    backend = TvmArm64(mcpu="cortex-a76")
+    lowered = backend.write(made, tmp_path, Demand())
+
+    assert (tmp_path / lowered.entry).read_bytes()[18] == 183  # ELF's number of aarch64
+    assert lowered.requires["machine"] == "aarch64"
+    assert "asimddp" in lowered.requires["cpu_features"]
+    assert backend.processor().features == Features(neon=True, dotprod=True)
