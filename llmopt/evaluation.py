@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.bundle.manifest import Signature
-from llmopt.errors import UsageError
+from llmopt.errors import AccuracyError, UsageError
 from llmopt.ir.feeds import Arrays, Case, feeds, resolve
 from llmopt.ir.program import Program, Role
 from llmopt.quantization.evaluation import Estimate, Quality, QualityMeter
@@ -119,6 +119,9 @@ def _similarity(program: Program, run: Run, reference: Reference) -> dict[str, A
         for case, batch, wanted in zip(cases, batches, reference.run(batches), strict=True)
     ]
     together = np.concatenate(list(_flat(cosines)))
+    if not np.all(np.isfinite(together)):
+        hint = "the scheme overflows on this model; bf16 has the range of float32"
+        raise AccuracyError("cosine to the source's outputs", float("nan"), 1.0, hint)
     return {
         "text": f"{len(cases)} batches of random tokens",
         "samples": int(together.size),

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 from typing_extensions import override
 
 from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.onnxruntime import openvino
 from llmopt.backends.onnxruntime.artifact import DATA, ENTRY, finish, installed, write_model
 from llmopt.backends.onnxruntime.kernels import decomposes
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
 from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivations
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.backends.onnxruntime.session import open_session
+from llmopt.errors import UnknownNameError
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 
@@ -26,11 +28,28 @@ SCHEMES: Final = frozenset({"w4", "w8", "w8a8-dynamic"})
 
 @dataclass(frozen=True)
 class OnnxRuntimeCpu(Backend):
-    """ONNX with ONNX Runtime's fused operators, prepared for x86-64 processors."""
+    """ONNX with ONNX Runtime's fused operators, prepared for x86-64 processors.
+
+    Args:
+        ep: The execution provider: ``cpu``, ONNX Runtime's own; ``openvino``, a plugin for
+            Intel processors, encoders only; ``auto``, the faster one, measured here.
+    """
 
     name: ClassVar[str] = "onnxruntime-cpu"
     summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for x86-64 processors"
     schemes: ClassVar[frozenset[str]] = SCHEMES
+    ep: str = openvino.CPU
+
+    def __post_init__(self) -> None:
+        """Refuse a provider that there is none of."""
+        if self.ep not in _PROVIDERS:
+            raise UnknownNameError("ep of onnxruntime-cpu", self.ep, _PROVIDERS)
+
+    @override
+    def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
+        if self.ep == openvino.OPENVINO:
+            openvino.require_encoder(program)
+        return self, ()
 
     @override
     def available(self) -> Availability:
@@ -46,11 +65,22 @@ class OnnxRuntimeCpu(Backend):
 
     @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
-        return write_model(program, folder)
+        lowered = write_model(program, folder)
+        if self.ep == openvino.CPU:
+            return lowered
+        ep, notes = self.ep, ()
+        if self.ep == openvino.AUTO:
+            ep, note = openvino.choose(folder / lowered.entry, program)
+            notes = (note,)
+        return replace(lowered, requires={"ep": ep}, notes=notes)
 
     @override
     def open(self, entry: Path, *, exact: bool = False) -> Run:
-        return open_session(entry, exact=exact)
+        ep = openvino.chosen(entry) if self.ep == openvino.AUTO else self.ep
+        return open_session(entry, exact=exact, place=openvino.place(ep))
+
+
+_PROVIDERS: Final = (openvino.CPU, openvino.OPENVINO, openvino.AUTO)
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime.engines.providers import CUDA
 
 SCHEMES: Final = {"float16": "fp16", "bfloat16": "bf16"}
-TOLERANCE: Final = 2e-2
-"""Of the largest logit. float16 rounds each result to 11 bits, 5e-4 relative, hundreds of times in
-a deep model. bfloat16 is proven on the float32 twin of its graph: what is left there are rotary
-tables of 8 bits, 4e-3 relative, in every layer."""
+TOLERANCES: Final = {"float16": 5e-3, "bfloat16": 2e-2}
+"""Of the largest logit. Verification runs the float32 twin of the graph, with weights rounded as in
+the reference. What is left are rotary tables of 11 and 8 bits, 5e-4 and 4e-3 relative, in every
+layer: 9e-4 and 5e-3 on SmolLM2. What rounding of activations costs is measured as quality."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,6 @@ class OnnxRuntimeCuda(Backend):
     @property
     @override
     def proven_by(self) -> str:
-        if self.dtype == "float16":
-            return "onnxruntime's CPU provider, the same graph in float16"
         return "onnxruntime's CPU provider, the same graph in float32"
 
     @override
@@ -73,7 +71,7 @@ class OnnxRuntimeCuda(Backend):
 
     @override
     def tolerance(self, scheme: str | None) -> float:
-        return TOLERANCE
+        return TOLERANCES[self.dtype]
 
     @override
     def available(self) -> Availability:
@@ -106,7 +104,7 @@ class OnnxRuntimeCuda(Backend):
 
     @override
     def open(self, entry: Path, *, exact: bool = False) -> Run:
-        return open_session(entry, exact=exact, widened=self.dtype == "bfloat16")
+        return open_session(entry, exact=exact, widened=exact or self.dtype == "bfloat16")
 
     def _settings(self) -> dict[str, str]:
         captured = "1" if self.graph == "true" else "0"

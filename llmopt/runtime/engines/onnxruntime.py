@@ -39,7 +39,7 @@ class OnnxRuntimeSession(Session):
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
         self._ort = _import_onnxruntime()
-        self.place = place_of(manifest.target, self.threads)
+        self.place = place_of(manifest.target, manifest.requires, self.threads)
         with large_pages():
             self._session = self._open(folder)
         self._check_names(folder)

@@ -22,7 +22,7 @@ _RECORD: Final = "session.record_ep_graph_assignment_info"
 _INSTALL: Final[Mapping[str, str]] = {
     CUDA: "pip uninstall onnxruntime; pip install onnxruntime-gpu, on a machine with an NVIDIA "
     "driver, CUDA and cuDNN",
-    OPENVINO: "pip install 'llmopt[openvino]'",
+    OPENVINO: "it needs an Intel processor and: pip install 'llmopt[openvino]'",
 }
 
 
@@ -50,12 +50,16 @@ class Place:
         return self.settings.get("enable_cuda_graph") == "1"
 
 
-def place_of(target: str, threads: int) -> Place:
-    """Return where an artifact of this target runs.
+def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Place:
+    """Return where an artifact runs.
 
     Args:
-        target: The target as text, options included.
+        target: Its target as text, options included.
+        requires: What its manifest says that it requires: ``ep``, the provider it was proven with.
         threads: Threads inside one operator.
+
+    Raises:
+        BackendUnavailableError: nothing here knows the provider.
     """
     name, _, rest = target.partition("{")
     pairs = (pair.partition("=") for pair in rest.rstrip("}").split(",") if pair)
@@ -63,9 +67,13 @@ def place_of(target: str, threads: int) -> Place:
     if name == "onnxruntime-cuda":
         graph = "1" if options.get("graph") == "true" else "0"
         return Place(CUDA, "cuda", {"enable_cuda_graph": graph})
-    if options.get("ep") == "openvino":
-        return openvino(threads)
-    return Place()
+    match requires.get("ep", "cpu"):
+        case "cpu":
+            return Place()
+        case "openvino":
+            return openvino(threads)
+        case other:
+            raise BackendUnavailableError(name, f"it needs the provider {other!r}; update llmopt")
 
 
 def openvino(threads: int) -> Place:
@@ -121,14 +129,11 @@ def _register(ort: Any, options: Any, place: Place) -> list[Any] | None:
     """Make the provider known, and return the list of providers, None where options hold it."""
     if place.plugin:
         _load_plugin(ort, place)
-    available = ort.get_available_providers()
-    if place.provider in available:
-        if place.settings:
-            return [(place.provider, dict(place.settings)), CPU]
-        return [place.provider]
+    elif place.provider in ort.get_available_providers():
+        return [(place.provider, dict(place.settings)), CPU] if place.settings else [place.provider]
     devices = [d for d in ort.get_ep_devices() if d.ep_name == place.provider]
     if not devices:
-        have = ", ".join(available)
+        have = ", ".join(ort.get_available_providers())
         problem = f"onnxruntime has no {place.provider}, only {have}"
         install = _INSTALL.get(place.provider, "pip install 'llmopt[runtime]'")
         raise BackendUnavailableError("onnxruntime", f"{problem}; {install}")
@@ -139,9 +144,12 @@ def _register(ort: Any, options: Any, place: Place) -> list[Any] | None:
 def _load_plugin(ort: Any, place: Place) -> None:
     if any(device.ep_name == place.provider for device in ort.get_ep_devices()):
         return
+    failure: type[Exception] = ort.capi.onnxruntime_pybind11_state.Fail
     try:
         package = importlib.import_module(place.plugin)
         ort.register_execution_provider_library(place.plugin, package.get_library_path())
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, failure) as error:
+        if "already registered" in str(error):
+            return  # it is known, and found no device
         reason = f"{place.plugin} cannot be loaded ({error}); {_INSTALL[place.provider]}"
         raise BackendUnavailableError(place.provider, reason) from error
