@@ -32,12 +32,12 @@ from llmopt.backends.tvm.kernels.attention_form import UNSEEN, Attention
 from llmopt.backends.tvm.kernels.attention_places import Places
 from llmopt.backends.tvm.kernels.vectors import (
     Registers,
-    at,
     fitting,
     load,
     splat,
     store,
     transposed,
+    variable,
 )
 
 
@@ -186,125 +186,106 @@ class Work:
                 self.put(self.summed, (first + r, c), acc.get(r, c))
 
 
-@T.inline
-def _start(w: Any, first: Any) -> None:
+def _start(w: Work, first: Any) -> None:
     """Turn the block's queries, scaled; rows past the end repeat the last row."""
-    for i in T.serial(w.n.rows):
-        row = T.min(first + i, w.io.length * w.io.form.ratio - 1)
-        w.line[i] = w.b * w.io.length + row // w.io.form.ratio
-        w.column[i] = (w.g * w.io.form.ratio + row % w.io.form.ratio) * w.io.form.width
-        w.position[i] = T.cast(w.io.past + row // w.io.form.ratio, "int32")
-        w.peak[i] = T.float32(UNSEEN)
-        w.total[i] = T.float32(0.0)
-    for i in T.serial(w.n.rows // w.n.square):
-        for d in T.serial(w.io.form.width // w.n.square):
-            w.turn(i * w.n.square, d * w.n.square)
-    for d in T.serial(w.io.form.width):
-        for c in T.unroll(w.n.vectors):
+    ratio, width = w.io.form.ratio, w.io.form.width
+    with T.serial(w.n.rows) as i:
+        row = variable(T.min(first + i, w.io.length * ratio - 1))
+        T.buffer_store(w.line, w.b * w.io.length + row // ratio, [i])
+        T.buffer_store(w.column, (w.g * ratio + row % ratio) * width, [i])
+        T.buffer_store(w.position, T.cast(w.io.past + row // ratio, "int32"), [i])
+        T.buffer_store(w.peak, T.float32(UNSEEN), [i])
+        T.buffer_store(w.total, T.float32(0.0), [i])
+    with T.grid(w.n.rows // w.n.square, width // w.n.square) as (i, d):
+        w.turn(i * w.n.square, d * w.n.square)
+    with T.serial(width) as d:
+        for c in range(w.n.vectors):
             w.put(w.summed, (d, c), splat(0.0, w.n.lanes))
 
 
-@T.inline
-def _hold(w: Any, buffer: Any, place: Any, origin: Any, count: Any) -> None:
+def _hold(w: Work, buffer: Any, place: Callable[..., Any], block: tuple[Any, Any]) -> None:
     """Copy keys or values side by side, so that they do not evict each other from the cache."""
-    for t in T.serial(count):
-        for d in T.serial(w.io.form.width // w.n.square):
-            store(
-                (w.held, (t, 0)),
-                d * w.n.square,
-                load(
-                    buffer,
-                    place(w.b, w.g, T.min(origin + t, w.io.keys - 1)),
-                    d * w.n.square,
-                    w.n.square,
-                ),
-            )
+    origin, count = block
+    with T.serial(count) as t:
+        key = variable(T.min(origin + t, w.io.keys - 1))
+        for d in range(0, w.io.form.width, w.n.square):
+            vector = load(buffer, place(w.b, w.g, key), d, w.n.square)
+            store((w.held, (t, 0)), d, vector)
 
 
-@T.inline
-def _score(w: Any, origin: Any, count: Any) -> None:
+def _score(w: Work, origin: Any, count: Any) -> None:
     """Multiply a block of keys with all rows, tile by tile."""
-    for c in T.unroll(w.n.vectors):
+    for c in range(w.n.vectors):
         w.put(w.fresh, (c,), w.vector(w.peak, c))
-    for j in T.serial(T.ceildiv(count, w.n.tile)):
-        acc = T.meta_var(Registers.allocated(w.n.tile, w.n.vectors, w.n.lanes))
+    with T.serial(T.ceildiv(count, w.n.tile)) as j:
+        acc = Registers.allocated(w.n.tile, w.n.vectors, w.n.lanes)
         acc.clear()
-        for d in T.serial(w.io.form.width):
+        with T.serial(w.io.form.width) as d:
             w.add_key_products(acc, j * w.n.tile, d)
         w.keep_scores(acc, origin + j * w.n.tile, j * w.n.tile)
 
 
-@T.inline
-def _weigh(w: Any, count: Any) -> None:
+def _weigh(w: Work, count: Any) -> None:
     """Turn a block's scores into weights; keep their sums and what older sums shrink by."""
-    for c in T.unroll(w.n.vectors):
-        fresh: T.let = w.vector(w.fresh, c)
-        shrink: T.let = exp2(w.vector(w.peak, c) - fresh)
-        total = T.alloc_buffer((w.n.lanes,), "float32")
-        total[at(0, w.n.lanes)] = w.vector(w.total, c) * shrink
-        for t in T.serial(T.ceildiv(count, w.n.tile) * w.n.tile):
-            weight: T.let = exp2(w.vector(w.scores, t, c) - fresh)
-            w.put(w.scores, (t, c), weight)
-            total[at(0, w.n.lanes)] = load(total, (0,), 0, w.n.lanes) + weight
-        w.put(w.peak, (c,), fresh)
+    total = Registers.allocated(1, w.n.vectors, w.n.lanes)
+    fresh = [T.bind(vector) for vector in w.vectors(w.fresh)]
+    for c in range(w.n.vectors):
+        shrink = T.bind(exp2(w.vector(w.peak, c) - fresh[c]))
+        total.put(0, c, w.vector(w.total, c) * shrink)
         w.put(w.shrink, (c,), shrink)
-        w.put(w.total, (c,), load(total, (0,), 0, w.n.lanes))
+        w.put(w.peak, (c,), fresh[c])
+    with T.serial(T.ceildiv(count, w.n.tile) * w.n.tile) as t:
+        for c in range(w.n.vectors):
+            weight = T.bind(exp2(w.vector(w.scores, t, c) - fresh[c]))
+            w.put(w.scores, (t, c), weight)
+            total.put(0, c, total.get(0, c) + weight)
+    for c in range(w.n.vectors):
+        w.put(w.total, (c,), total.get(0, c))
 
 
-@T.inline
-def _add_values(w: Any, count: Any) -> None:
+def _add_values(w: Work, count: Any) -> None:
     """Add a block's values, weighted, to what older blocks left."""
-    for j in T.serial(w.io.form.width // w.n.deep):
-        acc = T.meta_var(Registers.allocated(w.n.deep, w.n.vectors, w.n.lanes))
+    with T.serial(w.io.form.width // w.n.deep) as j:
+        acc = Registers.allocated(w.n.deep, w.n.vectors, w.n.lanes)
         acc.fill(w.shrunk(j * w.n.deep))
-        for t in T.serial(count):
+        with T.serial(count) as t:
             w.add_value_products(acc, t, j * w.n.deep)
         w.keep_sums(acc, j * w.n.deep)
 
 
-@T.inline
-def _finish(w: Any) -> None:
+def _finish(w: Work) -> None:
     """Divide by the sums of weights and turn back; rows that saw nothing are 0."""
-    for i in T.serial(w.n.rows):
-        w.total[i] = T.if_then_else(
-            w.total[i] > T.float32(0.0), T.float32(1.0) / w.total[i], T.float32(0.0)
-        )
-    for i in T.serial(w.n.rows // w.n.square):
-        for d in T.serial(w.io.form.width // w.n.square):
-            w.turn_back(i * w.n.square, d * w.n.square)
+    for c in range(w.n.vectors):
+        total, zero = T.bind(w.vector(w.total, c)), splat(0.0, w.n.lanes)
+        w.put(w.total, (c,), T.Select(total > zero, splat(1.0, w.n.lanes) / total, zero))
+    with T.grid(w.n.rows // w.n.square, w.io.form.width // w.n.square) as (i, d):
+        w.turn_back(i * w.n.square, d * w.n.square)
 
 
-@T.inline
-def _attend(w: Any, row: Any) -> None:
+def _attend(w: Work, row: Any) -> None:
     """Compute the block of rows from ``row`` on."""
     _start(w, row)
-    begin = w.io.begin(row)
-    end = w.io.end(row + w.n.rows - 1)
-    for j in T.serial(T.ceildiv(end - begin, w.n.keys)):
-        origin = begin + j * w.n.keys
-        count = T.min(end - origin, w.n.keys)
-        _hold(w, w.io.k, w.io.key, origin, T.ceildiv(count, w.n.tile) * w.n.tile)
+    begin = variable(w.io.begin(row))
+    end = variable(w.io.end(row + w.n.rows - 1))
+    with T.serial(T.ceildiv(end - begin, w.n.keys)) as j:
+        origin = variable(begin + j * w.n.keys)
+        count = variable(T.min(end - origin, w.n.keys))
+        _hold(w, w.io.k, w.io.key, (origin, T.ceildiv(count, w.n.tile) * w.n.tile))
         _score(w, origin, count)
         _weigh(w, count)
-        _hold(w, w.io.v, w.io.value, origin, count)
+        _hold(w, w.io.v, w.io.value, (origin, count))
         _add_values(w, count)
     _finish(w)
 
 
-@T.inline
-def _attend_all(n: Any, io: Any, batch: Any) -> None:
-    """Compute all blocks; early and late ones alternate, since late ones see more keys.
-
-    What is computed once a task is a variable, not a name for an expression: TVM would write the
-    divisions out wherever they are used, and take minutes over them.
-    """
-    blocks = T.ceildiv(io.length * io.form.ratio, n.rows)
-    for task in T.parallel(batch * io.form.kv_heads * blocks):
-        step = task % blocks
-        row = T.if_then_else(step % 2 == 0, step // 2, blocks - 1 - step // 2) * n.rows
-        head = task // blocks
-        b = head // io.form.kv_heads
-        g = head % io.form.kv_heads
+def _attend_all(n: Blocks, io: Places, batch: Any) -> None:
+    """Compute all blocks; early and late ones alternate, since late ones see more keys."""
+    groups, blocks = io.form.kv_heads, variable(T.ceildiv(io.length * io.form.ratio, n.rows))
+    with T.parallel(batch * groups * blocks) as task:
+        step = variable(task % blocks)
+        turn = T.if_then_else(step % 2 == 0, step // 2, blocks - 1 - step // 2)
+        row, head = variable(turn * n.rows), variable(task // blocks)
+        b, g = variable(head // groups), variable(head % groups)
         _attend(Work.allocated(n, io, b, g), row)
 
 

@@ -8,7 +8,14 @@ from typing import Any
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import Features
-from llmopt.backends.tvm.kernels.vectors import across, at, fitting, load, splat, store
+from llmopt.backends.tvm.kernels.vectors import (
+    Registers,
+    across,
+    fitting,
+    load,
+    splat,
+    store,
+)
 
 
 @dataclass(frozen=True)
@@ -62,21 +69,12 @@ class Head:
     weight: Any
     scale: float
 
-    def square(self, d: Any) -> Any:
-        """Return the squares of the numbers from d on."""
-        return load(*self.source, d, self.lanes) * load(*self.source, d, self.lanes)
-
     def number(self, d: Any, root: Any) -> Any:
         """Return the numbers from d on, after the norm."""
         value = load(*self.source, d, self.lanes)
-        if self.turning.norm is None:
+        if root is None:
             return value
         return value * root * load(self.weight, (0,), d, self.lanes)
-
-    def root(self, total: Any) -> Any:
-        """Return what the norm multiplies by, given the vector of sums of squares."""
-        mean = across(total, lambda a, b: a + b) * splat(1.0 / self.turning.width, self.lanes)
-        return splat(1.0, self.lanes) / T.sqrt(mean + splat(self.turning.norm or 0.0, self.lanes))
 
     def angle(self, table: int, d: Any) -> Any:
         """Return cosines (0) or sines (1) from d on, times the scale."""
@@ -96,34 +94,35 @@ def _divisor(first: int, second: int) -> int:
     return first
 
 
-@T.inline
-def _rotate(head: Any, half: Any, root: Any) -> None:
+def turn(head: Head) -> None:
+    """Write one head: normed, its first numbers rotated, all scaled."""
+    root = _root(head) if head.turning.norm is not None else None
+    half = head.turning.rotary // 2
+    if half:
+        _rotate(head, half, root)
+    with T.serial((head.turning.width - 2 * half) // head.lanes) as j:
+        value = head.number(j * head.lanes + 2 * half, root)
+        store(head.target, j * head.lanes + 2 * half, value * splat(head.scale, head.lanes))
+
+
+def _root(head: Head) -> Any:
+    """Return what the norm of a head multiplies by, in every lane."""
+    total = Registers.allocated(1, 1, head.lanes)
+    total.clear()
+    with T.serial(head.turning.width // head.lanes) as j:
+        value = T.bind(load(*head.source, j * head.lanes, head.lanes))
+        total.put(0, 0, total.get(0, 0) + value * value)
+    mean = across(total.get(0, 0), lambda a, b: a + b) * splat(1 / head.turning.width, head.lanes)
+    total.put(0, 0, splat(1.0, head.lanes) / T.sqrt(mean + splat(head.turning.norm, head.lanes)))
+    return total.get(0, 0)
+
+
+def _rotate(head: Head, half: int, root: Any) -> None:
     """Write the rotated numbers of a head."""
-    for j in T.serial(half // head.lanes):
-        low: T.let = head.number(j * head.lanes, load(root, (0,), 0, head.lanes))
-        high: T.let = head.number(j * head.lanes + half, load(root, (0,), 0, head.lanes))
-        cos: T.let = head.angle(0, j * head.lanes)
-        sin: T.let = head.angle(1, j * head.lanes)
+    with T.serial(half // head.lanes) as j:
+        low = T.bind(head.number(j * head.lanes, root))
+        high = T.bind(head.number(j * head.lanes + half, root))
+        cos = T.bind(head.angle(0, j * head.lanes))
+        sin = T.bind(head.angle(1, j * head.lanes))
         store(head.target, j * head.lanes, low * cos - high * sin)
         store(head.target, j * head.lanes + half, high * cos + low * sin)
-
-
-@T.inline
-def turn(head: Any) -> None:
-    """Write one head: normed, its first numbers rotated, all scaled."""
-    root = T.alloc_buffer((head.lanes,), "float32")
-    root[at(0, head.lanes)] = splat(0.0, head.lanes)
-    if head.turning.norm is not None:
-        for j in T.serial(head.turning.width // head.lanes):
-            root[at(0, head.lanes)] = load(root, (0,), 0, head.lanes) + head.square(j * head.lanes)
-        root[at(0, head.lanes)] = head.root(load(root, (0,), 0, head.lanes))
-    half = T.meta_var(head.turning.rotary // 2)
-    if half > 0:
-        _rotate(head, half, root)
-    for j in T.serial((head.turning.width - 2 * half) // head.lanes):
-        store(
-            head.target,
-            j * head.lanes + 2 * half,
-            head.number(j * head.lanes + 2 * half, load(root, (0,), 0, head.lanes))
-            * splat(head.scale, head.lanes),
-        )

@@ -7,9 +7,9 @@ of the cache::
 
     x [M, K]  ->  [M / R, K, R]        step k:   result[r, :] += x[k, r] * weights[k, :]
 
-R rows times 32 outputs stay in registers with AVX-512 (12 * 2), 16 outputs with shorter vectors.
+R rows times 32 outputs stay in registers with AVX-512 (8 * 2), 16 outputs with shorter vectors.
 
-Roofline: one row: memory, 4 bytes for each product. Many: multiply-adds; with AVX-512 24 of them
+Roofline: one row: memory, 4 bytes for each product. Many: multiply-adds; with AVX-512 16 of them
 a step, beside two loads of weights.
 """
 
@@ -55,7 +55,7 @@ def emit_rows(buffers: Mapping[str, Any], epilogue: Epilogue, k: int, features: 
     """Emit the kernel of many rows: ``x`` [M, K], ``weights``, ``y`` [M, N]."""
     lanes = features.lanes
     width = TILE if features.avx512 else HALF
-    at_once = 12 if features.avx512 else 6 if features.avx2 or features.neon else 2
+    at_once = 8 if features.avx512 else 6 if features.avx2 or features.neon else 2
     m = buffers["x"].shape[0]
     packed = _by_column(buffers["x"], at_once, k)
 

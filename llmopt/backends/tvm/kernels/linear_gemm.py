@@ -5,16 +5,16 @@ tile of 32 outputs times up to 256 rows::
 
              32 outputs                A tile's weights, 32 * K / 2 bytes in 4 bits, stay in the
            ┌────────────┐              nearest cache while its rows pass, a few at a time; they
-     rows  │ 6 rows     │  AVX-512     are unpacked in registers once for those rows. The next
-           │ 6 rows     │              piece of the same thread has the same rows, which stay in
+     rows  │ 5 rows     │  AVX-512     are unpacked in registers once for those rows. The next
+           │ 5 rows     │              piece of the same thread has the same rows, which stay in
            │ ...        │              the second cache, and the next tile.
            └────────────┘
 
 The last rows are computed together with copies of the last one, which are not stored, so the
 code exists once.
 
-Roofline: multipliers. 6 rows and 2 vectors of 512 bits are 96 instructions of 64 products for
-every 32 columns, beside 12 * (convert, multiply, multiply-add) for the scales of a block and 24
+Roofline: multipliers. 5 rows and 2 vectors of 512 bits are 80 instructions of 64 products for
+every 32 columns, beside 10 * (convert, multiply, multiply-add) for the scales of a block and 24
 to unpack 4 bits.
 """
 
@@ -34,7 +34,7 @@ Step = Callable[[Expr], None]
 ROWS: Final = 256
 """Rows of a piece: their codes, 256 * K bytes, fit the second cache for K up to some thousands."""
 _SHAPES: Final = {
-    (16, 32): (6, TILE),
+    (16, 32): (5, TILE),
     (8, 16): (3, HALF),
     (4, 32): (3, HALF),
     (4, 16): (2, HALF),
@@ -58,7 +58,7 @@ def emit(
     activations = allocate(m, storage)
     with parallel(m) as row:
         quantize_row(buffers["x"], row, k, storage, activations)
-    at_once, width = _SHAPES[products.lanes, products.registers]
+    at_once, width = _shape(storage, products)
     tile_of = Tile(storage, products, activations, buffers)
 
     def begin(tile: Expr) -> Step:
@@ -71,6 +71,14 @@ def emit(
         return step
 
     each_piece(m, tiles(epilogue.n, paired=epilogue.paired), at_once, begin)
+
+
+def _shape(storage: Storage, products: Products) -> tuple[int, int]:
+    """Return how many rows and outputs are computed at once."""
+    rows, width = _SHAPES[products.lanes, products.registers]
+    if products.registers == 16 and storage.block * storage.bits <= 128:
+        width = products.lanes  # sums and scales of short blocks leave fewer registers
+    return rows, width
 
 
 def each_piece(

@@ -1,4 +1,9 @@
-"""Vectors of float32 in TVMScript: loads, sums across lanes, transposes, functions left out."""
+"""The words that kernels of rows and of attention are written in: vectors of float32.
+
+A kernel is a function in TVMScript that says what it reads and writes; what it does is said by
+plain Python functions that it calls, which run once and emit statements: a Python loop is unrolled
+code, ``with T.serial(n) as i`` is a loop of the kernel.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +45,17 @@ def splat(number: Any, lanes: int) -> Any:
     """Return a vector that has the number in every lane."""
     value = T.float32(number) if isinstance(number, int | float) else number
     return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def variable(value: Any) -> Any:
+    """Return a number that is computed here, once.
+
+    It is kept in memory, which LLVM turns into a register. A name bound to an expression TVM would
+    write out wherever it is used: divisions by a symbol then take it minutes.
+    """
+    memory = T.alloc_buffer((1,), str(value.ty.dtype))
+    T.buffer_store(memory, value, [0])
+    return memory[0]
 
 
 def lanes_of(value: Any) -> int:
