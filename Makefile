@@ -16,8 +16,9 @@ WORKERS ?= 2
 # local runs take another order each time and print its seed; CI takes one that can be repeated
 ORDER := $(if $(CI),-p randomly --randomly-seed=2026)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
+ARM64 := build/arm64/machine.json
 
-.PHONY: help demo check test test-slow golden fuzz docs bench pins clean
+.PHONY: help demo check test test-slow edge-test golden fuzz docs bench pins clean
 
 help:  ## Say what there is
 	@echo "make TARGET, where TARGET is one of:"
@@ -38,8 +39,11 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 test: $(STAMP)  ## The quick suite, with branch coverage
 	$(PYTEST) -n $(WORKERS) -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
-test-slow: $(STAMP)  ## Real models and long runs, one after the other
+test-slow: $(STAMP) $(ARM64)  ## Real models and long runs, one after the other
 	$(PYTEST) -m slow -p no:xdist
+
+edge-test: $(STAMP) $(ARM64)  ## Artifacts for arm64, run under an emulator
+	$(PYTEST) tests/edge -p no:xdist -rs
 
 golden: $(STAMP)  ## Rewrite the golden cases from what the passes do now; read the diff
 	$(PYTEST) tests/golden --update-golden
@@ -66,6 +70,10 @@ clean:  ## Remove what make made: environment, caches, built pages, the demo's a
 	rm -rf $(VENV) build dist docs/_build demo-output *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What it needs it fetches into build/arm64; where that fails it says why, and the tests are skipped.
+$(ARM64): tests/edge/arm64.py constraints.txt | $(STAMP)
+	@$(BIN)/python tests/edge/arm64.py $(@D)
 
 # Debian ships python3 without ensurepip: its own pip then fills the environment.
 $(STAMP): pyproject.toml constraints.txt
