@@ -17,7 +17,7 @@ AVX2 = "haswell"
 
 def host() -> Features:
     """Return what this machine can do."""
-    return find_processor("x86_64").features
+    return find_processor("x86_64", "host").features
 
 
 def narrow() -> Features:
@@ -25,7 +25,7 @@ def narrow() -> Features:
     return Features(avx2=True)
 
 
-def compiled(kernel: Kernel, mcpu: str = "") -> Any:
+def compiled(kernel: Kernel, mcpu: str = "host") -> Any:
     """Return the function of a kernel, for this machine or a named processor."""
     import tvm
 
@@ -35,7 +35,7 @@ def compiled(kernel: Kernel, mcpu: str = "") -> Any:
 
 
 def call(
-    kernel: Kernel, given: Mapping[str, Array], outputs: Mapping[str, Array], mcpu: str = ""
+    kernel: Kernel, given: Mapping[str, Array], outputs: Mapping[str, Array], mcpu: str = "host"
 ) -> dict[str, Array]:
     """Return a kernel's outputs, and its inputs as it left them.
 
@@ -43,7 +43,7 @@ def call(
         kernel: The kernel.
         given: Its inputs by name.
         outputs: What its outputs hold before: shapes and dtypes.
-        mcpu: LLVM's name of a processor; empty for this machine.
+        mcpu: LLVM's name of a processor; "host" for this machine.
     """
     import tvm
 

@@ -88,7 +88,7 @@ def check_packed(
     sizes: tuple[int, int],
     rng: np.random.Generator,
     features: Features | None = None,
-    mcpu: str = "",
+    mcpu: str = "host",
 ) -> None:
     batch, length = sizes
     heads, groups, width = form.heads, form.kv_heads, form.width
@@ -225,7 +225,9 @@ def test_new_tokens_attend_with_avx2_alone(rng: np.random.Generator) -> None:
     check_prefill(SMOLLM, rng, narrow(), AVX2)
 
 
-def check_prefill(step: Step, rng: np.random.Generator, features: Features, mcpu: str = "") -> None:
+def check_prefill(
+    step: Step, rng: np.random.Generator, features: Features, mcpu: str = "host"
+) -> None:
     given = step.given(rng)
     wanted, blank = step.wanted(given), filled(rng, given["qkv"], step.form)
     out = call(append(step.form, step.turning, features), given, {"q": blank}, mcpu)
@@ -255,7 +257,9 @@ def test_one_token_attends_with_avx2_alone(rng: np.random.Generator) -> None:
     check_decode(DECODING["smollm"], rng, narrow(), AVX2)
 
 
-def check_decode(step: Step, rng: np.random.Generator, features: Features, mcpu: str = "") -> None:
+def check_decode(
+    step: Step, rng: np.random.Generator, features: Features, mcpu: str = "host"
+) -> None:
     given = step.given(rng)
     wanted, blank = step.wanted(given), filled(rng, given["qkv"], step.form)
     out: dict[str, Any] = call(decode(step.form, step.turning, features), given, {"y": blank}, mcpu)

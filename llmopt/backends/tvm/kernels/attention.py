@@ -32,7 +32,7 @@ from llmopt.backends.tvm.kernels.attention_decode import Fresh, append_row
 from llmopt.backends.tvm.kernels.attention_form import Attention
 from llmopt.backends.tvm.kernels.heads import Turning, lanes_for, turn
 from llmopt.backends.tvm.kernels.kernel import Kernel
-from llmopt.backends.tvm.kernels.vectors import kept
+from llmopt.backends.tvm.kernels.vectors import kept, variable
 
 __all__ = ["Attention", "Turning", "append", "attention", "decode"]
 _TURNED = ("qkv", "q_norm", "k_norm", "cos", "sin", "position_ids", "mask", "k_cache", "v_cache")
@@ -110,30 +110,21 @@ def _append(form: Attention, turning: Turning, features: Features) -> Any:
         keys_at = T.match_buffer(k_cache, (batch, group, room, width), "float32")
         values_at = T.match_buffer(v_cache, (batch, group, room, width), "float32")
         out = T.match_buffer(q, (rows, heads * width), "float32")
+        norms = T.meta_var((q_weight, k_weight))
+        tables = T.meta_var((cosines, sines))
         many = rows // batch
-        new = T.meta_var(
-            Fresh(
-                form,
-                turning,
-                lanes,
-                parts,
-                (q_weight, k_weight),
-                (cosines, sines),
-                positions,
-                many,
-            )
-        )
-        for row in T.parallel(rows):
-            slot = keys - many + row % many
-            for h in T.serial(heads):
-                turn(new.query(row, h, (out, (row, h * width)), 1.0))
-            for g in T.serial(group):
-                append_row(
-                    new,
-                    row,
-                    g,
-                    (keys_at, (row // many, g, slot, 0)),
-                    (values_at, (row // many, g, slot, 0)),
-                )
+        new = T.meta_var(Fresh(form, turning, lanes, parts, norms, tables, positions, many))
+        _append_all(new, rows, keys - many, (keys_at, values_at, out))
 
     return append
+
+
+def _append_all(new: Fresh, rows: Any, past: Any, targets: tuple[Any, Any, Any]) -> None:
+    """Write caches and turned queries of all rows."""
+    heads, group, width = new.form.heads, new.form.kv_heads, new.form.width
+    with T.parallel(rows) as row:
+        b, slot = variable(row // new.length), variable(past + row % new.length)
+        with T.serial(heads) as h:
+            turn(new.query(row, h, (targets[2], (row, h * width)), 1.0))
+        with T.serial(group) as g:
+            append_row(new, row, g, targets[:2], (b, g, slot, 0))

@@ -30,7 +30,16 @@ from llmopt.backends.tvm.kernels.activations import exp2
 from llmopt.backends.tvm.kernels.attention_form import UNSEEN, Attention
 from llmopt.backends.tvm.kernels.attention_places import Places
 from llmopt.backends.tvm.kernels.heads import Head, Turning, lanes_for, turn
-from llmopt.backends.tvm.kernels.vectors import across, at, fitting, load, pair_sums, splat, store
+from llmopt.backends.tvm.kernels.vectors import (
+    Registers,
+    across,
+    fitting,
+    load,
+    pair_sums,
+    splat,
+    store,
+    variable,
+)
 
 PIECE: Final = 128
 """Keys of a task; a multiple of every vector's lanes."""
@@ -72,10 +81,6 @@ class Piece:
             total = term if total is None else total + term
         return total
 
-    def largest(self, best: Any, lane: Any) -> Any:
-        """Return lane-wise the larger of what is best so far and of scores."""
-        return T.max(load(best, (0,), 0, self.lanes), lane)
-
 
 def together(form: Attention, features: Features, lanes: int) -> int:
     """Return how many query heads' sums fit the registers: 24 of 32, 12 of 16."""
@@ -84,132 +89,140 @@ def together(form: Attention, features: Features, lanes: int) -> int:
     return next(n for n in range(min(fit, form.ratio), 0, -1) if form.ratio % n == 0)
 
 
-@T.inline
-def _fold_once(acc: Any, lanes: Any, rows: Any) -> None:
-    """Fold 2 * rows vectors into rows."""
-    for i in T.unroll(rows):
-        acc[i, at(0, lanes)] = pair_sums(
-            load(acc, (2 * i, 0), 0, lanes), load(acc, (2 * i + 1, 0), 0, lanes)
+@dataclass(frozen=True)
+class Results:
+    """What pieces leave for `_join`, one row a piece and query head, those of a piece together.
+
+    Args:
+        sums: [rows, D] float32, weighted values.
+        top: [rows] float32, the largest score.
+        total: [rows] float32, sum of the weights.
+    """
+
+    sums: Any
+    top: Any
+    total: Any
+
+    @classmethod
+    def allocated(cls, rows: Any, width: int) -> Results:
+        """Return the buffers, allocated where the text is being read."""
+        return cls(
+            *[T.alloc_buffer(shape, "float32") for shape in ((rows, width), (rows,), (rows,))]
         )
 
 
-@T.inline
-def _fold(acc: Any, lanes: Any, rows: Any) -> None:
-    """Fold as many vectors as there are lanes into the first: lane i the sum of vector i."""
-    if rows >= 8:
-        _fold_once(acc, lanes, 8)
-    if rows >= 4:
-        _fold_once(acc, lanes, 4)
-    if rows >= 2:
-        _fold_once(acc, lanes, 2)
-    if rows >= 1:
-        _fold_once(acc, lanes, 1)
-
-
-@T.inline
-def _score(p: Any) -> None:
+def _score(p: Piece) -> None:
     """Write the scores of all query heads with the piece's keys."""
-    for j in T.serial(T.ceildiv(p.count, p.lanes)):
+    with T.serial(T.ceildiv(p.count, p.lanes)) as j:
         bias = T.alloc_buffer((p.lanes,), "float32")
-        for i in T.unroll(p.lanes):
-            bias[i] = p.io.bias(p.b, p.first + j * p.lanes + i)
-        for r in T.serial(p.io.form.ratio):
-            acc = T.alloc_buffer((p.lanes, p.lanes), "float32")
-            for i in T.unroll(p.lanes):
-                acc[i, at(0, p.lanes)] = p.product(r, j * p.lanes + i)
-            _fold(acc, p.lanes, p.lanes // 2)
-            p.scores[r, at(j * p.lanes, p.lanes)] = p.io.capped(
-                load(acc, (0, 0), 0, p.lanes)
-            ) + load(bias, (0,), 0, p.lanes)
+        for i in range(p.lanes):
+            T.buffer_store(bias, p.io.bias(p.b, p.first + j * p.lanes + i), [i])
+        with T.serial(p.io.form.ratio) as r:
+            acc = [T.bind(p.product(r, j * p.lanes + i)) for i in range(p.lanes)]
+            while len(acc) > 1:
+                acc = [T.bind(pair_sums(*acc[i : i + 2])) for i in range(0, len(acc), 2)]
+            score = p.io.capped(acc[0]) + load(bias, (0,), 0, p.lanes)
+            store((p.scores, (r, 0)), j * p.lanes, score)
 
 
-@T.inline
-def _weigh(p: Any, top: Any, total: Any, slot: Any) -> None:
+def _weigh(p: Piece, results: Results, row: Any) -> None:
     """Turn scores into weights; write each query head's peak and sum of weights."""
-    for r in T.serial(p.io.form.ratio):
-        best = T.alloc_buffer((p.lanes,), "float32")
-        tally = T.alloc_buffer((p.lanes,), "float32")
-        best[at(0, p.lanes)] = splat(UNSEEN, p.lanes)
-        tally[at(0, p.lanes)] = splat(0.0, p.lanes)
-        for j in T.serial(T.ceildiv(p.count, p.lanes)):
-            best[at(0, p.lanes)] = T.max(
-                load(best, (0,), 0, p.lanes), load(p.scores, (r, j * p.lanes), 0, p.lanes)
-            )
-        best[at(0, p.lanes)] = across(load(best, (0,), 0, p.lanes), T.max)
-        for j in T.serial(T.ceildiv(p.count, p.lanes)):
-            weight: T.let = exp2(
-                load(p.scores, (r, j * p.lanes), 0, p.lanes) - load(best, (0,), 0, p.lanes)
-            )
-            p.scores[r, at(j * p.lanes, p.lanes)] = weight
-            tally[at(0, p.lanes)] = load(tally, (0,), 0, p.lanes) + weight
-        tally[at(0, p.lanes)] = across(load(tally, (0,), 0, p.lanes), lambda a, b: a + b)
-        top[slot * p.io.form.ratio + r] = best[0]
-        total[slot * p.io.form.ratio + r] = tally[0]
+    with T.serial(p.io.form.ratio) as r:
+        state = Registers.allocated(2, 1, p.lanes)
+        state.fill(lambda row, _column: splat((UNSEEN, 0.0)[row], p.lanes))
+        vectors = T.ceildiv(p.count, p.lanes)
+        with T.serial(vectors) as j:
+            scores = load(p.scores, (r, 0), j * p.lanes, p.lanes)
+            state.put(0, 0, T.max(state.get(0, 0), scores))
+        state.put(0, 0, across(state.get(0, 0), T.max))
+        with T.serial(vectors) as j:
+            scores = load(p.scores, (r, 0), j * p.lanes, p.lanes)
+            weight = T.bind(exp2(scores - state.get(0, 0)))
+            store((p.scores, (r, 0)), j * p.lanes, weight)
+            state.put(1, 0, state.get(1, 0) + weight)
+        state.put(1, 0, across(state.get(1, 0), lambda a, b: a + b))
+        T.buffer_store(results.top, state.vectors[0][0][0], [row + r])
+        T.buffer_store(results.total, state.vectors[1][0][0], [row + r])
 
 
-@T.inline
-def _add_values(p: Any, sums: Any, slot: Any) -> None:
+def _add_values(p: Piece, results: Results, row: Any) -> None:
     """Write the weighted sums of values, some query heads at a time."""
-    for k in T.serial(p.io.form.ratio // p.together):
-        acc = T.alloc_buffer((p.together, p.io.form.width), "float32")
-        for r in T.unroll(p.together):
-            for d in T.unroll(p.io.form.width // p.lanes):
-                acc[r, at(d * p.lanes, p.lanes)] = splat(0.0, p.lanes)
-        for t in T.serial(p.count):
-            for r in T.unroll(p.together):
-                for d in T.unroll(p.io.form.width // p.lanes):
-                    acc[r, at(d * p.lanes, p.lanes)] = load(
-                        acc, (r, d * p.lanes), 0, p.lanes
-                    ) + splat(p.scores[k * p.together + r, t], p.lanes) * load(
-                        p.io.v, p.io.value(p.b, p.g, p.first + t), d * p.lanes, p.lanes
-                    )
-        for r in T.unroll(p.together):
-            for d in T.unroll(p.io.form.width // p.lanes):
-                sums[slot * p.io.form.ratio + k * p.together + r, at(d * p.lanes, p.lanes)] = load(
-                    acc, (r, d * p.lanes), 0, p.lanes
-                )
-
-
-@T.inline
-def _join(io: Any, lanes: Any, batch: Any, pieces: Any, sums: Any, top: Any, total: Any) -> None:
-    """Join the pieces of each head: what each weighs is its total times 2**(peak - peak of all)."""
-    for head in T.serial(batch * io.form.heads):
-        group = head // io.form.ratio
-        r = head % io.form.ratio
-        best = T.alloc_buffer((1,), "float32")
-        whole = T.alloc_buffer((1,), "float32")
-        best[0] = T.float32(UNSEEN)
-        whole[0] = T.float32(0.0)
-        for i in T.serial(pieces):
-            best[0] = T.max(best[0], top[(group * pieces + i) * io.form.ratio + r])
-        for i in T.serial(pieces):
-            row = (group * pieces + i) * io.form.ratio + r
-            top[row] = exp2(top[row] - best[0])
-            whole[0] = whole[0] + top[row] * total[row]
-        part: T.let = T.if_then_else(
-            whole[0] > T.float32(0.0), T.float32(1.0) / whole[0], T.float32(0.0)
-        )
-        for d in T.serial(io.form.width // lanes):
-            acc = T.alloc_buffer((lanes,), "float32")
-            acc[at(0, lanes)] = splat(0.0, lanes)
-            for i in T.serial(pieces):
-                row = (group * pieces + i) * io.form.ratio + r
-                acc[at(0, lanes)] = load(acc, (0,), 0, lanes) + load(
-                    sums, (row, d * lanes), 0, lanes
-                ) * splat(top[row] * part, lanes)
-            store(
-                (io.y, (head // io.form.heads, head % io.form.heads * io.form.width)),
-                d * lanes,
-                load(acc, (0,), 0, lanes),
+    columns = p.io.form.width // p.lanes
+    with T.serial(p.io.form.ratio // p.together) as k:
+        acc = Registers.allocated(p.together, columns, p.lanes)
+        acc.clear()
+        with T.serial(p.count) as t:
+            place = p.io.value(p.b, p.g, p.first + t)
+            heads = [p.scores[k * p.together + r, t] for r in range(p.together)]
+            acc.add_products(
+                [splat(weight, p.lanes) for weight in heads],
+                [load(p.io.v, place, c * p.lanes, p.lanes) for c in range(columns)],
             )
+        for r in range(p.together):
+            for c in range(columns):
+                target = (results.sums, (row + k * p.together + r, 0))
+                store(target, c * p.lanes, acc.get(r, c))
 
 
-@T.inline
-def _attend(p: Any, sums: Any, top: Any, total: Any, slot: Any) -> None:
-    """Compute one piece, its queries turned already."""
-    _score(p)
-    _weigh(p, top, total, slot)
-    _add_values(p, sums, slot)
+@dataclass(frozen=True)
+class Joined:
+    """All pieces, to be joined.
+
+    Args:
+        io: Where everything is.
+        lanes: Of a vector that divides D.
+        batch: B.
+        pieces: How many pieces a key head has.
+        results: What they left.
+    """
+
+    io: Places
+    lanes: int
+    batch: Any
+    pieces: Any
+    results: Results
+
+    def row(self, head: Any) -> Any:
+        """Return where a query head's first piece is."""
+        ratio = self.io.form.ratio
+        return head // ratio * self.pieces * ratio + head % ratio
+
+    def piece(self, first: Any, i: Any) -> Any:
+        """Return where a query head's piece i is."""
+        return first + i * self.io.form.ratio
+
+
+def _join(p: Joined) -> None:
+    """Join the pieces of each head: what each weighs is its total times 2**(peak - peak of all)."""
+    with T.serial(p.batch * p.io.form.heads) as head:
+        first = variable(p.row(head))
+        best, whole = Registers.allocated(1, 1, 1), Registers.allocated(1, 1, 1)
+        best.put(0, 0, T.float32(UNSEEN))
+        whole.clear()
+        with T.serial(p.pieces) as i:
+            best.put(0, 0, T.max(best.get(0, 0), p.results.top[p.piece(first, i)]))
+        with T.serial(p.pieces) as i:
+            row = variable(p.piece(first, i))
+            share = T.bind(exp2(p.results.top[row] - best.get(0, 0)))
+            T.buffer_store(p.results.top, share, [row])
+            whole.put(0, 0, whole.get(0, 0) + share * p.results.total[row])
+        _write(p, head, first, whole.get(0, 0))
+
+
+def _write(p: Joined, head: Any, first: Any, whole: Any) -> None:
+    """Write a head's result: its pieces' sums by their shares, divided by the whole."""
+    heads, width = p.io.form.heads, p.io.form.width
+    part = variable(T.if_then_else(whole > T.float32(0.0), T.float32(1.0) / whole, T.float32(0.0)))
+    with T.serial(width // p.lanes) as d:
+        acc = Registers.allocated(1, 1, p.lanes)
+        acc.clear()
+        with T.serial(p.pieces) as i:
+            row = variable(p.piece(first, i))
+            share = splat(p.results.top[row] * part, p.lanes)
+            sums = load(p.results.sums, (row, 0), d * p.lanes, p.lanes)
+            acc.put(0, 0, acc.get(0, 0) + sums * share)
+        place = (head // heads, head % heads * width)
+        store((p.io.y, place), d * p.lanes, acc.get(0, 0))
 
 
 @dataclass(frozen=True)
@@ -264,19 +277,44 @@ class Fresh:
         return Head(self.turning, self.lanes, source, target, tables, *how)
 
 
-@T.inline
-def append_row(new: Any, row: Any, g: Any, k: Any, v: Any) -> None:
-    """Write key (turned) and value of a row's head g to places in the caches."""
-    turn(new.key(row, g, k))
-    for d in T.serial(new.form.width // new.lanes):
-        store(v, d * new.lanes, new.value(row, g, d * new.lanes))
+def append_row(new: Fresh, row: Any, g: Any, caches: tuple[Any, Any], place: Any) -> None:
+    """Write key (turned) and value of a row's head g to a place in the caches."""
+    turn(new.key(row, g, (caches[0], place)))
+    for d in range(0, new.form.width, new.lanes):
+        store((caches[1], place), d, new.value(row, g, d))
+
+
+def _attend_all(io: Places, new: Fresh, features: Features, batch: Any) -> None:
+    """Compute all pieces and join them; the last one of a key head appends the new key."""
+    form, lanes = io.form, fitting(features, io.form.width)
+    group, ratio = form.kv_heads, form.ratio
+    begin = variable(io.begin(0))
+    pieces = variable(T.ceildiv(io.keys - begin, PIECE))
+    most = batch * group * ratio * T.ceildiv(io.keys, PIECE)
+    results = Results.allocated(most, form.width)
+    with T.parallel(batch * group * pieces) as task:
+        i, head = variable(task % pieces), variable(task // pieces)
+        b, g = variable(head // group), variable(head % group)
+        query = T.alloc_buffer((ratio, form.width), "float32")
+        scores = T.alloc_buffer((ratio, PIECE), "float32")
+        with T.serial(ratio) as r:
+            turn(new.query(b, g * ratio + r, (query, (r, 0)), form.factor))
+        with T.If(i == pieces - 1), T.Then():
+            append_row(new, b, g, (io.k, io.v), (b, g, io.keys - 1, 0))
+        first = variable(begin + i * PIECE)
+        count = variable(T.min(io.keys - first, PIECE))
+        fit = together(form, features, lanes)
+        piece = Piece(io, lanes, fit, b, g, first, count, query, scores)
+        _score(piece)
+        _weigh(piece, results, task * ratio)
+        _add_values(piece, results, task * ratio)
+    _join(Joined(io, lanes, batch, pieces, results))
 
 
 def fused(form: Attention, turning: Turning, features: Features) -> Any:
     """Return the function (qkv, q_norm, …, position_ids, mask, k_cache, v_cache, y)."""
-    lanes, turned = fitting(features, form.width), lanes_for(turning, features)
-    width, ratio, group = form.width, form.ratio, form.kv_heads
-    fit, half = together(form, features, lanes), max(turning.rotary // 2, 1)
+    width, heads, group = form.width, form.heads, form.kv_heads
+    lanes, half = lanes_for(turning, features), max(turning.rotary // 2, 1)
 
     @T.prim_func(s_tir=True)
     def attention(
@@ -293,7 +331,7 @@ def fused(form: Attention, turning: Turning, features: Features) -> Any:
     ) -> None:
         T.func_attr({"tirx.noalias": True})
         batch, keys, room, angles = T.int64(), T.int64(), T.int64(), T.int64()
-        parts = T.match_buffer(qkv, (batch, (ratio * group + 2 * group) * width), "float32")
+        parts = T.match_buffer(qkv, (batch, (heads + 2 * group) * width), "float32")
         q_weight = T.match_buffer(q_norm, (width,), "float32")
         k_weight = T.match_buffer(k_norm, (width,), "float32")
         cosines = T.match_buffer(cos, (angles, half), "float32")
@@ -302,44 +340,11 @@ def fused(form: Attention, turning: Turning, features: Features) -> Any:
         real = T.match_buffer(mask, (batch, keys), "int64")
         kept = T.match_buffer(k_cache, (batch, group, room, width), "float32")
         values = T.match_buffer(v_cache, (batch, group, room, width), "float32")
-        out = T.match_buffer(y, (batch, ratio * group * width), "float32")
+        out = T.match_buffer(y, (batch, heads * width), "float32")
         io = T.meta_var(Places(form, parts, kept, values, real, out, T.int64(1), keys))
-        new = T.meta_var(
-            Fresh(
-                form,
-                turning,
-                turned,
-                parts,
-                (q_weight, k_weight),
-                (cosines, sines),
-                positions,
-                T.int64(1),
-            )
-        )
-        begin = io.begin(0)
-        pieces = T.ceildiv(keys - begin, PIECE)
-        room_for = T.meta_var(batch * group * ratio * T.ceildiv(keys, PIECE))
-        sums = T.alloc_buffer((room_for, width), "float32")
-        top = T.alloc_buffer((room_for,), "float32")
-        total = T.alloc_buffer((room_for,), "float32")
-        for task in T.parallel(batch * group * pieces):
-            query = T.alloc_buffer((ratio, width), "float32")
-            scores = T.alloc_buffer((ratio, PIECE), "float32")
-            b = task // (group * pieces)
-            g = task // pieces % group
-            i = task % pieces
-            for r in T.serial(ratio):
-                turn(new.query(b, g * ratio + r, (query, (r, 0)), form.factor))
-            if i == pieces - 1:
-                append_row(new, b, g, (kept, (b, g, keys - 1, 0)), (values, (b, g, keys - 1, 0)))
-            first = begin + i * PIECE
-            _attend(
-                Piece(io, lanes, fit, b, g, first, T.min(keys - first, PIECE), query, scores),
-                sums,
-                top,
-                total,
-                task,
-            )
-        _join(io, lanes, batch, pieces, sums, top, total)
+        norms = T.meta_var((q_weight, k_weight))
+        tables = T.meta_var((cosines, sines))
+        new = T.meta_var(Fresh(form, turning, lanes, parts, norms, tables, positions, T.int64(1)))
+        _attend_all(io, new, features, batch)
 
     return attention

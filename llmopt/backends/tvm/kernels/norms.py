@@ -9,6 +9,8 @@ memory; a row alone, in decode, is some 100 ns and not worth a second thread.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +19,15 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.activations import LOOPS, Rows, exp2
 from llmopt.backends.tvm.kernels.kernel import Kernel
-from llmopt.backends.tvm.kernels.vectors import across, at, fitting, kept, load, splat
+from llmopt.backends.tvm.kernels.vectors import (
+    Registers,
+    across,
+    fitting,
+    kept,
+    load,
+    splat,
+    store,
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,7 @@ class Row:
 
     def square(self, d: Any, mean: Any) -> Any:
         """Return the squares of the numbers from d on, less the mean."""
-        value = self.number(d)
-        if self.norm.kind == "layer":
-            value = value - mean
+        value = T.bind(self.number(d) - mean if self.norm.kind == "layer" else self.number(d))
         return value * value
 
     def mean(self, total: Any) -> Any:
@@ -113,44 +121,33 @@ class Row:
         return value + load(self.bias, (0,), d, self.lanes) if self.norm.bias else value
 
 
-@T.inline
-def sum_row(acc: Any, lanes: Any, width: Any, term: Any) -> None:
-    """Write to ``acc [lanes]`` the lane-wise sums of ``term(d)`` over a row."""
-    four = T.alloc_buffer((4, lanes), "float32")
-    for i in T.unroll(4):
-        four[i, at(0, lanes)] = splat(0.0, lanes)
-    for j in T.serial(width // (4 * lanes)):
-        for i in T.unroll(4):
-            four[i, at(0, lanes)] = load(four, (i, 0), 0, lanes) + term((j * 4 + i) * lanes)
-    for j in T.serial(width // lanes % 4):
-        four[0, at(0, lanes)] = load(four, (0, 0), 0, lanes) + term(
-            (width // (4 * lanes) * 4 + j) * lanes
-        )
-    acc[at(0, lanes)] = (load(four, (0, 0), 0, lanes) + load(four, (1, 0), 0, lanes)) + (
-        load(four, (2, 0), 0, lanes) + load(four, (3, 0), 0, lanes)
-    )
+def _sum(lanes: int, width: int, term: Callable[[Any], Any]) -> Any:
+    """Return the lane-wise sums of ``term(d)`` over a row, in four vectors side by side."""
+    four = Registers.allocated(4, 1, lanes)
+    four.clear()
+    whole = width // (4 * lanes)
+    with T.serial(whole) as j:
+        for i in range(4):
+            four.put(i, 0, four.get(i, 0) + term((j * 4 + i) * lanes))
+    for i in range(width // lanes % 4):
+        four.put(i, 0, four.get(i, 0) + term((whole * 4 + i) * lanes))
+    return (four.get(0, 0) + four.get(1, 0)) + (four.get(2, 0) + four.get(3, 0))
 
 
-@T.inline
-def _normalize(row: Any, y: Any, place: Any) -> None:
+def _normalize(row: Row, y: Any, place: tuple[Any, Any]) -> None:
     """Write the norm of a row."""
-    mean = T.alloc_buffer((row.lanes,), "float32")
-    root = T.alloc_buffer((row.lanes,), "float32")
-    mean[at(0, row.lanes)] = splat(0.0, row.lanes)
+    lanes, width = row.lanes, row.norm.width
+    mean = splat(0.0, lanes)
     if row.norm.kind == "layer":
-        sum_row(mean, row.lanes, row.norm.width, row.number)
-        mean[at(0, row.lanes)] = row.mean(load(mean, (0,), 0, row.lanes))
-    sum_row(
-        root,
-        row.lanes,
-        row.norm.width,
-        lambda d: row.square(d, load(mean, (0,), 0, row.lanes)),
-    )
-    root[at(0, row.lanes)] = row.root(load(root, (0,), 0, row.lanes))
-    for j in T.serial(row.norm.width // row.lanes):
-        y[place[0], at(place[1] + j * row.lanes, row.lanes)] = row.result(
-            j * row.lanes, load(mean, (0,), 0, row.lanes), load(root, (0,), 0, row.lanes)
-        )
+        mean = T.bind(row.mean(_sum(lanes, width, row.number)))
+    root = T.bind(row.root(_sum(lanes, width, lambda d: row.square(d, mean))))
+    with T.serial(width // lanes) as j:
+        store((y, place), j * lanes, row.result(j * lanes, mean, root))
+
+
+def sum_of(first: Any, second: Any, place: tuple[Any, Any], lanes: int) -> Any:
+    """Return the sum of two buffers' vectors."""
+    return load(first, place, 0, lanes) + load(second, place, 0, lanes)
 
 
 def _norm(wanted: Norm, lanes: int) -> Any:
@@ -176,21 +173,10 @@ def _norm(wanted: Norm, lanes: int) -> Any:
         for m in loop(rows):
             if wanted.skip:
                 for j in T.serial(heads * width // lanes):
-                    both[m, at(j * lanes, lanes)] = load(given, (m, j * lanes), 0, lanes) + load(
-                        other, (m, j * lanes), 0, lanes
-                    )
+                    store((both, (m, 0)), j * lanes, sum_of(given, other, (m, j * lanes), lanes))
             for h in T.serial(heads):
-                _normalize(
-                    Row(
-                        wanted,
-                        lanes,
-                        (both if wanted.skip else given, (m, h * width)),
-                        scale,
-                        shift,
-                    ),
-                    out,
-                    (m, h * width),
-                )
+                source = T.meta_var((both if wanted.skip else given, (m, h * width)))
+                _normalize(Row(wanted, lanes, source, scale, shift), out, (m, h * width))
 
     return norm
 
@@ -198,7 +184,7 @@ def _norm(wanted: Norm, lanes: int) -> Any:
 def softmax(width: int, features: Features, rows: Rows = "many") -> Kernel:
     """Return the softmax of rows: ``x [M, W]`` to ``y [M, W]``."""
     lanes = fitting(features, width)
-    loop, slope = LOOPS[rows], 1.4426950408889634
+    loop = LOOPS[rows]
 
     @T.prim_func(s_tir=True)
     def softmax(x: T.handle, y: T.handle) -> None:
@@ -207,31 +193,45 @@ def softmax(width: int, features: Features, rows: Rows = "many") -> Kernel:
         given = T.match_buffer(x, (count, width), "float32")
         out = T.match_buffer(y, (count, width), "float32")
         for m in loop(count):
-            best = T.alloc_buffer((lanes,), "float32")
-            total = T.alloc_buffer((lanes,), "float32")
-            best[at(0, lanes)] = splat(-3e38, lanes)
-            total[at(0, lanes)] = splat(0.0, lanes)
-            for j in T.serial(width // lanes):
-                best[at(0, lanes)] = T.max(
-                    load(best, (0,), 0, lanes), load(given, (m, j * lanes), 0, lanes)
-                )
-            best[at(0, lanes)] = across(load(best, (0,), 0, lanes), T.max)
-            for j in T.serial(width // lanes):
-                weight: T.let = exp2(
-                    (load(given, (m, j * lanes), 0, lanes) - load(best, (0,), 0, lanes))
-                    * splat(slope, lanes)
-                )
-                out[m, at(j * lanes, lanes)] = weight
-                total[at(0, lanes)] = load(total, (0,), 0, lanes) + weight
-            total[at(0, lanes)] = splat(1.0, lanes) / across(
-                load(total, (0,), 0, lanes), lambda a, b: a + b
-            )
-            for j in T.serial(width // lanes):
-                out[m, at(j * lanes, lanes)] = load(out, (m, j * lanes), 0, lanes) * load(
-                    total, (0,), 0, lanes
-                )
+            _soften(given, out, m, lanes)
 
     return Kernel(f"softmax_w{width}_{rows}_{features.label}", softmax, ("x",), ("y",))
+
+
+def _soften(given: Any, out: Any, m: Any, lanes: int) -> None:
+    """Write the softmax of row m."""
+    vectors, total = int(given.ty.shape[1]) // lanes, Registers.allocated(1, 1, lanes)
+    best = T.bind(_largest(given, m, lanes))
+    total.clear()
+    with T.serial(vectors) as j:
+        score = load(given, (m, 0), j * lanes, lanes) - best
+        weight = T.bind(exp2(score * splat(math.log2(math.e), lanes)))
+        store((out, (m, 0)), j * lanes, weight)
+        total.put(0, 0, total.get(0, 0) + weight)
+    part = T.bind(splat(1.0, lanes) / across(total.get(0, 0), lambda a, b: a + b))
+    with T.serial(vectors) as j:
+        store((out, (m, 0)), j * lanes, load(out, (m, 0), j * lanes, lanes) * part)
+
+
+def _largest(given: Any, m: Any, lanes: int) -> Any:
+    """Return the largest number of row m, in every lane."""
+    best = Registers.allocated(1, 1, lanes)
+    best.put(0, 0, splat(float("-inf"), lanes))
+    with T.serial(int(given.ty.shape[1]) // lanes) as j:
+        best.put(0, 0, T.max(best.get(0, 0), load(given, (m, 0), j * lanes, lanes)))
+    best.put(0, 0, across(best.get(0, 0), T.max))
+    return best.get(0, 0)
+
+
+def _first_of_largest(given: Any, out: Any, m: Any, lanes: int) -> None:
+    """Write where the largest number of row m comes first."""
+    best = T.alloc_buffer((lanes,), "float32")
+    store((best, (0,)), 0, _largest(given, m, lanes))
+    where = T.alloc_buffer((1,), "int64")
+    T.buffer_store(where, T.int64(0), [0])
+    with T.While(given[m, where[0]] < best[0]):
+        T.buffer_store(where, where[0] + T.int64(1), [0])
+    T.buffer_store(out, where[0], [m])
 
 
 def argmax(width: int, features: Features) -> Kernel:
@@ -245,17 +245,6 @@ def argmax(width: int, features: Features) -> Kernel:
         given = T.match_buffer(x, (count, width), "float32")
         out = T.match_buffer(y, (count,), "int64")
         for m in T.serial(count):
-            best = T.alloc_buffer((lanes,), "float32")
-            where = T.alloc_buffer((1,), "int64")
-            best[at(0, lanes)] = splat(float("-inf"), lanes)
-            for j in T.serial(width // lanes):
-                best[at(0, lanes)] = T.max(
-                    load(best, (0,), 0, lanes), load(given, (m, j * lanes), 0, lanes)
-                )
-            best[at(0, lanes)] = across(load(best, (0,), 0, lanes), T.max)
-            where[0] = T.int64(0)
-            while given[m, where[0]] < best[0]:
-                where[0] = where[0] + T.int64(1)
-            out[m] = where[0]
+            _first_of_largest(given, out, m, lanes)
 
     return Kernel(f"argmax_w{width}_{features.label}", argmax, ("x",), ("y",))

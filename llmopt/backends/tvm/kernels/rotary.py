@@ -51,22 +51,11 @@ def _rotary(turning: Turning, heads: int, passed: int, lanes: int) -> Any:
         for m in T.parallel(rows):
             position = positions[m // length, m % length]
             for h in T.serial(heads):
-                turn(
-                    Head(
-                        turning,
-                        lanes,
-                        (given, (m, h * width)),
-                        (out, (m, h * width)),
-                        (cosines, sines, position),
-                        cosines,
-                        1.0,
-                    )
-                )
+                place = T.meta_var((m, h * width))
+                tables = T.meta_var((cosines, sines, position))
+                turn(Head(turning, lanes, (given, place), (out, place), tables, None, 1.0))
             for j in T.serial(passed * width // lanes):
-                store(
-                    (out, (m, heads * width)),
-                    j * lanes,
-                    load(given, (m, heads * width), j * lanes, lanes),
-                )
+                kept = T.meta_var((m, heads * width))
+                store((out, kept), j * lanes, load(given, kept, j * lanes, lanes))
 
     return rotary
