@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from llmopt.fusion import Fused, fusion_report, require, required_kinds
 if TYPE_CHECKING:
     import torch
 
-    from llmopt.backends.base import Backend
+    from llmopt.backends.base import Backend, Demand
     from llmopt.bundle.manifest import Manifest
     from llmopt.frontend.source import Source, SourceOptions
     from llmopt.ir.program import Program
@@ -269,8 +271,9 @@ class _Compilation:
                 lowered = self.backend.write(program, folder, demand)
                 for name, content in program.facts.files.items():
                     (folder / name).write_bytes(content)
-            proof = self._prove(program, folder / lowered.entry)
-            quality = self._quality(program, folder / lowered.entry)
+            with self._runnable(program, folder / lowered.entry, demand) as (runner, entry):
+                proof = self._prove(program, runner, entry)
+                quality = self._quality(program, runner, entry)
             text = ",".join(filter(None, [pipeline, lowering]))
             manifest = self._manifest(program, lowered.entry, text, proof, quality)
             manifest = dataclasses.replace(
@@ -336,7 +339,21 @@ class _Compilation:
                 return convert_float.rounding(program, narrower)
         return None
 
-    def _prove(self, program: Program, entry: Path) -> Verification:
+    @contextlib.contextmanager
+    def _runnable(
+        self, program: Program, entry: Path, demand: Demand
+    ) -> Iterator[tuple[Backend, Path]]:
+        """Yield what runs here and its file: the artifact, or the same for this machine."""
+        runner = None if self.options.verify == "off" else self.backend.stand_in()
+        if runner is None:
+            yield self.backend, entry
+            return
+        with tempfile.TemporaryDirectory(dir=entry.parent.parent) as place:
+            with self.clock(f"writing for {runner.name}, which runs here"):
+                lowered = runner.write(program, Path(place), demand)
+            yield runner, Path(place) / lowered.entry
+
+    def _prove(self, program: Program, runner: Backend, entry: Path) -> Verification:
         from llmopt.verification import Verification, verify
 
         if self.options.verify == "off":
@@ -344,20 +361,21 @@ class _Compilation:
         with self.clock("verifying against the source"):
             proof = verify(
                 program,
-                self.backend.open(entry, exact=True),
+                runner.open(entry, exact=True),
                 self.source.reference,
                 tolerance=self.backend.tolerance(self.options.quantize),
                 transform=self._transform(),
             )
-        return dataclasses.replace(proof, proven_by=self.backend.proven_by)
+        by = self.backend.proven_by or ("" if runner is self.backend else runner.target)
+        return dataclasses.replace(proof, proven_by=by)
 
-    def _quality(self, program: Program, entry: Path) -> dict[str, Any]:
+    def _quality(self, program: Program, runner: Backend, entry: Path) -> dict[str, Any]:
         from llmopt.evaluation import measure_quality
 
         if self.scheme is None or self.options.verify == "off":
             return {}
         with self.clock("measuring quality against the source"):
-            quality = measure_quality(program, self.backend.open(entry), self.source.reference)
+            quality = measure_quality(program, runner.open(entry), self.source.reference)
         bound, found = self.options.max_kl, quality.get("kl_mean")
         if bound is not None and found is None:
             raise UsageError("--max-kl: this model gives no logits to measure it on")

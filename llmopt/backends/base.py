@@ -131,6 +131,13 @@ class Backend(abc.ABC):
         """
         return scheme
 
+    def stand_in(self) -> Backend | None:
+        """Return what is written and run in this one's place to verify, if it cannot run here.
+
+        Its operators are the same, so that the same lowered Program is written for it.
+        """
+        return None
+
     @property
     def proven_by(self) -> str:
         """What runs the artifact while it is verified, where that is not the target itself."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmopt.backends.tvm.features import Processor
 
 ENTRY: Final = "model.so"
+HOST: Final = "host"
 CHUNK: Final = 512
 """New tokens that a decoder takes at once; a longer prompt goes in pieces."""
 _BUILDS: Final = "pip install 'llmopt[cpu]'"
@@ -38,13 +39,13 @@ class Tvm(Backend):
     """What the targets of TVM share.
 
     Args:
-        mcpu: The processor by LLVM's name; empty for this machine's.
+        mcpu: The processor by LLVM's name; ``host`` for this machine's.
         without: Features that the processor has and code must do without, joined by ``+``, in
             LLVM's names: ``avx512f+amx-tile``.
     """
 
     schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic"})
-    mcpu: str = ""
+    mcpu: str = HOST
     without: str = ""
 
     @abstractmethod
@@ -93,6 +94,13 @@ class Tvm(Backend):
         return Lowered(ENTRY, program, {"tvm": installed("apache-tvm")}, requires)
 
     @override
+    def stand_in(self) -> Backend | None:
+        if self.processor().runs_here:
+            return None
+        native = {"x86_64": TvmCpu, "aarch64": TvmArm64}[platform.machine()]
+        return native(mcpu=HOST)
+
+    @override
     def open(self, entry: Path, *, exact: bool = False) -> Run:
         from llmopt.backends.tvm.session import open_session
 
@@ -110,9 +118,7 @@ class TvmCpu(Tvm):
     def processor(self) -> Processor:
         from llmopt.backends.tvm.features import find_processor
 
-        without = filter(None, self.without.split("+"))
-        native = platform.machine() == "x86_64"
-        return find_processor("x86_64", self.mcpu or ("" if native else "x86-64-v3"), without)
+        return find_processor("x86_64", self.mcpu, filter(None, self.without.split("+")))
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,6 @@ class TvmArm64(Tvm):
         from llmopt.backends.tvm.features import find_processor
 
         return find_processor("aarch64", self.mcpu, filter(None, self.without.split("+")))
-
-    @property
-    @override
-    def proven_by(self) -> str:
-        return "" if platform.machine() == "aarch64" else "tvm-cpu"
 
 
 def _describe(module: Module, folder: Path) -> None:

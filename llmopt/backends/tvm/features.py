@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Final
@@ -108,6 +109,11 @@ class Processor:
         return sorted({names[name] for name in self.llvm_features if name in names})
 
     @property
+    def runs_here(self) -> bool:
+        """Whether this machine runs code for it."""
+        return self.machine == platform.machine() and set(self.required) <= processor_features()
+
+    @property
     def target(self) -> dict[str, object]:
         """The processor as TVM's target."""
         given = [f"-{name}" for name in sorted(self.masked)]
@@ -119,12 +125,12 @@ class Processor:
         }
 
 
-def find_processor(machine: str, mcpu: str = "", without: Iterable[str] = ()) -> Processor:
+def find_processor(machine: str, mcpu: str, without: Iterable[str] = ()) -> Processor:
     """Return a processor by its name in LLVM.
 
     Args:
         machine: ``"x86_64"`` or ``"aarch64"``.
-        mcpu: LLVM's name of it; empty for this machine's own, less what it was not given: a
+        mcpu: LLVM's name of it; ``"host"`` for this machine's own, less what it was not given: a
             virtual machine may lack what its processor has.
         without: Features to do without, in LLVM's names.
 
@@ -133,15 +139,16 @@ def find_processor(machine: str, mcpu: str = "", without: Iterable[str] = ()) ->
     """
     from llmopt.backends.tvm import api
 
+    native = mcpu == "host" and machine == platform.machine()
     known = api.processors(TRIPLES[machine])
-    if mcpu and mcpu not in known:
+    if mcpu not in known and not native:
         raise UnknownNameError(f"{machine} processor", mcpu, known, "these are LLVM's names")
-    name = mcpu or api.host_processor()
+    name = api.host_processor() if native else mcpu
     has = api.processor_features(TRIPLES[machine], name)
     masked = set(without)
     if unknown := sorted(masked - LINUX_NAMES[machine].keys()):
         raise UnknownNameError("processor feature", unknown[0], LINUX_NAMES[machine])
-    if not mcpu:
+    if native:
         there = processor_features()
         masked |= {f for f, linux in LINUX_NAMES[machine].items() if linux not in there}
     return Processor(machine, name, frozenset(has - masked), frozenset(has & masked))
