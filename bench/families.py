@@ -70,13 +70,13 @@ class Model:
         name: Its family, or what it is called.
         task: Whether tokens follow one another through a cache.
         write: Makes the checkpoint in a folder.
-        real: Whether the weights are some that were trained.
+        layers: L.
     """
 
     name: str
     task: Literal["decoder", "encoder"]
     write: Callable[[Path], None]
-    real: bool = False
+    layers: int = 2
 
     def oracle(self, folder: Path) -> Oracle:
         """Return what transformers' own implementation computes of the checkpoint."""
@@ -144,7 +144,7 @@ MODELS: Final[Mapping[str, Model]] = {
     for model in (
         *(_random(family, "decoder") for family in DECODERS),
         *(_random(family, "encoder") for family in ENCODERS),
-        Model("SmolLM2-135M-Instruct", "decoder", write_smollm2, real=True),
-        Model("all-MiniLM-L6-v2", "encoder", write_minilm, real=True),
+        Model("SmolLM2-135M-Instruct", "decoder", write_smollm2, layers=30),
+        Model("all-MiniLM-L6-v2", "encoder", write_minilm, layers=6),
     )
 }

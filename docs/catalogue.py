@@ -27,6 +27,7 @@ from llmopt.quantization.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results.json"
+CONFORMANCE = ROOT / "bench" / "conformance.json"
 _LABELS = "Rewrites|Needs|Numerics|Scope|Leaves|Source|Args|Raises|Returns"
 _LABEL = re.compile(rf"(?:^|(?<=[.)] ))({_LABELS}): ?", re.MULTILINE)
 
@@ -217,3 +218,21 @@ def results() -> None:
     load = max(row["load_average"] for row in rows)
     also = f", while the machine also did other work (load average {load})" if load > 2.5 else ""
     print(f"\nTokens a second, {rows[0]['machine']}, {' and '.join(workloads)}{also}.")
+
+
+def conformance() -> None:
+    """Print how far each target was from the source: a table each, a row for each model."""
+    rows = json.loads(CONFORMANCE.read_text())["rows"]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        of = [row for row in rows if row["target"] == target]
+        schemes_ = list(dict.fromkeys(row["scheme"] for row in of))
+        print(f"| model | {' | '.join(f'`{scheme}`' for scheme in schemes_)} |")
+        print(f"| --- |{' ---: |' * len(schemes_)}")
+        for model in dict.fromkeys(row["model"] for row in of):
+            cells = {r["scheme"]: _held(r) for r in of if r["model"] == model}
+            print(f"| {model} | {' | '.join(cells.get(scheme, '') for scheme in schemes_)} |")
+
+
+def _held(row: dict[str, Any]) -> str:
+    """Return the worst error of a case and what is allowed."""
+    return f"{max(row['errors'].values()):.0e} of {row['tolerance']:.0e}"

@@ -1,0 +1,370 @@
+"""TVM artifacts against llama.cpp, OpenVINO and onnxruntime-genai, beside the machine's limits.
+
+    python bench/vs_peers.py --install --work DIR
+    python bench/vs_peers.py --work DIR [--blocks 4] [--json FILE] [--side S]... CASE ...
+
+A case is ``smollm2``, ``llama-1.2b``, ``minilm`` or ``bert-base`` (1.2 B and base: random);
+``--install`` makes an environment in DIR with the other tools, llama.cpp compiled for this very
+processor (minutes). Every side runs in fresh processes with the same threads, one after the other
+in a *block*; the order turns from block to block. Decoders: prefill of 128 and of 512 tokens, then
+64 decoded, each on a new random prompt. Encoders: 1 x 128 and 8 x 128 tokens. Printed are medians
+over blocks, the ratio of ours to each side with a 95 % interval from a bootstrap of blocks, and the
+fraction of the roofline: decoding, the weights' bytes per second against what the machine reads;
+else, the products per second against its peak in int8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import families
+import peers
+import shapes
+
+PACKAGES: Final = (
+    "openvino==2026.4.1",
+    "openvino-genai==2026.4.1",
+    "openvino-tokenizers==2026.4.1",
+)
+UNBOUND: Final = ("optimum", "optimum-intel", "nncf", "diskcache", "llama-cpp-python==0.3.36")
+"""Installed without what they ask for: the project's environment has it, and in other builds."""
+NEEDED: Final = (
+    "transformers==4.57.1",  # the newest that optimum-intel exports with
+    "huggingface-hub<1",
+    "natsort",
+    "pydot",
+    "rich",
+    "networkx",
+    "scikit-learn",
+    "tabulate",
+    "jsonschema",
+    "psutil",
+)
+PREFILLS: Final = (128, 512)
+DECODE: Final = 64
+BATCHES: Final = (1, 8)
+WARM, ROUNDS = 1, 3  # of a process, for each workload
+
+BERT: Final = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One tool on one model.
+
+    Args:
+        build: Makes what it runs from a checkpoint.
+        run: Opens that.
+        file: What its model is called in the work folder, after the case; empty for the checkpoint.
+        foreign: Whether it lives in the environment of the other tools.
+    """
+
+    build: Callable[[Path, Path], None] | None
+    run: Callable[[Path, int], Any]
+    file: str
+    foreign: bool = False
+
+
+def llmopt(target: str, scheme: str) -> Side:
+    """Return llmopt for a target."""
+    return Side(peers.build_llmopt(target, scheme), peers.Llmopt, f"{target}-{scheme}")
+
+
+def decoders(group: int) -> dict[str, Side]:
+    """Return the sides of a decoder: ours is the first."""
+    return {
+        "tvm-cpu w4": llmopt("tvm-cpu", "w4"),
+        "onnxruntime-cpu w4": llmopt("onnxruntime-cpu", "w4"),
+        "llama.cpp Q4_0": Side(peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=True),
+        "OpenVINO int4": Side(
+            peers.build_openvino(group), peers.OpenVino, f"ov-int4-g{group}", foreign=True
+        ),
+        "genai int4": Side(peers.build_genai, peers.Genai, "genai-int4"),
+    }
+
+
+def encoders() -> dict[str, Side]:
+    """Return the sides of an encoder: ours is the first."""
+    return {
+        "tvm-cpu w8a8-dynamic": llmopt("tvm-cpu", "w8a8-dynamic"),
+        "onnxruntime-cpu w8a8-dynamic": llmopt("onnxruntime-cpu", "w8a8-dynamic"),
+        "OpenVINO int8": Side(
+            peers.build_openvino_encoder("int8"), peers.OpenVinoEncoder, "ov-i8", foreign=True
+        ),
+        "OpenVINO bf16": Side(
+            peers.build_openvino_encoder("fp32"), peers.OpenVinoHalf, "ov", foreign=True
+        ),
+        "OpenVINO fp32": Side(
+            peers.build_openvino_encoder("fp32"), peers.OpenVinoEncoder, "ov", foreign=True
+        ),
+        "torch fp32": Side(None, peers.Torch, ""),
+    }
+
+
+CASES: Final[Mapping[str, tuple[Callable[[Path], None], Mapping[str, Side]]]] = {
+    "smollm2": (shapes.smollm2, decoders(64)),
+    "llama-1.2b": (shapes.llama, decoders(128)),
+    "minilm": (families.write_minilm, encoders()),
+    "bert-base": (partial(peers.write_bert, BERT), encoders()),
+}
+
+
+# --- one process --------------------------------------------------------------------------------
+
+
+def measure(case: str, name: str, place: Path, threads: int, seed: int) -> dict[str, list[float]]:
+    """Return samples in seconds by workload, of a side in this process."""
+    side = CASES[case][1][name]
+    source = place / case
+    opened = side.run(place / f"{case}-{side.file}" if side.file else source, threads)
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(seed)
+    samples: dict[str, list[float]] = {}
+    if hasattr(opened, "prefill_and_decode") and "decode" in workloads(case):
+        for number in range(WARM + ROUNDS):
+            for length in PREFILLS:
+                prompt = rng.integers(10, vocabulary, length)
+                first, each = opened.prefill_and_decode(prompt, DECODE if length == 128 else 1)
+                if number >= WARM:
+                    samples.setdefault(f"prefill {length}", []).append(first)
+                    if length == 128:
+                        samples.setdefault("decode", []).append(each)
+        return samples
+    for batch in BATCHES:
+        for number in range(WARM + 4 * ROUNDS):
+            tokens = rng.integers(1000, vocabulary, (batch, 128))
+            start = time.perf_counter()
+            opened.encode(tokens)
+            if number >= WARM:
+                samples.setdefault(f"{batch} x 128", []).append(time.perf_counter() - start)
+    return samples
+
+
+def workloads(case: str) -> list[str]:
+    """Return what is measured of a case."""
+    if "tvm-cpu w4" in CASES[case][1]:
+        return [*(f"prefill {length}" for length in PREFILLS), "decode"]
+    return [f"{batch} x 128" for batch in BATCHES]
+
+
+def tokens_of(workload: str) -> int:
+    """Return how many tokens a sample of a workload handles.
+
+    >>> tokens_of("prefill 512"), tokens_of("decode"), tokens_of("8 x 128")
+    (512, 1, 1024)
+    """
+    if workload == "decode":
+        return 1
+    return int(np.prod([int(part) for part in workload.split() if part.isdigit()]))
+
+
+# --- the machine's limits -----------------------------------------------------------------------
+
+
+def read_bytes_per_s(threads: int) -> float:
+    """Return how fast this machine reads memory far larger than its caches, best of five."""
+    parts = [np.ones(1 << 25, np.int64) for _ in range(threads)]  # 256 MB each
+
+    def once() -> float:
+        workers = [threading.Thread(target=np.add.reduce, args=(part,)) for part in parts]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return sum(part.nbytes for part in parts) / (time.perf_counter() - start)
+
+    return max(once() for _ in range(5))
+
+
+def int8_per_s(threads: int) -> float:
+    """Return this machine's int8 multiply-adds per second, as its features say.
+
+    64 (AVX-512 VNNI) or 32 (AVX2) a cycle and unit, two units, at the clock that the kernel tells.
+    """
+    info = Path("/proc/cpuinfo").read_text()
+    clock = max(float(x.split(":")[1]) for x in info.splitlines() if x.startswith("cpu MHz")) * 1e6
+    each = 1024 if "amx_int8" in info else 128 if "avx512_vnni" in info else 64
+    return threads * clock * each
+
+
+def work_of(source: Path) -> float:
+    """Return the multiply-adds of one token: the elements of all matrices, the head's included."""
+    from safetensors import safe_open
+
+    total = 0
+    with safe_open(source / "model.safetensors", "np") as file:
+        for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            shape = file.get_slice(name).get_shape()
+            matrix = len(shape) == 2 and "position" not in name and "type" not in name
+            total += int(np.prod(shape)) if matrix else 0
+    return total
+
+
+def roofline(workload: str, rate: float, work: float, machine: Mapping[str, float]) -> float:
+    """Return which fraction of the machine's limit a rate in tokens per second comes to."""
+    if workload == "decode":
+        return rate * work * 4.5 / 8 / machine["read_bytes_per_s"]  # 4 bits, 16 of scale for 32
+    return rate * work / machine["int8_per_s"]
+
+
+# --- all of them --------------------------------------------------------------------------------
+
+
+def prepare(case: str, chosen: argparse.Namespace) -> dict[str, Side]:
+    """Make the checkpoint and every side's model; return the sides that could be made."""
+    make, sides = CASES[case]
+    source = chosen.work / case
+    if not source.exists():
+        make(source)
+    ready = {}
+    for name, side in sides.items():
+        if chosen.side and name not in chosen.side:
+            continue
+        place = chosen.work / f"{case}-{side.file}"
+        if side.build is not None and not place.exists():
+            command = [interpreter(side, chosen.work), __file__, case, "--work", str(chosen.work)]
+            done = subprocess.run([*command, "--build", name], check=False)
+            if done.returncode:
+                print(f"{case}: {name} could not be built and is left out", file=sys.stderr)
+                continue
+        ready[name] = side
+    return ready
+
+
+def interpreter(side: Side, work: Path) -> str:
+    """Return the Python that has what a side needs."""
+    return str(work / "venv" / "bin" / "python") if side.foreign else sys.executable
+
+
+def compare(case: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return the samples of one case: side, workload, [blocks][rounds] seconds."""
+    ready = prepare(case, chosen)
+    found: dict[str, dict[str, list[list[float]]]] = {name: {} for name in ready}
+    for block in range(chosen.blocks):
+        names = list(ready)[block % len(ready) :] + list(ready)[: block % len(ready)]
+        for name in names[:: 1 if block % 2 else -1]:
+            command = [interpreter(ready[name], chosen.work), __file__, case]
+            command += ["--work", str(chosen.work)]
+            command += ["--child", name, "--seed", str(block), "--threads", str(chosen.threads)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{case}: {name} failed: {done.stderr[-500:]}", file=sys.stderr)
+                continue
+            for workload, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+                found[name].setdefault(workload, []).append(seconds)
+    return {"case": case, "samples": {name: s for name, s in found.items() if s}}
+
+
+def report(result: dict[str, Any], work: float, machine: Mapping[str, float]) -> None:
+    """Print the rates, the ratios of ours to each side and the fractions of the roofline."""
+    samples = result["samples"]
+    ours = next(iter(samples))
+    result["rows"] = []
+    for workload in workloads(result["case"]):
+        count = tokens_of(workload)
+        for name, of in samples.items():
+            blocks = np.array([np.median(block) for block in of[workload]])
+            rate = count / float(np.median(blocks))
+            ratio, low, high = ratio_of(samples[ours][workload], of[workload])
+            part = roofline(workload, rate, work, machine)
+            row = {"workload": workload, "side": name, "tokens_per_s": round(rate, 1)}
+            row |= {"ours_to_it": [round(x, 3) for x in (ratio, low, high)]}
+            result["rows"].append(row | {"roofline": round(part, 3)})
+            print(
+                f"{result['case']:11} {workload:12} {name:30} {rate:9.1f} tok/s  {part:5.0%} of"
+                f" the roofline  ours/it {ratio:.2f} [{low:.2f}, {high:.2f}]"
+            )
+
+
+def ratio_of(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
+) -> tuple[float, float, float]:
+    """Return the median over blocks of their time to ours, and its 95 % interval."""
+    count = min(len(ours), len(theirs))
+    logs = np.array(
+        [np.log(np.median(theirs[i]) / np.median(ours[i])) for i in range(count)], np.float64
+    )
+    rng = np.random.default_rng(0)
+    drawn = np.median(logs[rng.integers(0, count, (4000, count))], axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(np.exp(np.median(logs))), float(np.exp(low)), float(np.exp(high))
+
+
+def install(work: Path) -> None:
+    """Make the environment of the other tools, which sees the project's own packages too."""
+    place = work / "venv"
+    venv.create(place, with_pip=True)
+    (folder,) = place.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (folder / "project.pth").write_text("".join(f"{path}\n" for path in here))
+    pip = ["nice", "-n", "19", str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    native = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+    subprocess.run([*pip, *PACKAGES, *NEEDED], check=True)
+    subprocess.run([*pip, "--no-deps", *UNBOUND], check=True, env=native)
+
+
+def arguments() -> argparse.Namespace:
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
+    parser.add_argument("--work", type=Path, required=True, help="keeps models between runs")
+    parser.add_argument("--install", action="store_true", help="make the environment of the peers")
+    parser.add_argument("--side", action="append", help="only these; all if not given")
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--build", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure the cases that were asked for."""
+    chosen = arguments()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    if chosen.install:
+        install(chosen.work)
+    case = chosen.cases[0] if chosen.cases else ""
+    if chosen.build:
+        side = CASES[case][1][chosen.build]
+        assert side.build is not None
+        side.build(chosen.work / case, chosen.work / f"{case}-{side.file}")
+        return
+    if chosen.child:
+        found = measure(case, chosen.child, chosen.work, chosen.threads, chosen.seed)
+        print(json.dumps(found))
+        return
+    machine = {
+        "read_bytes_per_s": read_bytes_per_s(chosen.threads),
+        "int8_per_s": int8_per_s(chosen.threads),
+    }
+    print(f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s with {chosen.threads} threads")
+    results = []
+    for name in chosen.cases:
+        results.append(compare(name, chosen))
+        report(results[-1], work_of(chosen.work / name), machine)
+    if chosen.json is not None:
+        load = os.getloadavg()[0]
+        everything = {"machine": machine, "load_average": load, "results": results}
+        chosen.json.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

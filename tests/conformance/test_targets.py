@@ -1,0 +1,75 @@
+"""Every target that runs here computes what the source computes; the others are skipped by name.
+
+The cases and their tolerances are those of bench/conformance.py, which makes the table of
+docs/conformance.md. Here every family runs on every target in float32; every scheme on one decoder,
+one encoder and the real models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import conformance
+import pytest
+from conformance import Subject, UnusableError
+from families import MODELS
+
+import llmopt
+
+pytestmark = pytest.mark.slow
+
+TARGETS = conformance.targets()
+QUANTIZED = ("llama", "bert", "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2")
+PROMPT = (504, 3575, 282, 4649, 314, 260)
+NEW = 64
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Return (model, target, scheme): models outermost, so that each is read once."""
+    return [
+        (name, target, scheme)
+        for name, model in MODELS.items()
+        for target in TARGETS
+        for scheme in conformance.schemes(target, model)
+        if scheme == "fp32" or name in QUANTIZED
+    ]
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    """Every model, not written yet."""
+    work = tmp_path_factory.mktemp("models")
+    return {name: Subject(model, work / name) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize(("name", "target", "scheme"), cases())
+def test_a_target_computes_what_the_source_computes(
+    subjects: dict[str, Subject], name: str, target: str, scheme: str, tmp_path: Path
+) -> None:
+    try:
+        errors = conformance.measure(subjects[name], target, scheme, tmp_path / "artifact")
+    except UnusableError as reason:
+        pytest.skip(str(reason))
+
+    assert len(errors) == 3
+    assert max(errors.values()) <= conformance.tolerance(MODELS[name], scheme), errors
+
+
+def test_targets_write_the_same_tokens(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    subject = subjects["SmolLM2-135M-Instruct"]
+    usable = [
+        t for t in ("onnxruntime-cpu", "tvm-cpu") if t in TARGETS and not conformance.missing(t)
+    ]
+    if len(usable) < 2:
+        pytest.skip("needs onnxruntime-cpu and tvm-cpu: pip install 'llmopt[cpu]'")
+
+    written: list[list[int]] = []
+    for target in usable:
+        artifact = llmopt.compile(
+            subject.source, target=target, verify="off", output=tmp_path / target
+        )
+        runner = llmopt.load(artifact)
+        written.append(runner.generate_ids(PROMPT, max_new_tokens=NEW, stop_tokens=()))
+
+    assert len(written[0]) == NEW
+    assert written[0] == written[1]
