@@ -225,6 +225,7 @@ def conformance() -> None:
     rows = json.loads(CONFORMANCE.read_text())["rows"]
     for target in dict.fromkeys(row["target"] for row in rows):
         of = [row for row in rows if row["target"] == target]
+        print(f"\n## {target}\n")
         schemes_ = list(dict.fromkeys(row["scheme"] for row in of))
         print(f"| model | {' | '.join(f'`{scheme}`' for scheme in schemes_)} |")
         print(f"| --- |{' ---: |' * len(schemes_)}")
