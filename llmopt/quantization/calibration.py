@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llmopt.errors import UnsupportedModelError, UsageError
 
 Array = npt.NDArray[Any]
-_ROWS: Final = 256  # of one array that are kept for the percentile
+_ROWS: Final = 64  # of one array that are kept
 _TINY: Final = 1e-6  # the range of what is always zero
 
 
@@ -53,8 +53,11 @@ class Observer:
             hint = "calibrate on data that the model can compute"
             raise UnsupportedModelError(name, ["it became NaN or infinite on calibration"], hint)
         self._largest[name] = np.maximum(largest, self._largest.get(name, 0.0))
-        if self.percentile < 100.0:
-            self._rows.setdefault(name, []).append(_sampled(rows, name))
+        self._rows.setdefault(name, []).append(_sampled(rows, name))
+
+    def rows(self, name: str) -> Array:
+        """Return magnitudes of some of the tokens that were seen, [N, K] float32."""
+        return np.concatenate(self._rows[name])
 
     def ranges(self) -> Mapping[str, Array]:
         """Return the magnitude to cover of each channel, [K] float32, > 0.
@@ -70,6 +73,20 @@ class Observer:
             name: np.maximum(np.percentile(np.concatenate(parts), self.percentile, axis=0), _TINY)
             for name, parts in self._rows.items()
         }
+
+
+def loss(rows: Array, rounded: Array) -> float:
+    """Return how much of each token rounding loses: mean of |x - q|^2 / |x|^2 over tokens.
+
+    >>> loss(np.array([[3.0, 4.0]]), np.array([[3.0, 3.0]]))
+    0.04
+
+    Args:
+        rows: [N, K].
+        rounded: The same after rounding.
+    """
+    size = np.maximum(np.sum(rows**2, axis=1), _TINY)
+    return float(np.mean(np.sum((rows - rounded) ** 2, axis=1) / size))
 
 
 def smoothing(activations: Array, weights: Array) -> Array:
@@ -93,7 +110,7 @@ def smoothing(activations: Array, weights: Array) -> Array:
 
 
 def _sampled(rows: Array, name: str) -> Array:
-    """Return at most 256 of the rows, drawn by the name alone."""
+    """Return at most 64 of the rows, drawn by the name alone."""
     if len(rows) <= _ROWS:
         return rows
     drawn = np.random.default_rng(zlib.crc32(name.encode())).integers(0, len(rows), _ROWS)

@@ -26,6 +26,8 @@ ENGINES: Final[Mapping[str, str]] = {
     "onnxruntime-arm64": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
     "onnxruntime-cpu": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
     "onnxruntime-cuda": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
+    "tensorrt": "llmopt.runtime.engines.tensorrt:TensorRtSession",
+    "tensorrt-rtx": "llmopt.runtime.engines.tensorrt:TensorRtSession",
     "tvm-arm64": "llmopt.runtime.engines.tvm:TvmSession",
     "tvm-cpu": "llmopt.runtime.engines.tvm:TvmSession",
 }

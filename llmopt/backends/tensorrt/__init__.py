@@ -15,6 +15,7 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.backends.base import TOLERANCE, Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.tensorrt.golden import golden_tolerance, write_golden
 from llmopt.backends.tensorrt.int4_weights import Int4Weights
 from llmopt.backends.tensorrt.legalize_attention import LegalizeAttention, declined
 from llmopt.backends.tensorrt.legalize_operators import LegalizeOperators
@@ -52,6 +53,10 @@ TOLERANCES: Final[Mapping[str, float]] = {
 """What rounding every value to 11 bits (or 8: bf16) leaves of the largest output after tens of
 layers, against the source with its weights rounded the same way. Activations of 8 bits are left
 unrounded for it; what they cost is the quality that ``compile`` measures."""
+
+
+_LEAST: Final[Mapping[str, int]] = {"bf16": 80, "fp8": 89}
+"""The first compute capability that has the type, ten times."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,12 @@ class _TensorRt(Backend):
             self.package,
             () if demand.defer_engine else self._capabilities(),
             profiles_of(program, demand.batch, int(self.chunk)),
+            tolerance=golden_tolerance(program),
         )
         _write_network(program, folder)
         (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
+        if demand.defer_engine:
+            write_golden(program, folder)
         versions: dict[str, str | int] = {"opset": OPSET}
         requires: dict[str, Any] = {
             "batch": demand.batch,
@@ -205,6 +213,16 @@ class TensorRtRtx(_TensorRt):
             if given not in known:
                 choices = ";".join(each.replace(".", "") for each in CAPABILITIES)
                 raise UsageError(f"sm={given}: TensorRT-RTX builds for {choices}")
+
+    @override
+    def stored(self, scheme: Scheme) -> Scheme:
+        for name, least in _LEAST.items():
+            lacking = [sm for sm in self.sm.split(";") if int(sm) < least]
+            if str(scheme) == name and lacking:
+                raise UsageError(
+                    f"{name} needs GPUs from sm={least} on, not sm={';'.join(lacking)}"
+                )
+        return super().stored(scheme)
 
     @override
     def _capabilities(self) -> tuple[str, ...]:

@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
-import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
 
-from llmopt.backends.tensorrt.written_out import written_out
+from llmopt.backends.tensorrt.written_out import LOW, written_out
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
@@ -205,15 +204,15 @@ class _Legalizer:
         if seen.right >= 0 and not seen.causal:
             newest = build.op("Add", [slots, build.constant(seen.right, "int64")])
             bounds.append(build.op("LessOrEqual", [keys, newest]))
-        if seen.mask is not None and seen.mask.dtype != ir.DataType.FLOAT:
+        if seen.mask is not None and not _is_added(seen.mask):
             bounds.append(seen.mask)
         allowed = bounds[0]
         for bound in bounds[1:]:
             allowed = build.op("And", [allowed, bound])
-        if seen.mask is not None and seen.mask.dtype == ir.DataType.FLOAT:
-            # the lowest finite number: a row that sees nothing must not become NaN
-            low = build.constant(np.finfo(np.float32).min, "float32")
+        if seen.mask is not None and seen.mask.dtype is not None and _is_added(seen.mask):
+            low = build.constant(LOW, seen.mask.dtype.numpy())
             allowed = build.op("Where", [allowed, seen.mask, low])
+            allowed.type = seen.mask.type
         return allowed
 
     def _slots(self, build: g.Builder, q: ir.Value) -> ir.Value:
@@ -226,6 +225,11 @@ class _Legalizer:
             return rows
         start = build.op("Unsqueeze", [self.writes, build.constant([1, 2, 3], "int64")])
         return build.op("Add", [start, rows])
+
+
+def _is_added(mask: ir.Value) -> bool:
+    """Whether a mask is added to scores, and not boolean."""
+    return mask.dtype is not None and mask.dtype.is_floating_point()
 
 
 _KEPT: Final = frozenset({"scale"})

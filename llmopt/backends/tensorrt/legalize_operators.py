@@ -3,6 +3,7 @@
 Rewrites::
 
     logits_to_keep, an input with a default value    into    logits_to_keep, an input
+    Swish(x)                                         into    Mul(x, Sigmoid(x))
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+import numpy as np
+import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.ir import graph as g
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
 
@@ -33,12 +37,13 @@ that a Transformer may hold. Source: docs/operators.md of onnx/onnx-tensorrt."""
 
 @dataclass(frozen=True)
 class LegalizeOperators(Pass):
-    """Let the network have inputs and constants, and nothing between.
+    """Let the network have inputs and constants and nothing between, and no Swish.
 
-    TensorRT takes an input that has a default value for a constant.
+    TensorRT takes an input that has a default value for a constant. It knows Swish, and finds it
+    again in the product; onnxruntime, which proves the network, has no kernel for it.
 
-    Numerics: exact.
-    Scope: the graph's inputs. Leaves: everything else.
+    Numerics: within 1e-6 relative in float32.
+    Scope: the graph. Leaves: everything else.
     """
 
     name: ClassVar[str] = "legalize-operators"
@@ -52,4 +57,22 @@ class LegalizeOperators(Pass):
         if port is not None and port.name in program.graph.initializers:
             program.graph.initializers.pop(port.name).const_value = None
             outcome.hit()
+        for node in g.nodes(program.graph, "Swish"):
+            _spell_swish(node)
+            outcome.hit()
+        if outcome.modified:
+            g.remove_dead(program.model)
         return outcome
+
+
+def _spell_swish(node: ir.Node) -> None:
+    build, x = g.Builder(node), g.operand(node, 0)
+    alpha = float(g.attribute(node, "alpha", 1.0))
+    inner = x
+    if alpha != 1.0:
+        dtype = np.float32 if x.dtype is None else x.dtype.numpy()
+        inner = build.op("Mul", [x, build.constant(alpha, dtype)])
+        inner.shape, inner.type = x.shape, x.type
+    gate = build.op("Sigmoid", [inner])
+    gate.shape, gate.type = x.shape, x.type
+    g.replace(node.outputs[0], build.op("Mul", [x, gate]))

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.backends.tensorrt.legalize_operators import LegalizeOperators
 from llmopt.errors import UsageError
 from llmopt.ir import graph as g
 from llmopt.ir import weights
@@ -32,10 +33,12 @@ from llmopt.ir.program import Program, Role
 from llmopt.ir.saving import save_with_data
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.quantize_weights import SHORTEST, candidates, leaf_turns
-from llmopt.quantization.calibration import Observer, smoothing
+from llmopt.quantization.calibration import Observer, loss, smoothing
 from llmopt.quantization.schemes import Static
 
 Array = npt.NDArray[Any]
+MOST_LOST: Final = 0.01
+"""A product whose activation would lose more than this part of its square stays in float."""
 _CASES: Final = 8  # batches of random tokens
 _CODES: Final[Mapping[str, tuple[ir.DataType, type]]] = {
     "int8": (ir.DataType.INT8, np.int8),
@@ -88,29 +91,40 @@ class QuantizeStatic(Pass):
                 outcome.miss(node, "it makes logits, or its weight is too short")
                 continue
             found.setdefault(g.operand(node, 0), []).append(node)
-        ranges = self._calibrated(program, [str(x.name) for x in found]) if found else {}
-        return [self._group(x, nodes, ranges[str(x.name)]) for x, nodes in found.items()]
+        if not found:
+            return []
+        seen = self._observed(program, [str(x.name) for x in found])
+        made = [self._group(x, nodes, seen) for x, nodes in found.items()]
+        for group in made:
+            if group.lost > MOST_LOST:
+                reason = f"rounding its activation to {self.code} loses {group.lost:.1%} of it"
+                outcome.miss(group.nodes[0], reason)
+        return [group for group in made if group.lost <= MOST_LOST]
 
     @property
     def limit(self) -> float:
         """The largest magnitude of a code."""
         return Static("float8" if self.code == "float8" else "int8").limit
 
-    def _group(self, x: ir.Value, nodes: list[ir.Node], ranges: Array) -> Group:
+    def _group(self, x: ir.Value, nodes: list[ir.Node], seen: Observer) -> Group:
+        ranges, rows = seen.ranges()[str(x.name)], seen.rows(str(x.name))
         even = np.ones_like(ranges)
         if self.smooth and self.code == "int8":
             even = smoothing(ranges, np.max([_rows(node) for node in nodes], axis=0))
-        return Group(x, nodes, even, float(np.max(ranges / even)))
+        limit = float(np.max(ranges / even))
+        step, code = limit / self.limit, _CODES[self.code][1]
+        rounded = _rounded(rows / even / step, self.limit, code).astype(np.float32) * step * even
+        return Group(x, nodes, even, limit, loss(rows, rounded))
 
-    def _calibrated(self, program: Program, names: Sequence[str]) -> Mapping[str, Array]:
+    def _observed(self, program: Program, names: Sequence[str]) -> Observer:
         observer = Observer(self.percentile)
         with tempfile.TemporaryDirectory(prefix="llmopt-") as folder:
             run = _watching(program, names, Path(folder))
             for batch in _batches(program, self.calibration):
-                found = run(batch)
+                found = {**batch, **run(batch)}
                 for name in names:
                     observer.add(name, found[name])
-        return observer.ranges()
+        return observer
 
     def _rewrite(self, group: Group) -> None:
         build = g.Builder(group.nodes[0])
@@ -165,12 +179,14 @@ class Group:
         nodes: Each MatMul of it.
         even: [K], what its channels are divided by and the rows of the weights multiplied.
         limit: The largest magnitude of x after that.
+        lost: How much of each token rounding x loses, as a part of its square.
     """
 
     x: ir.Value
     nodes: list[ir.Node]
     even: Array
     limit: float
+    lost: float
 
 
 def rounding(
@@ -221,9 +237,13 @@ def _scale(weight: Array, limit: float) -> Array:
 
 def _codes(weight: Array, limit: float, code: type) -> Array:
     """Return a weight [K, N] in codes, to the nearest, half to even."""
-    numbers = np.clip(weight.astype(np.float32) / _scale(weight, limit), -limit, limit)
-    rounded = np.rint(numbers) if code is np.int8 else numbers
-    return np.asarray(rounded.astype(code))
+    return _rounded(weight.astype(np.float32) / _scale(weight, limit), limit, code)
+
+
+def _rounded(numbers: Array, limit: float, code: type) -> Array:
+    """Return numbers in units of their scale as codes."""
+    kept = np.clip(numbers, -limit, limit)
+    return np.asarray((np.rint(kept) if code is np.int8 else kept).astype(code))
 
 
 def _watching(program: Program, names: Sequence[str], folder: Path) -> Any:
@@ -231,10 +251,11 @@ def _watching(program: Program, names: Sequence[str], folder: Path) -> Any:
     from llmopt.backends.onnxruntime.session import open_session
 
     watched = program.clone()
+    LegalizeOperators().run(watched)  # to what onnxruntime has kernels for
     values = {str(out.name): out for node in watched.graph for out in node.outputs}
     outputs = {str(out.name) for out in watched.graph.outputs}
     for name in names:
-        if name not in outputs:
+        if name not in outputs and name in values:  # an input of the graph is known anyway
             watched.graph.outputs.append(values[name])
     save_with_data(watched.model, folder / "watched.onnx", "watched.data")
     return open_session(folder / "watched.onnx")

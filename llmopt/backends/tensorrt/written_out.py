@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import onnx_ir as ir
 
 from llmopt.ir import graph as g
+
+LOW: Final = -3e4
+"""Where a score is masked: within float16, and to a softmax the same as minus infinity."""
 
 
 def written_out(
@@ -28,30 +33,35 @@ def written_out(
     heads, groups = g.static(q, 1), g.static(k, 1)
     assert heads is not None
     assert groups is not None
-    # queries of one group together: [B, G, H/G, S, D] against [B, G, 1, D, T]
-    width = g.static(q, 3) or -1
-    grouped = build.constant([0, groups, heads // groups, -1, width], "int64")
-    q = build.op("Reshape", [q, grouped])
-    axis = build.constant([2], "int64")
-    k, v = (build.op("Unsqueeze", [x, axis]) for x in (k, v))
-    turned = build.op("Transpose", [k], {"perm": [0, 1, 2, 4, 3]})
-    q = build.op("Mul", [q, build.constant(scale, "float32")])
-    scores = build.op("MatMul", [q, turned])
-    cap = build.constant(softcap, "float32")
+    k, v = (_repeated(build, x, heads, groups) for x in (k, v))
+    q = build.op("Mul", [q, _number(build, scale, q)])
+    scores = build.op("MatMul", [q, build.op("Transpose", [k], {"perm": [0, 1, 3, 2]})])
+    cap = _number(build, softcap, q)
     scores = build.op("Mul", [build.op("Tanh", [build.op("Div", [scores, cap])]), cap])
-    scores = _masked(build, scores, mask)
-    weights = build.op("Softmax", [scores], {"axis": -1})
-    mixed = build.op("MatMul", [weights, v])
-    joined = build.constant([0, heads, -1, width], "int64")
-    return build.op("Reshape", [mixed, joined])
+    weights = build.op("Softmax", [_masked(build, scores, mask, q)], {"axis": -1})
+    return build.op("MatMul", [weights, v])
 
 
-def _masked(build: g.Builder, scores: ir.Value, mask: ir.Value | None) -> ir.Value:
+def _repeated(build: g.Builder, x: ir.Value, heads: int, groups: int) -> ir.Value:
+    """Return [B, G, T, D] with each of its heads repeated for its group: [B, H, T, D]."""
+    if heads == groups:
+        return x
+    apart = build.op("Unsqueeze", [x, build.constant([2], "int64")])
+    times = build.constant([1, 1, heads // groups, 1, 1], "int64")
+    target = build.constant([0, heads, -1, g.static(x, 3) or -1], "int64")
+    return build.op("Reshape", [build.op("Expand", [apart, times]), target])
+
+
+def _number(build: g.Builder, number: float, like: ir.Value) -> ir.Value:
+    return build.constant(number, np.float32 if like.dtype is None else like.dtype.numpy())
+
+
+def _masked(
+    build: g.Builder, scores: ir.Value, mask: ir.Value | None, operand: ir.Value
+) -> ir.Value:
     if mask is None:
         return scores
-    for_groups = build.op("Unsqueeze", [mask, build.constant([1], "int64")])
     if mask.dtype is not None and mask.dtype.is_floating_point():
-        return build.op("Add", [scores, for_groups])
-    # the lowest finite number: a row that sees nothing must not become NaN
-    low = build.constant(np.finfo(np.float32).min, "float32")
-    return build.op("Where", [for_groups, scores, low])
+        return build.op("Add", [scores, mask])
+    # a finite number: a row that sees nothing must not become NaN; any type has this one
+    return build.op("Where", [mask, scores, _number(build, LOW, operand)])

@@ -7,6 +7,7 @@ is needed.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -75,13 +76,13 @@ class Driver:
         """The stream that all work goes to."""
         return int(self._stream.value or 0)
 
-    def allocate(self, size_bytes: int) -> Memory:
-        """Return memory of the device, set to zero."""
+    def allocate(self, shape: Sequence[int], item_bytes: int = 1) -> Memory:
+        """Return memory of the device for an array of this shape, set to zero."""
         pointer = ctypes.c_uint64()
-        size = max(size_bytes, 1)
+        size = max(math.prod(shape) * item_bytes, 1)
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
         self._call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), ctypes.c_size_t(size))
-        return Memory(self, pointer.value, size)
+        return Memory(self, pointer.value, size, tuple(shape))
 
     def release(self, pointer: int) -> None:
         """Give memory back."""
@@ -125,12 +126,16 @@ class Memory:
         driver: Whose it is.
         pointer: Its address.
         size_bytes: Its length.
+        shape: Of the array in it.
     """
 
-    def __init__(self, driver: Driver, pointer: int, size_bytes: int) -> None:
+    def __init__(
+        self, driver: Driver, pointer: int, size_bytes: int, shape: tuple[int, ...]
+    ) -> None:
         self._driver = driver
         self.pointer = pointer
         self.size_bytes = size_bytes
+        self.shape = shape
 
     def __del__(self) -> None:
         """Give it back."""

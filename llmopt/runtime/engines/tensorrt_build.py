@@ -15,7 +15,7 @@ from typing import Any, Final
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.runtime.engines.tensorrt_recipe import Profile, Recipe
 
-MODULES: Final = {
+MODULES: Final[dict[str, tuple[str, ...]]] = {
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
     "tensorrt": ("tensorrt",),
 }

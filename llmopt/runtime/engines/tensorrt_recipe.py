@@ -118,7 +118,7 @@ class Recipe:
         except ValueError as error:
             raise ArtifactError(path, f"not JSON ({error})") from error
         fields = Fields(data, path)
-        capabilities = data.get("capabilities", [])
+        capabilities = fields.dimensions("capabilities")
         return cls(
             package=fields.text("package"),
             capabilities=tuple(str(each) for each in capabilities),
