@@ -8,6 +8,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from llmopt.errors import LlmoptError
+
 
 def save_with_data(model: ir.Model, path: Path, data: str, *, alignment: int | None = None) -> None:
     """Write ``model`` to ``path`` and its weights to the file ``data`` beside it.
@@ -20,13 +22,25 @@ def save_with_data(model: ir.Model, path: Path, data: str, *, alignment: int | N
 
     Raises:
         OSError: The disk is full, or another reason of the system's.
+        LlmoptError: A weight cannot be what it is to become.
     """
-    ir.save(model, path, format="protobuf", external_data=data, alignment=alignment)
+    try:
+        ir.save(model, path, format="protobuf", external_data=data, alignment=alignment)
+    except ir.serde.SerdeError as error:
+        raise _told(error) from error
     # numpy's tofile drops what a full disk did not take of its last buffer without a word.
     needed = max((end for end in _ends(path)), default=0)
     there = (path.parent / data).stat().st_size if needed else 0
     if there < needed:
         raise OSError(errno.ENOSPC, f"{there} of {needed} bytes of weights were written")
+
+
+def _told(error: BaseException) -> BaseException:
+    """Return what a tensor said when it was read, if it is one of our errors."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, LlmoptError):
+        cause = cause.__cause__
+    return cause or error
 
 
 def _ends(path: Path) -> list[int]:

@@ -68,7 +68,7 @@ class OnnxRuntimeCpu(Backend):
         lowered = write_model(program, folder)
         if self.ep == openvino.CPU:
             return lowered
-        ep, notes = self.ep, ()
+        ep, notes = self.ep, tuple[str, ...]()
         if self.ep == openvino.AUTO:
             ep, note = openvino.choose(folder / lowered.entry, program)
             notes = (note,)
