@@ -131,6 +131,7 @@ def compiled(module: Any, options: dict[str, object]) -> Any:
     """
     t = relax().transform
     passes = [
+        relax().backend.DispatchSortScan(),
         t.LegalizeOps(),
         t.AnnotateTIROpPattern(),
         t.FoldConstant(),

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from llmopt.backends.tvm import api, ops
 from llmopt.backends.tvm.kernels import attention as kernels
 from llmopt.backends.tvm.kernels import plain
+from llmopt.backends.tvm.lower_attention import padded
 from llmopt.ir import graph as g
 
 if TYPE_CHECKING:
@@ -60,11 +61,27 @@ class Form:
             softcap=g.attribute(node, "softcap", 0.0),
         )
 
+    def kernel(self, **where: bool) -> kernels.Attention:
+        """Return what the kernels call it; ``where`` says where keys and their mask are."""
+        return kernels.Attention(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            width=self.width,
+            causal=self.causal,
+            left=self.left if self.left >= 0 else None,
+            right=self.right if self.right >= 0 else None,
+            softcap=self.softcap,
+            scale=None if self.scale == self.width**-0.5 else self.scale,
+            **{"masked": False, "cached": False, "packed": False, **where},
+        )
+
 
 def attention(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write an Attention; a cache is written in place."""
     q, k, v = (f.tensor(node.inputs[i]) for i in range(3))
     form = Form.of(node, ops.shape_of(q)[-1])
+    if g.optional(node, 4) is None and _padding_alone(f, node, (q, k, v)):
+        return [_separate(f, node, form, (q, k, v))]
     if g.optional(node, 4) is None:
         keys, values = (_headed(f, x, form.kv_heads) for x in (k, v))
         return [_plain(f, node, form, (_headed(f, q, form.heads), keys, values))]
@@ -74,6 +91,30 @@ def attention(f: Function, node: ir.Node) -> Sequence[Any]:
         for cache, new in zip(caches, (k, v), strict=True)
     )
     return [_plain(f, node, form, (_headed(f, q, form.heads), keys, values))]
+
+
+def _padding_alone(f: Function, node: ir.Node, operands: Sequence[Any]) -> bool:
+    """Whether the kernel computes an Attention without a cache."""
+    q, k, v = (ops.shape_of(x) for x in operands)
+    heads, groups = (int(g.attribute(node, f"{x}_num_heads", 1)) for x in ("q", "kv"))
+    if not q[2] // heads == k[2] // groups == v[2] // groups:
+        return False
+    if g.optional(node, 3) is None:
+        return True
+    return padded(node) and f.mask is not None and api.equal(ops.shape_of(f.mask)[1], k[1])
+
+
+def _separate(f: Function, node: ir.Node, form: Form, operands: Sequence[Any]) -> Any:
+    """Return Attention to keys and values that are apart from the queries."""
+    batch, tokens, _ = ops.shape_of(operands[0])
+    keys = ops.shape_of(operands[1])[1]
+    wanted = form.kernel(masked=g.optional(node, 3) is not None)
+    mask = f.mask if wanted.masked else f.ones(batch, keys)
+    given = dict(zip(("q", "k", "v"), map(f.rows, operands), strict=True)) | {"mask": mask}
+    shape = ([api.product([batch, tokens]), form.heads * form.width], "float32")
+    kernel = f.module.made(kernels.attention, wanted, f.features)
+    (y,) = f.call(kernel, given, [shape])
+    return f.unrows(y, [batch, tokens])
 
 
 def _append(f: Function, cache: Any, new: Any) -> Any:
@@ -156,7 +197,7 @@ def _placed(f: Function, form: Form, sizes: tuple[Any, Any]) -> Any:
 
 
 def cached(f: Function, node: ir.Node) -> Sequence[Any]:
-    """Write rotation, cache and attention of the projections' row; the cache is written in place."""
+    """Write rotation, cache and attention of a row of Q, K and V; the cache is written in place."""
     row = f.tensor(node.inputs[0])
     batch, tokens, width = ops.shape_of(row)
     labels = ("q_norm", "k_norm", "cos", "sin", "position_ids", "k_cache", "v_cache")
@@ -171,7 +212,7 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
         2 * ops.shape_of(operands["cos"])[-1] if "cos" in operands else 0,
         g.attribute(node, "epsilon", None),
     )
-    form = _kernel_form(node, width, cached=True)
+    form = _row_form(node, width).kernel(masked=_masked_row(node), cached=True)
     decoding = f.entry.one
     make = kernels.decode if decoding else kernels.append
     kernel = f.module.made(make, form, turning, f.features)
@@ -187,11 +228,12 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
 
 
 def packed(f: Function, node: ir.Node) -> Sequence[Any]:
-    """Write attention of the projections' row to itself."""
+    """Write attention of a row of Q, K and V without a cache."""
     row = f.tensor(node.inputs[0])
     batch, tokens, width = ops.shape_of(row)
-    form = _kernel_form(node, width, cached=False)
-    operands = {"qkv": f.rows(row), "mask": f.mask_for(batch, tokens)}
+    form = _row_form(node, width).kernel(masked=_masked_row(node), packed=True)
+    mask = f.mask if form.masked else f.ones(batch, tokens)
+    operands = {"qkv": f.rows(row), "mask": mask}
     shape = ([batch * tokens, form.heads * form.width], "float32")
     kernel = f.module.made(kernels.attention, form, f.features)
     (y,) = f.call(kernel, operands, [shape])
@@ -203,18 +245,11 @@ def _head_width(node: ir.Node, width: int) -> int:
     return width // (heads + 2 * groups)
 
 
-def _kernel_form(node: ir.Node, width: int, *, cached: bool) -> kernels.Attention:
-    left, right = (g.attribute(node, f"{side}_window_size", -1) for side in ("left", "right"))
-    return kernels.Attention(
-        heads=g.attribute(node, "q_num_heads", 1),
-        kv_heads=g.attribute(node, "kv_num_heads", 1),
-        width=_head_width(node, width),
-        causal=bool(g.attribute(node, "is_causal", 0)),
-        left=left if left >= 0 else None,
-        right=right if right >= 0 else None,
-        softcap=g.attribute(node, "softcap", 0.0),
-        scale=g.attribute(node, "scale", None),
-        masked=bool(g.attribute(node, "padded", 0)),
-        cached=cached,
-        packed=not cached,
-    )
+def _row_form(node: ir.Node, width: int) -> Form:
+    """Return the form of a node that reads a row of Q, K and V."""
+    heads = int(g.attribute(node, "q_num_heads", 1))
+    return Form.of(node, heads * _head_width(node, width))
+
+
+def _masked_row(node: ir.Node) -> bool:
+    return bool(g.attribute(node, "padded", 0))

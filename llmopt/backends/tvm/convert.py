@@ -15,7 +15,7 @@ compares with the source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -223,12 +223,9 @@ class Function:
         """How many keys there are, past and new: T."""
         return self._size("T")
 
-    def mask_for(self, batch: Any, tokens: Any) -> Any:
-        """Return the mask [B, T] of a model's own tokens; of ones where it has none."""
-        if self.mask is None:
-            one = api.scalar(1, "int64")
-            self.mask = self.emit(api.relax().op.full([batch, tokens], one, "int64"))
-        return self.mask
+    def ones(self, batch: Any, keys: Any) -> Any:
+        """Return a mask [B, T] that hides nothing."""
+        return self.emit(api.relax().op.full([batch, keys], api.scalar(1, "int64"), "int64"))
 
     def _convert(self, node: ir.Node) -> None:
         operands = [self.known(value) for value in node.inputs if value is not None]
@@ -392,10 +389,18 @@ RULES: Final[Mapping[tuple[str, str], Rule]] = {
 
 
 def unsupported(program: Program) -> list[str]:
-    """Return every operator that this converter does not know."""
-    return [
-        f"no kernel for {node.op_type} ({node.name!r})"
-        for node in program.graph
-        if (node.domain, node.op_type) not in RULES
-        and (node.domain or node.op_type not in ops.RULES)
-    ]
+    """Return every operator, or form of one, that this converter does not know."""
+    return [problem for node in program.graph for problem in _problems(node)]
+
+
+def _problems(node: ir.Node) -> Iterator[str]:
+    known_here = (node.domain, node.op_type) in RULES
+    if not known_here and (node.domain or node.op_type not in ops.RULES):
+        yield f"no kernel for {node.op_type} ({node.name!r})"
+    if node.op_type == "RotaryEmbedding":
+        if g.optional(node, 3) is None:
+            yield f"RotaryEmbedding ({node.name!r}) has no position_ids"
+        if g.attribute(node, "interleaved", 0):
+            yield f"RotaryEmbedding ({node.name!r}) is interleaved"
+    if node.op_type == "Attention" and g.optional(node, 6) is not None:
+        yield f"Attention ({node.name!r}) takes the lengths of padded keys"

@@ -82,9 +82,9 @@ class _Turned:
 
 @dataclass(frozen=True)
 class _Found:
-    """An Attention whose parts come from one row."""
+    """An Attention whose parts are turned as the kernels turn them."""
 
-    row: ir.Value
+    parts: tuple[ir.Value, ir.Value, ir.Value]
     tables: tuple[ir.Value, ...]
     norms: tuple[ir.Node, ir.Node] | None
 
@@ -102,10 +102,8 @@ def _found(node: ir.Node) -> _Found | str:
     q, k = (_turned(g.operand(node, i), _heads(node, i)) for i in (0, 1))
     if (problem := next(_apart(node, q, k), None)) is not None:
         return problem
-    split = g.producer(q.source, "Split")
-    assert split is not None
     norms = None if q.norm is None or k.norm is None else (q.norm, k.norm)
-    return _Found(g.operand(split, 0), q.tables, norms)
+    return _Found((q.source, k.source, g.operand(node, 2)), q.tables, norms)
 
 
 def _outside(node: ir.Node) -> Iterator[str]:
@@ -118,17 +116,21 @@ def _outside(node: ir.Node) -> Iterator[str]:
 
 def _apart(node: ir.Node, q: _Turned, k: _Turned) -> Iterator[str]:
     """Yield why Q, K and V are not the parts of one row, turned alike."""
-    v, split = g.operand(node, 2), g.producer(q.source, "Split")
-    if split is None or list(split.outputs) != [q.source, k.source, v]:
-        yield "Q, K and V are not the three parts of one value"
-    elif not _even(node, q.source, k.source, v):
+    parts = (q.source, k.source, g.operand(node, 2))
+    if not _even(node, *parts):
         yield "the heads of Q, K and V are not equally wide"
-    elif g.optional(node, 4) is None and (q.tables or q.norm is not None):
-        yield "it has no cache, and Q and K are turned"
+    elif g.optional(node, 4) is None and (q.tables or q.norm is not None or _row(parts) is None):
+        yield "it has no cache, and Q, K and V are not the parts of one row"
     if q.tables != k.tables or (q.norm is None) != (k.norm is None):
         yield "Q and K are turned in different ways"
     elif q.norm and k.norm and _epsilon(q.norm) != _epsilon(k.norm):
         yield "Q and K are normed with different epsilons"
+
+
+def _row(parts: Sequence[ir.Value]) -> ir.Value | None:
+    """Return the value that was split into these parts, if one was."""
+    split = g.producer(parts[0], "Split")
+    return None if split is None or list(split.outputs) != [*parts] else g.operand(split, 0)
 
 
 def _heads(node: ir.Node, index: int) -> int:
@@ -163,13 +165,21 @@ def _plain_rotary(node: ir.Node, heads: int) -> bool:
 def _head_norm(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
     """Return the RMS norm of each head, between two reshapes, and what it norms."""
     flat = g.producer(value, "Reshape")
-    norm = g.producer(flat.inputs[0], "RMSNormalization") if flat is not None else None
-    split = g.producer(norm.inputs[0], "Reshape") if norm is not None else None
+    norm = g.producer(_upright(flat.inputs[0]), "RMSNormalization") if flat is not None else None
+    split = g.producer(_upright(norm.inputs[0]), "Reshape") if norm is not None else None
     if split is None or norm is None or g.rank(split.outputs[0]) != 4:
         return None
-    if g.weight(norm.inputs[1]) is None:
+    if g.weight(norm.inputs[1]) is None or g.shape(split.inputs[0]) != g.shape(value):
         return None
     return norm, g.operand(split, 0)
+
+
+def _upright(value: ir.Value | None) -> ir.Value | None:
+    """Return ``value`` before heads and tokens were exchanged: a norm of heads is the same."""
+    turned = g.producer(value, "Transpose")
+    if turned is None or list(g.attribute(turned, "perm", ())) != [0, 2, 1, 3]:
+        return value
+    return turned.inputs[0]
 
 
 def _epsilon(node: ir.Node) -> float:
@@ -182,8 +192,11 @@ def _emit(node: ir.Node, found: _Found) -> None:
         name: attr.value for name, attr in node.attributes.items() if name in _KEPT
     }
     attributes["padded"] = int(g.optional(node, 3) is not None)
+    row = _row(found.parts)
+    if row is None:
+        row = build.op("Concat", found.parts, {"axis": -1})
     if g.optional(node, 4) is None:
-        out = build.op("PackedAttention", [found.row], attributes, domain=DOMAIN, name=node.name)
+        out = build.op("PackedAttention", [row], attributes, domain=DOMAIN, name=node.name)
         g.replace(node.outputs[0], out)
         return
     norms: Sequence[ir.Value | None] = [None, None]
@@ -191,7 +204,7 @@ def _emit(node: ir.Node, found: _Found) -> None:
         norms = [g.operand(norm, 1) for norm in found.norms]
         attributes["epsilon"] = _epsilon(found.norms[0])
     tables: Sequence[ir.Value | None] = found.tables or [None, None, None]
-    inputs = [found.row, *norms, *tables, node.inputs[4], node.inputs[5]]
+    inputs = [row, *norms, *tables, node.inputs[4], node.inputs[5]]
     outputs = build.ops(
         "CachedAttention", inputs, attributes, outputs=3, domain=DOMAIN, name=node.name
     )
