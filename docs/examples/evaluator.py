@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from llmopt.backends.base import Availability, Backend, Lowered, Run
+from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
@@ -34,7 +34,7 @@ class Evaluator(Backend):
     def passes(self, scheme: str | None) -> tuple[Pass, ...]:
         return ()
 
-    def write(self, program: Program, folder: Path) -> Lowered:
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         ir.save(program.model, folder / "model.onnx")
         return Lowered("model.onnx", program, {"opset": OPSET})
 
