@@ -31,6 +31,8 @@ class Attention:
         masked: Whether keys may be padding. Only then is the mask read; its shape always is.
         cached: Whether keys and values are in caches [B, G, C, D] of which the first T are in use.
         packed: Whether Q, K and V are parts of one row [H·D + 2·G·D]; without a cache.
+        rounded: Whether products may be of bfloat16 where the processor has an instruction for it,
+            twice as fast; sums and softmax stay float32. Not for one token: that waits for memory.
     """
 
     heads: int
@@ -44,6 +46,7 @@ class Attention:
     masked: bool = True
     cached: bool = False
     packed: bool = False
+    rounded: bool = False
 
     @property
     def ratio(self) -> int:
@@ -65,7 +68,7 @@ class Attention:
     def label(self) -> str:
         """What it is, as part of a name."""
         parts = [f"h{self.heads}", f"g{self.kv_heads}", f"d{self.width}"]
-        flags = ("causal", "masked", "cached", "packed")
+        flags = ("causal", "masked", "cached", "packed", "rounded")
         parts += [flag for flag in flags if getattr(self, flag)]
         parts += [
             f"{name}{n}" for name in ("left", "right") if (n := getattr(self, name)) is not None

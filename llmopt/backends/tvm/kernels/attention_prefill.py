@@ -20,7 +20,7 @@ maxima are some 15 instructions a vector against 2·D multiply-adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.activations import exp2
 from llmopt.backends.tvm.kernels.attention_form import UNSEEN, Attention
+from llmopt.backends.tvm.kernels.attention_numbers import Floats, Numbers, Pairs
 from llmopt.backends.tvm.kernels.attention_places import Places
 from llmopt.backends.tvm.kernels.vectors import (
     Registers,
@@ -51,6 +52,7 @@ class Blocks:
         tile: Keys that stay in registers together.
         deep: Channels that do: the most up to ``tile`` that divide the width of a head.
         square: Lanes of a vector of channels; divides the width of a head and ``lanes``.
+        numbers: What products are made of.
         keys: Keys in a block; a multiple of ``tile``.
     """
 
@@ -59,6 +61,7 @@ class Blocks:
     tile: int
     deep: int
     square: int
+    numbers: Numbers
     keys: int = 32
 
     @property
@@ -71,7 +74,10 @@ class Blocks:
         """Return sizes that fit the registers: 32 of them with AVX-512 and NEON, else 16."""
         vectors, tile = (2, 8) if features.avx512 else (3, 8) if features.neon else (3, 4)
         deep = next(n for n in range(tile, 0, -1) if form.width % n == 0)
-        return cls(features.lanes, vectors, tile, deep, fitting(features, form.width))
+        pairs = form.rounded and features.avx512bf16 and form.width % 16 == 0
+        numbers = Pairs() if pairs else Floats()
+        square = fitting(features, form.width // numbers.per)
+        return cls(features.lanes, vectors, tile, deep, square, numbers)
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,10 @@ class Work:
         io: Where everything is.
         b: The sequence.
         g: The key head.
-        turned: [D, N] float32, queries times the scale.
-        held: [keys, D] float32, a block of keys, then its values.
-        scores: [keys, N] float32, scores, then weights.
+        turned: [D, N], queries times the scale; pairs of bfloat16 are pairs of channels.
+        held: A block of keys [keys, D], pairs of channels, then of values [keys, D], pairs of keys.
+        scores: [keys, N] float32.
+        weights: [keys, N], pairs of keys.
         summed: [D, N] float32, weighted values so far.
         line: [N] int64, of each row in ``q`` and ``y``.
         column: [N] int64, where the row's numbers begin there.
@@ -103,6 +110,7 @@ class Work:
     turned: Any
     held: Any
     scores: Any
+    weights: Any
     summed: Any
     line: Any
     column: Any
@@ -115,11 +123,15 @@ class Work:
     @classmethod
     def allocated(cls, n: Blocks, io: Places, b: Any, g: Any) -> Work:
         """Return a task with its buffers, allocated where the text is being read."""
-        width, rows = io.form.width, n.rows
-        shapes = [(width, rows), (n.keys, width), (n.keys, rows), (width, rows), *[(rows,)] * 7]
-        dtypes = ["float32"] * 4 + ["int64", "int64", "int32"] + ["float32"] * 4
-        pairs = zip(shapes, dtypes, strict=True)
-        return cls(n, io, b, g, *[T.alloc_buffer(shape, dtype) for shape, dtype in pairs])
+        width, rows, (per, dtype) = io.form.width, n.rows, (n.numbers.per, n.numbers.dtype)
+        elements = [(width // per, rows), (n.keys * width // per,)]
+        first = [T.alloc_buffer(shape, dtype) for shape in elements]
+        scores = T.alloc_buffer((n.keys, rows), "float32")
+        weights = scores if per == 1 else T.alloc_buffer((n.keys // per, rows), dtype)
+        summed = T.alloc_buffer((width, rows), "float32")
+        dtypes = ["int64", "int64", "int32"] + ["float32"] * 4
+        lines = [T.alloc_buffer((rows,), each) for each in dtypes]
+        return cls(n, io, b, g, *[*first, scores, weights, summed, *lines])
 
     def vectors(self, buffer: Any, *place: Any) -> list[Any]:
         """Return all rows' vectors of a buffer [..., N] at a place of its first axes."""
@@ -140,8 +152,10 @@ class Work:
             load(self.io.q, (self.line[row + i], self.column[row + i]), channel, self.n.square)
             for i in range(self.n.square)
         ]
-        for i, vector in enumerate(transposed([vector * factor for vector in vectors])):
-            store((self.turned, (channel + i, row)), 0, vector)
+        channels, per = transposed([vector * factor for vector in vectors]), self.n.numbers.per
+        for i in range(0, self.n.square, per):
+            element = self.n.numbers.packed(channels[i : i + per])
+            store((self.turned, ((channel + i) // per, row)), 0, element)
 
     def turn_back(self, row: Any, channel: Any) -> None:
         """Write a square of results, divided by the rows' totals."""
@@ -153,10 +167,29 @@ class Work:
         for i, vector in enumerate(transposed(vectors)):
             store((self.io.y, (self.line[row + i], self.column[row + i])), channel, vector)
 
+    def hold_key(self, key: Any, slot: Any) -> None:
+        """Copy a key to a slot of the block."""
+        n, place = self.n, self.io.key(self.b, self.g, key)
+        for d in range(0, self.io.form.width, n.square * n.numbers.per):
+            starts = range(d, d + n.square * n.numbers.per, n.square)
+            vectors = [load(self.io.k, place, start, n.square) for start in starts]
+            first = slot * (self.io.form.width // n.numbers.per)
+            store((self.held, (first,)), d // n.numbers.per, n.numbers.joined(vectors))
+
+    def hold_values(self, keys: Sequence[Any], slot: Any) -> None:
+        """Copy as many values as an element has numbers to a slot of the block."""
+        places = [self.io.value(self.b, self.g, key) for key in keys]
+        for d in range(0, self.io.form.width, self.n.square):
+            vectors = [load(self.io.v, place, d, self.n.square) for place in places]
+            target = (self.held, (slot * self.io.form.width,))
+            store(target, d, self.n.numbers.packed(vectors))
+
     def add_key_products(self, acc: Registers, slot: Any, d: Any) -> None:
-        """Add number d of a tile of keys times number d of all rows."""
-        numbers = [splat(self.held[slot + r, d], self.n.lanes) for r in range(self.n.tile)]
-        acc.add_products(numbers, self.vectors(self.turned, d))
+        """Add element d of a tile of keys times element d of all rows."""
+        width = self.io.form.width // self.n.numbers.per
+        keys = [self.held[(slot + r) * width + d] for r in range(self.n.tile)]
+        vectors = [splat(key, self.n.lanes) for key in keys]
+        acc.add_products(vectors, self.vectors(self.turned, d), self.n.numbers.multiplied)
 
     def keep_scores(self, acc: Registers, key: Any, slot: Any) -> None:
         """Write a tile's scores, hidden where a row does not see the key; raise the maxima."""
@@ -175,9 +208,10 @@ class Work:
         return lambda r, c: self.vector(self.summed, first + r, c) * self.vector(self.shrink, c)
 
     def add_value_products(self, acc: Registers, slot: Any, first: Any) -> None:
-        """Add channels from ``first`` on of a value, weighted, to the sums of all rows."""
-        numbers = [splat(self.held[slot, first + r], self.n.lanes) for r in range(self.n.deep)]
-        acc.add_products(numbers, self.vectors(self.scores, slot))
+        """Add channels from ``first`` on of an element of values, weighted, to all rows' sums."""
+        values = [self.held[slot * self.io.form.width + first + r] for r in range(self.n.deep)]
+        vectors = [splat(value, self.n.lanes) for value in values]
+        acc.add_products(vectors, self.vectors(self.weights, slot), self.n.numbers.multiplied)
 
     def keep_sums(self, acc: Registers, first: Any) -> None:
         """Write the sums of channels from ``first`` on."""
@@ -203,24 +237,28 @@ def _start(w: Work, first: Any) -> None:
             w.put(w.summed, (d, c), splat(0.0, w.n.lanes))
 
 
-def _hold(w: Work, buffer: Any, place: Callable[..., Any], block: tuple[Any, Any]) -> None:
-    """Copy keys or values side by side, so that they do not evict each other from the cache."""
-    origin, count = block
+def _hold_keys(w: Work, origin: Any, count: Any) -> None:
+    """Copy keys side by side, so that they do not evict each other from the cache."""
     with T.serial(count) as t:
-        key = variable(T.min(origin + t, w.io.keys - 1))
-        for d in range(0, w.io.form.width, w.n.square):
-            vector = load(buffer, place(w.b, w.g, key), d, w.n.square)
-            store((w.held, (t, 0)), d, vector)
+        w.hold_key(variable(T.min(origin + t, w.io.keys - 1)), t)
+
+
+def _hold_values(w: Work, origin: Any, count: Any) -> None:
+    """Copy values side by side."""
+    per = w.n.numbers.per
+    with T.serial(count // per) as t:
+        keys = (origin + t * per + i for i in range(per))
+        w.hold_values([variable(T.min(key, w.io.keys - 1)) for key in keys], t)
 
 
 def _score(w: Work, origin: Any, count: Any) -> None:
     """Multiply a block of keys with all rows, tile by tile."""
     for c in range(w.n.vectors):
         w.put(w.fresh, (c,), w.vector(w.peak, c))
-    with T.serial(T.ceildiv(count, w.n.tile)) as j:
+    with T.serial(count // w.n.tile) as j:
         acc = Registers.allocated(w.n.tile, w.n.vectors, w.n.lanes)
         acc.clear()
-        with T.serial(w.io.form.width) as d:
+        with T.serial(w.io.form.width // w.n.numbers.per) as d:
             w.add_key_products(acc, j * w.n.tile, d)
         w.keep_scores(acc, origin + j * w.n.tile, j * w.n.tile)
 
@@ -234,11 +272,14 @@ def _weigh(w: Work, count: Any) -> None:
         total.put(0, c, w.vector(w.total, c) * shrink)
         w.put(w.shrink, (c,), shrink)
         w.put(w.peak, (c,), fresh[c])
-    with T.serial(T.ceildiv(count, w.n.tile) * w.n.tile) as t:
+    per = w.n.numbers.per
+    with T.serial(count // per) as t:
         for c in range(w.n.vectors):
-            weight = T.bind(exp2(w.vector(w.scores, t, c) - fresh[c]))
-            w.put(w.scores, (t, c), weight)
-            total.put(0, c, total.get(0, c) + weight)
+            weights = [
+                T.bind(exp2(w.vector(w.scores, t * per + i, c) - fresh[c])) for i in range(per)
+            ]
+            w.put(w.weights, (t, c), w.n.numbers.packed(weights))
+            total.put(0, c, total.get(0, c) + sum(weights[1:], weights[0]))
     for c in range(w.n.vectors):
         w.put(w.total, (c,), total.get(0, c))
 
@@ -248,7 +289,7 @@ def _add_values(w: Work, count: Any) -> None:
     with T.serial(w.io.form.width // w.n.deep) as j:
         acc = Registers.allocated(w.n.deep, w.n.vectors, w.n.lanes)
         acc.fill(w.shrunk(j * w.n.deep))
-        with T.serial(count) as t:
+        with T.serial(count // w.n.numbers.per) as t:
             w.add_value_products(acc, t, j * w.n.deep)
         w.keep_sums(acc, j * w.n.deep)
 
@@ -269,16 +310,26 @@ def _attend(w: Work, row: Any) -> None:
     end = variable(w.io.end(row + w.n.rows - 1))
     with T.serial(T.ceildiv(end - begin, w.n.keys)) as j:
         origin = variable(begin + j * w.n.keys)
-        count = variable(T.min(end - origin, w.n.keys))
-        _hold(w, w.io.k, w.io.key, (origin, T.ceildiv(count, w.n.tile) * w.n.tile))
+        # whole tiles: what is past the end is hidden, and weighs nothing
+        count = variable(T.min(T.ceildiv(end - origin, w.n.tile) * w.n.tile, w.n.keys))
+        _hold_keys(w, origin, count)
         _score(w, origin, count)
         _weigh(w, count)
-        _hold(w, w.io.v, w.io.value, (origin, count))
+        _hold_values(w, origin, count)
         _add_values(w, count)
     _finish(w)
 
 
 def _attend_all(n: Blocks, io: Places, batch: Any) -> None:
+    """Compute all blocks, with the code that the numbers need."""
+    if not n.numbers.code:
+        _attend_blocks(n, io, batch)
+        return
+    with T.attr(T.int32(0), "pragma_import_llvm", n.numbers.code):
+        _attend_blocks(n, io, batch)
+
+
+def _attend_blocks(n: Blocks, io: Places, batch: Any) -> None:
     """Compute all blocks; early and late ones alternate, since late ones see more keys."""
     groups, blocks = io.form.kv_heads, variable(T.ceildiv(io.length * io.form.ratio, n.rows))
     with T.parallel(batch * groups * blocks) as task:

@@ -145,13 +145,18 @@ class Registers:
         zero = splat(0.0, self.lanes)
         self.fill(lambda _row, _column: zero)
 
-    def add_products(self, rows: Sequence[Any], columns: Sequence[Any]) -> None:
+    def add_products(
+        self,
+        rows: Sequence[Any],
+        columns: Sequence[Any],
+        multiplied: Callable[[Any, Any, Any], Any] = lambda a, b, total: total + a * b,
+    ) -> None:
         """Add to each the product of its row's and its column's vector, bound here once."""
         bound = [T.bind(value) for value in columns]
         for row, value in enumerate(rows):
             factor = T.bind(value)
             for column, other in enumerate(bound):
-                self.put(row, column, self.get(row, column) + factor * other)
+                self.put(row, column, multiplied(factor, other, self.get(row, column)))
 
 
 def _register(lanes: int) -> Any:
