@@ -89,14 +89,17 @@ def _length(program: Program) -> int:
 
 
 def _ratio(one: Run, other: Run, batches: Sequence[Arrays]) -> float:
-    """Return the median of the time of ``one`` over that of ``other``, run in turns."""
-    ratios = []
-    for batch in batches:
-        for number in range(_WARM + _ROUNDS):
-            spent = [_seconds(run, batch) for run in (one, other)]
-            if number >= _WARM:
-                ratios.append(spent[0] / spent[1])
-    return statistics.median(ratios)
+    """Return the median of the time of ``one`` over that of ``other``."""
+    pairs = [pair for batch in batches for pair in paired(one, other, batch, _ROUNDS)]
+    return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def paired(one: Run, other: Run, batch: Arrays, rounds: int) -> list[tuple[float, float]]:
+    """Return the seconds of both, run in turns, so that both see the same machine."""
+    for _ in range(_WARM):
+        one(batch)
+        other(batch)
+    return [(_seconds(one, batch), _seconds(other, batch)) for _ in range(rounds)]
 
 
 def _seconds(run: Run, batch: Arrays) -> float:

@@ -7,6 +7,7 @@ Here a provider that is asked for and does not start is an error, and so is a no
 from __future__ import annotations
 
 import importlib
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,12 +77,19 @@ def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Place:
             raise BackendUnavailableError(name, f"it needs the provider {other!r}; update llmopt")
 
 
-def openvino(threads: int) -> Place:
-    """Return OpenVINO's processor, computing in float32."""
-    settings = {
-        "load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32", '
-        f'"INFERENCE_NUM_THREADS": "{threads}", "NUM_STREAMS": "1"}}}}'
+def openvino(threads: int, precision: str = "f32") -> Place:
+    """Return OpenVINO's processor.
+
+    Args:
+        threads: Threads inside one operator.
+        precision: What it computes in: ``"f32"`` or ``"bf16"``.
+    """
+    told = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": str(threads),
+        "NUM_STREAMS": "1",
     }
+    settings = {"load_config": json.dumps({"CPU": told})}
     return Place(OPENVINO, "cpu", settings, "onnxruntime_ep_openvino", whole=True)
 
 
