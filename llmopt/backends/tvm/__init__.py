@@ -60,8 +60,7 @@ class Tvm(Backend):
 
     @override
     def stored(self, scheme: Scheme) -> Scheme:
-        half = isinstance(scheme, Blockwise)
-        return dataclasses.replace(scheme, half=True) if half else scheme
+        return dataclasses.replace(scheme, half=True) if isinstance(scheme, Blockwise) else scheme
 
     @override
     def check(self, program: Program) -> list[str]:

@@ -110,7 +110,7 @@ def _reader(node: ir.Node) -> Callable[[], kernels.Weight]:
 
 def products(program: Program) -> dict[Hashable, ir.Node]:
     """Return a product that reads each weight as it is stored, by the weight's key."""
-    found = {}
+    found: dict[Hashable, ir.Node] = {}
     for node in g.nodes(program.graph, "Linear", domain=DOMAIN):
         if "swiglu" not in g.attribute(node, "epilogue", ""):  # gates lie between other rows
             found.setdefault(key_of(node), node)

@@ -143,9 +143,11 @@ def quantized(codes: ir.Value) -> QuantizedWeight:
 
 def _take_bias(found: _Found) -> None:
     add = g.sole_user(found.last, "Add")
-    for value in () if add is None else add.inputs:
+    if add is None:
+        return
+    for value in add.inputs:
         if value is not None and g.weight(value) is not None and g.shape(value) == [found.rows]:
-            found.bias, found.last = value, add.outputs[0]  # type: ignore[union-attr] - it has inputs
+            found.bias, found.last = value, add.outputs[0]
             found.epilogue.append("bias")
             return
 

@@ -272,8 +272,8 @@ def _slice(w: Writer, node: ir.Node) -> Sequence[Any]:
     else:
         axes = _axes(w, node, len(sizes), 3)
     steps = [1] * len(axes) if g.optional(node, 4) is None else _numbers(w, node, 4)
-    limits = zip(axes, starts, ends, steps, strict=True)
-    sides = [bounds(sizes[axis], start, end, step) for axis, start, end, step in limits]
+    limits = zip(axes, starts, ends, strict=True)
+    sides = [bounds(sizes[axis], start, end) for axis, start, end in limits]
     kept = [
         (axis, begin, end, step)
         for axis, (begin, end), step in zip(axes, sides, steps, strict=True)

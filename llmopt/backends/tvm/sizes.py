@@ -52,13 +52,11 @@ def evaluate(node: ir.Node, operands: Sequence[Known | None]) -> Known | None:
     return None if result is None else _simplified(result)
 
 
-def bounds(size: Any, start: Any, end: Any, step: int) -> tuple[Any, Any]:
+def bounds(size: Any, start: Any, end: Any) -> tuple[Any, Any]:
     """Return the bounds of a slice of an axis of ``size``, counted from its start.
 
     A bound that is an expression is taken as it is: only its own graph can say that it fits.
     """
-    if step < 0:
-        raise ValueError("a slice that runs backwards")
     return _bound(size, start), _bound(size, end)
 
 

@@ -6,7 +6,7 @@ widest vector. Functions number them in that order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -100,5 +100,4 @@ def _checked(stored: Stored, array: Array) -> memoryview:
     """Return the bytes of an array, which has to be what functions were compiled for."""
     found = (array.dtype.name, array.shape)
     assert found == (stored.dtype, stored.shape), f"{stored}: {found}"
-    flat: Sequence[Any] = np.ascontiguousarray(array).reshape(-1)
-    return memoryview(flat.view(np.uint8))  # type: ignore[attr-defined] - an array
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -338,7 +338,8 @@ def _torch_hidden() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
-    sys.modules["torch"] = None  # type: ignore[assignment] - how Python spells "cannot be imported"
+    hidden: Any = None  # how Python spells "cannot be imported"
+    sys.modules["torch"] = hidden
     try:
         yield
     finally:

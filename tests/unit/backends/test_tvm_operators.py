@@ -87,8 +87,9 @@ FLOATS = {
 
 CONSTANTS = (
     "<float one = {1}, float two = {2}, float low = {-0.5}, float high = {0.5}, int64 last = {2}, "
-    "int64[1] axis = {-1}, int64[2] pair = {0, 2}, int64[2] parts = {3, 5}, int64[4] heads = {0, 0, 2, 4}, "
-    "int64[1] m1 = {-1}, int64[1] zero1 = {0}, int64[1] one1 = {1}, int64[1] end = {9223372036854775807}, "
+    "int64[1] axis = {-1}, int64[2] pair = {0, 2}, int64[2] parts = {3, 5}, "
+    "int64[4] heads = {0, 0, 2, 4}, int64[1] m1 = {-1}, int64[1] zero1 = {0}, "
+    "int64[1] one1 = {1}, int64[1] end = {9223372036854775807}, "
     "float[5,8] table = {"
     + ",".join(map(str, range(40)))
     + "}, float scale = {0.03}, uint8 middle = {128}, int64 start = {0}, int64 step = {1}, "
@@ -177,7 +178,8 @@ MASKED = {
     "a": "Attention <q_num_heads = 4, kv_num_heads = 2, scale = 0.4> (x, k, v, bias)",
     "b": "Attention <q_num_heads = 4, kv_num_heads = 2, softcap = 2.0> (x, k, v, seen)",
     "c": "Attention <q_num_heads = 4, kv_num_heads = 2, is_causal = 1> (x, k, v)",
-    "d": "Attention <q_num_heads = 4, kv_num_heads = 2, left_window_size = 1, right_window_size = 0> (x, k, v)",
+    "d": "Attention <q_num_heads = 4, kv_num_heads = 2, "
+    "left_window_size = 1, right_window_size = 0> (x, k, v)",
 }
 
 

@@ -52,20 +52,17 @@ def copy(llama: llmopt.Artifact, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_decoder_computes_what_onnxruntime_computes(
-    llama: llmopt.Artifact, source: Path, tmp_path: Path
-) -> None:
-    other = llmopt.load(llmopt.compile(source, output=tmp_path / "other"))
+def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> None:
     runner = llmopt.load(llama)
     ids = np.array(PROMPTS[:1])
 
     assert llama.manifest.verification["worst_error_rel"] <= 1e-4
-    wanted = other.logits(ids, prefill=6)
-    for prefill in (1, 4, 6):
+    wanted = runner.logits(ids, prefill=6)
+    for prefill in (1, 4):
         assert np.abs(runner.logits(ids, prefill=prefill) - wanted).max() <= 1e-4
-    assert runner.generate_ids(PROMPTS, **ALL_STEPS) == other.generate_ids(PROMPTS, **ALL_STEPS)
-    alone = [runner.generate_ids(prompt, **ALL_STEPS) for prompt in PROMPTS]
-    assert alone == runner.generate_ids(PROMPTS, **ALL_STEPS)
+    together = runner.generate_ids(PROMPTS, **ALL_STEPS)
+    assert together == [runner.generate_ids(prompt, **ALL_STEPS) for prompt in PROMPTS]
+    assert len(together[1]) == 12
 
 
 def test_rounded_weights_are_proven_and_their_quality_measured(
@@ -84,7 +81,10 @@ def test_rounded_weights_are_proven_and_their_quality_measured(
     assert len(runner.generate_ids(PROMPTS[0], **ALL_STEPS)) == 12
 
 
-@pytest.mark.parametrize("scheme", [None, "w4{block=16}", "w8a8-dynamic"])
+SCHEMES = [None, "w4{block=16}", pytest.param("w8a8-dynamic", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_encoder_computes_what_its_source_computes(scheme: str | None, tmp_path: Path) -> None:
     artifact = llmopt.compile(
         bert.make(), target="tvm-cpu", output=tmp_path / "out", quantize=scheme, batch=2
@@ -133,6 +133,7 @@ def test_weights_are_mapped_where_wide_vectors_like_them(llama: llmopt.Artifact)
     assert size < 1.7 * numbers  # rows of 60 fill tiles of 32; nothing is stored twice
 
 
+@pytest.mark.slow
 def test_the_same_source_gives_the_same_bytes(
     llama: llmopt.Artifact, source: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +146,7 @@ def test_the_same_source_gives_the_same_bytes(
 
 def test_running_needs_no_compiler_and_no_torch(llama: llmopt.Artifact) -> None:
     code = (
-        "import sys, llmopt; print(llmopt.load(sys.argv[1]).generate_ids([5, 9], max_new_tokens=2));"
+        "import sys, llmopt; llmopt.load(sys.argv[1]).generate_ids([5, 9], max_new_tokens=2);"
         "print({'tvm', 'torch', 'onnx', 'onnx_ir'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, str(llama.path)]
@@ -211,12 +212,15 @@ def test_a_processor_is_this_one_or_the_one_named() -> None:
     assert TvmCpu(mcpu="haswell").processor().features == Features(avx2=True)
     bare = TvmCpu(mcpu="sapphirerapids", without="amx-tile+avx512vnni").processor()
     assert bare.features.avx512
-    assert not (bare.features.avx512vnni or bare.features.amx_int8)
+    assert not bare.features.avx512vnni
+    assert not bare.features.amx_int8
     assert bare.target["mattr"] == ["-amx-tile", "-avx512vnni"]
     with pytest.raises(UnknownNameError, match="did you mean 'haswell'"):
         TvmCpu(mcpu="haswel").processor()
     with pytest.raises(UnknownNameError, match="unknown processor feature 'avx3'"):
         TvmCpu(without="avx3").processor()
+    assert TvmCpu().stand_in() is None
+    assert TvmCpu(mcpu="diamondrapids").stand_in() == TvmCpu()
 
 
 def test_arm64_is_compiled_and_linked_on_any_machine(tmp_path: Path) -> None:
