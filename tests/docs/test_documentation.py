@@ -16,6 +16,7 @@ import pytest
 
 import llmopt
 from llmopt.backends import ALIASES, BACKENDS
+from llmopt.backends.base import Demand
 from llmopt.errors import FusionError
 from llmopt.fusion import fusion_report, require
 from llmopt.ir import graph as g
@@ -189,7 +190,7 @@ def test_the_backend_of_the_documentation_runs_what_it_wrote(
     module = load("encoder").make()
 
     assert backend.check(encoder) == []
-    run = backend.open(tmp_path / backend.write(encoder.clone(), tmp_path).entry)
+    run = backend.open(tmp_path / backend.write(encoder.clone(), tmp_path, Demand()).entry)
     found = run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
     import torch
