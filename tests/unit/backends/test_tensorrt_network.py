@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from programs import bound, error_rel, evaluate, inputs, operators, program, run
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -293,6 +294,40 @@ def test_a_norm_of_1000_needs_its_island_of_float32() -> None:
 
     assert error_rel(found["sums"], want) < 1e-3
     assert np.all(found["none"] == 0)  # x / infinity
+
+
+STREAM: Final = """main (float[B,4] x, float[B,4] z) => (float[B,2] y)
+<float[4] scale = {1, 1, 1, 1}, float[4,2] w = {1, 0, 0, 1, 1, 1, 0, 0}>
+{ sum = Add (x, z)
+  more = Add (sum, x)
+  normed = RMSNormalization (more, scale)
+  y = MatMul (normed, w) }"""
+
+
+def test_sums_of_values_that_grow_need_float32() -> None:
+    """What layers add up may pass 65504 though each part is small: as in Gemma and Qwen."""
+    rows = {"x": [[30000.0, -30000.0, 9000.0, 1.0]], "z": [[9000.0, -9000.0, 1.0, 1.0]]}
+    given = {name: np.array(row, np.float32) for name, row in rows.items()}
+    want = evaluate(program(STREAM), given)["y"]
+    found = {}
+    for islands in ("residuals", "sums"):
+        narrow = program(STREAM)
+        ConvertFloat("float16", islands).run(narrow)
+        with np.errstate(over="ignore", invalid="ignore"):
+            found[islands] = evaluate(narrow, given)["y"]
+
+    assert error_rel(found["residuals"], want) < 1e-3
+    assert not np.all(np.isfinite(found["sums"])) or error_rel(found["sums"], want) > 0.1
+
+
+def test_products_of_a_norm_stay_narrow() -> None:
+    narrow = program(STREAM)
+
+    ConvertFloat("float16", "residuals").run(narrow)
+
+    dtypes = {node.op_type: node.inputs[0].dtype for node in narrow.graph if node.inputs[0]}
+    assert dtypes["MatMul"] == ir.DataType.FLOAT16
+    assert dtypes["RMSNormalization"] == dtypes["Add"] == ir.DataType.FLOAT
 
 
 def test_bfloat16_is_proven_with_every_value_rounded(tmp_path: Path) -> None:
