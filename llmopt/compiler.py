@@ -307,7 +307,7 @@ class _Compilation:
             case DynamicInt8():
                 return (QuantizeDynamic(),)
             case Cast(dtype):
-                return (ConvertFloat(dtype),)
+                return (ConvertFloat(dtype, self.backend.islands),)
         return ()
 
     def _passes(self) -> tuple[Pass, ...]:

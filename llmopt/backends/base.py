@@ -80,11 +80,13 @@ class Backend(abc.ABC):
         name: The target's name, without options.
         summary: One line for ``llmopt targets``.
         schemes: The quantization schemes it has kernels for.
+        islands: What ``convert-float`` keeps in float32 for it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     schemes: ClassVar[frozenset[str]]
+    islands: ClassVar[str] = "sums"
 
     @classmethod
     def configured(cls, options: Mapping[str, str]) -> Self:

@@ -51,7 +51,13 @@ _NORMS: Final = frozenset(
         *("MeanVarianceNormalization", "BatchNormalization"),
     }
 )
-ISLANDS: Final = {"none": frozenset[str](), "sums": _SUMS, "norms": _SUMS | _NORMS}
+_RESIDUALS: Final = frozenset({"a sum of two values"})
+ISLANDS: Final = {
+    "none": frozenset[str](),
+    "sums": _SUMS,
+    "norms": _SUMS | _NORMS,
+    "residuals": _SUMS | _RESIDUALS,
+}
 """Operators that are computed in float32 wherever they stand, by the name of the option."""
 
 _FOLLOWS: Final = frozenset(
@@ -83,7 +89,8 @@ class ConvertFloat(Pass):
     Args:
         dtype: ``float16``, or ``bfloat16``, which has the range of float32.
         islands: What stays in float32: ``sums`` (squares, exponentials, sums and means written
-            out), ``norms`` (fused norms too), or ``none``, which is for experiments.
+            out), ``norms`` (fused norms too), ``residuals`` (sums of two values, which grow from
+            layer to layer, and the fused norms that read them), or ``none``, for experiments.
     """
 
     name: ClassVar[str] = "convert-float"
@@ -243,7 +250,14 @@ class _Conversion:
             return _SHORE
         if spreading and all(spreading) and node.op_type in _FOLLOWS | _PRODUCTS:
             return _ISLAND
-        return _SHORE if any(spreading) and node.op_type in _FOLLOWS else _HERE
+        follows = any(spreading) and node.op_type in _FOLLOWS
+        # wide, but what reads it is not: the products of a norm stay narrow
+        return _SHORE if follows or self._is_residual(node, len(homes)) else _HERE
+
+    def _is_residual(self, node: ir.Node, values: int) -> bool:
+        """Whether a node adds two computed values or normalizes what they became."""
+        adds = node.op_type == "Add" and values == 2
+        return bool(self.islands & _RESIDUALS) and (adds or node.op_type in _NORMS)
 
     def _has_narrow_form(self, node: ir.Node) -> bool:
         formals = standard(node) or Formals((), ())

@@ -71,6 +71,7 @@ class _TensorRt(Backend):
     """
 
     schemes: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "w4", "w8a8", "fp8"})
+    islands: ClassVar[str] = "residuals"
     package: ClassVar[str]
     dtype: str = "float16"
     chunk: str = "512"
@@ -111,9 +112,9 @@ class _TensorRt(Backend):
             case Static(code):
                 percentile = _number("percentile", self.percentile)
                 first = QuantizeStatic(code, percentile, self.calibration)
-                return (first, *legal, ConvertFloat(self.dtype))
+                return (first, *legal, ConvertFloat(self.dtype, self.islands))
             case Blockwise():
-                return (Int4Weights(), *legal, ConvertFloat(self.dtype))
+                return (Int4Weights(), *legal, ConvertFloat(self.dtype, self.islands))
         return legal
 
     @override
