@@ -11,8 +11,8 @@ read as they lie, one number broadcast at a time::
       │ lane: row │ · K[t,d]  │ lane: row │ exp2, · V[t,d]  │ lane: row │
       └───────────┘           └───────────┘                 └───────────┘
 
-The inner loops hold a tile of ``tile`` keys (or channels) x N rows in registers: with AVX-512
-8 x 2 vectors, 16 fused multiply-adds for 2 loads and 8 broadcasts from memory.
+The inner loops hold a tile of 4 keys (or channels) x N rows in registers, N of 4 vectors: 16 fused
+multiply-adds for 4 loads and 4 numbers broadcast from memory. With 16 registers, 2 keys x N.
 
 Roofline: 4·S·T·H·D operations (half of them where causal) at the fp32 peak; exponentials and
 maxima are some 15 instructions a vector against 2·D multiply-adds.
@@ -62,7 +62,7 @@ class Blocks:
     deep: int
     square: int
     numbers: Numbers
-    keys: int = 32
+    keys: int = 64
 
     @property
     def rows(self) -> int:
@@ -72,12 +72,12 @@ class Blocks:
     @classmethod
     def of(cls, form: Attention, features: Features) -> Blocks:
         """Return sizes that fit the registers: 32 of them with AVX-512 and NEON, else 16."""
-        vectors, tile = (2, 8) if features.avx512 else (3, 8) if features.neon else (3, 4)
+        tile = 4 if features.avx512 or features.neon else 2
         deep = next(n for n in range(tile, 0, -1) if form.width % n == 0)
         pairs = form.rounded and features.avx512bf16 and form.width % 16 == 0
         numbers = Pairs() if pairs else Floats()
         square = fitting(features, form.width // numbers.per)
-        return cls(features.lanes, vectors, tile, deep, square, numbers)
+        return cls(features.lanes, 4, tile, deep, square, numbers)
 
 
 @dataclass(frozen=True)
