@@ -34,7 +34,11 @@ _EACH_NUMBER: Final = frozenset(
         *("Swish", "Tanh", "Where"),
     }
 )
-_LAST_AXIS: Final = frozenset({"RMSNormalization", "LayerNormalization", "RotaryEmbedding"})
+_LAST_AXIS: Final = frozenset({"LayerNormalization", "MatMul", "RMSNormalization", "Split"})
+"""Operators that mix the last axis alone, whichever of the others is that of tokens."""
+
+Axes = dict[ir.Value, int]
+"""The axis of tokens of each value whose rows are turned."""
 
 
 @dataclass(frozen=True)
@@ -107,35 +111,46 @@ def _readers(
 
     The third is the node that looks from one token to another, and how, if there is one.
     """
-    per_token = set(turned)
+    axes: Axes = dict.fromkeys(turned, 1)
     cuts: list[ir.Node] = []
     for node in program.graph:
-        if node.op_type == "Shape" or not any(value in per_token for value in node.inputs):
+        if node.op_type == "Shape" or not any(value in axes for value in node.inputs):
             continue
-        if node.inputs[0] in per_token and _slices_tokens(node):
+        if axes.get(g.operand(node, 0)) == 1 and _slices_tokens(node):
             cuts.append(node)
             continue
-        if (reason := _mixes(node, per_token)) is not None:
-            return [], [], (node, reason)
-        per_token.update(node.outputs[:1] if node.op_type == "Attention" else node.outputs)
-    return cuts, [out for out in program.graph.outputs if out in per_token], None
+        axis = _axis(node, axes)
+        if isinstance(axis, str):
+            return [], [], (node, axis)
+        made = node.outputs[:1] if node.op_type == "Attention" else node.outputs
+        axes |= dict.fromkeys(made, axis)
+    return cuts, [out for out in program.graph.outputs if out in axes], None
 
 
 def _slices_tokens(node: ir.Node) -> bool:
     return g.is_op(node, "Slice") and g.ints(g.optional(node, 3)) == [1]
 
 
-def _mixes(node: ir.Node, per_token: set[ir.Value]) -> str | None:
-    """Return why ``node`` may look from one token to another, None if it does not."""
+def _axis(node: ir.Node, axes: Axes) -> int | str:
+    """Return the axis of tokens of what ``node`` makes, or how it may look across tokens."""
     alone = f"{node.op_type} may look from one token to another"
-    others = [v for v in node.inputs if v is not None and v not in per_token]
+    others = [v for v in node.inputs if v is not None and v not in axes]
+    read = {axes[v] for v in node.inputs if v in axes}
+    if node.op_type == "RotaryEmbedding" and node.inputs[0] in axes:  # positions stay [B, S]
+        return axes[g.operand(node, 0)]
+    if len(read) > 1:
+        return alone
+    (axis,) = read
     if node.op_type in _EACH_NUMBER:
         same = all(_same_for_all_tokens(value) for value in others)
-        return None if same else f"{node.op_type} adds what depends on a token's place"
-    if node.op_type in _LAST_AXIS:
-        return None
+        return axis if same else f"{node.op_type} adds what depends on a token's place"
+    if node.op_type == "Transpose":
+        return list(g.attribute(node, "perm", [1, 0])).index(axis)
     fits = _PER_TOKEN.get(node.op_type)
-    return None if fits is not None and fits(node, others) else alone
+    in_place = axis == 1 or (
+        node.op_type in _LAST_AXIS and axis != (g.rank(node.inputs[0]) or 0) - 1
+    )
+    return axis if fits is not None and in_place and fits(node, others) else alone
 
 
 def _by_matrix(node: ir.Node, others: list[ir.Value]) -> bool:
@@ -164,7 +179,9 @@ _PER_TOKEN: Final[Mapping[str, Callable[[ir.Node, list[ir.Value]], bool]]] = {
     "Attention": lambda node, _: g.optional(node, 4) is not None,
     "Concat": _along_last_axis,
     "Gather": _by_row,
+    "LayerNormalization": lambda node, _: g.rank(node.inputs[0]) != 2,
     "MatMul": _by_matrix,
+    "RMSNormalization": lambda node, _: g.rank(node.inputs[0]) != 2,
     "Reshape": _keeps_tokens,
     "Slice": _slices_last_axis,
     "Softmax": _along_last_axis,

@@ -59,6 +59,26 @@ def test_padded_rows_are_turned_round_and_back(case: Case, keep: bool) -> None:
     assert len(attention.inputs) == 9  # no positions, no bias
 
 
+def test_heads_that_are_normed_apart_are_turned_as_well() -> None:
+    apart = """   [heads] q4 = Reshape (q, by_head)
+   qh = Transpose <perm = [0, 2, 1, 3]> (q4)
+   qn = RMSNormalization (qh, narrow)
+   qt = Transpose <perm = [0, 2, 1, 3]> (qn)
+   qm = Reshape (qt, merged)
+   qr = RotaryEmbedding <num_heads = 2> (qm, cos"""
+    text = TEXT.replace("   qr = RotaryEmbedding <num_heads = 2> (q, cos", apart)
+    known = "int64[4] by_head = {0,0,2,16}, int64[3] merged = {0,0,32}, float[16] narrow = {"
+    text = text.replace("<int64[2] i12", f"<{known}{','.join(['2'] * 16)}}}, int64[2] i12")
+    made = tiny_decoder(text=text)
+    given = inputs(made, CASES[1], VOCABULARY)
+
+    low, missed = turned(made)
+
+    assert missed == ""
+    found, wanted = run(low, given)["logits"], run(made, given)["logits"]
+    assert error_rel(found, wanted, CASES[1].mask() == 1) < TOLERANCE
+
+
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 def test_steps_go_on_where_each_row_ended(side: str) -> None:
     made = tiny_decoder()
