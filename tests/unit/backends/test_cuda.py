@@ -11,7 +11,7 @@ import onnx
 import pytest
 from programs import apply, error_rel, inputs, operators, program, run
 from tiny_decoder import TEXT, VOCABULARY, tiny_decoder
-from tiny_sources import llama_folder
+from tiny_sources import bigram_file, llama_folder
 
 import llmopt
 from llmopt.backends import find_backend
@@ -240,6 +240,22 @@ def test_options_and_schemes() -> None:
             find_backend(f"gpu{{{wrong}}}")
 
 
+@pytest.mark.parametrize("scheme", ["fp16", "bf16", "w8"])
+def test_a_file_is_compiled_in_sixteen_bits(scheme: str, tmp_path: Path) -> None:
+    source = bigram_file(tmp_path / "bigram.onnx")
+
+    artifact = llmopt.compile(
+        source, target="gpu", output=tmp_path / "out", quantize=None if scheme == "fp16" else scheme
+    )
+
+    manifest = Manifest.read(artifact.path)
+    assert manifest.precision == {"weights": scheme}
+    assert manifest.verification["worst_error_rel"] < 1e-2
+    assert manifest.verification["tolerance"] == (2e-2 if scheme == "bf16" else 5e-3)
+    assert ("dtype=bfloat16" in manifest.target) is (scheme == "bf16")
+
+
+@pytest.mark.slow
 def test_a_llama_in_sixteen_bits_from_folder_to_artifact(tmp_path: Path) -> None:
     heads = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     source = llama_folder(tmp_path / "source", **heads)
