@@ -93,7 +93,7 @@ class OnnxRuntimeArm64(Backend):
     """
 
     name: ClassVar[str] = "onnxruntime-arm64"
-    summary: ClassVar[str] = "the same for arm64 processors; runs on others too"
+    summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for arm64 processors"
     schemes: ClassVar[frozenset[str]] = SCHEMES
 
     @property

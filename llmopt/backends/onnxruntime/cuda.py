@@ -42,7 +42,7 @@ class OnnxRuntimeCuda(Backend):
     """
 
     name: ClassVar[str] = "onnxruntime-cuda"
-    summary: ClassVar[str] = "the same for NVIDIA GPUs, in 16 bits, every node with a CUDA kernel"
+    summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for NVIDIA GPUs, 16 bits"
     schemes: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "w4", "w8"})
     dtype: str = "float16"
     graph: str = "false"
