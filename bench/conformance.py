@@ -273,11 +273,13 @@ def main() -> None:
     parser.add_argument("--scheme", action="append", choices=SCHEMES, help="all if not given")
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         asked = (chosen.target or targets(), chosen.model or list(MODELS), chosen.scheme or [])
-        found = list(rows(*asked, Path(folder)))
-    everything = {"schema": 1, "rows": merged(found, chosen.json)}
-    chosen.json.write_text(json.dumps(everything, indent=1) + "\n")
+        for row in rows(*asked, Path(folder)):
+            found.append(row)  # a run that is cut short keeps what it measured
+            everything = {"schema": 1, "rows": merged(found, chosen.json)}
+            chosen.json.write_text(json.dumps(everything, indent=1) + "\n")
     bad = [r for r in found if "failed" in r or max(r["errors"].values()) > r["tolerance"]]
     sys.exit(f"{len(bad)} of {len(found)} cases failed" if bad else 0)
 

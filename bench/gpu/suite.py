@@ -71,7 +71,7 @@ def speed(targets: Sequence[str], models: Sequence[str], kind: str, folder: Path
             continue
         ready = [*sides.TORCH, *built(targets, source, folder)]
         found: dict[str, list[dict[str, float]]] = {}
-        for block in range(BLOCKS):
+        for block in range(BLOCKS if kind == "cuda" else 1):
             for side in ready[:: 1 if block % 2 else -1]:
                 if (sample := fresh(side, source, kind)) is not None:
                     found.setdefault(side, []).append(sample)
