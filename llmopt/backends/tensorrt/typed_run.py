@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.backends.base import Arrays, Run
-from llmopt.errors import BackendUnavailableError
+from llmopt.errors import BackendUnavailableError, LlmoptError
 from llmopt.runtime.engines.tensorrt_recipe import WRITE_INDICES
 
 Array = npt.NDArray[Any]
@@ -51,6 +51,7 @@ def open_typed(network: Path, *, exact: bool = False) -> Run:
 
     Raises:
         BackendUnavailableError: onnxruntime is not installed.
+        LlmoptError: It has no kernel for an operator of the network.
     """
     import onnx
 
@@ -68,13 +69,19 @@ def open_typed(network: Path, *, exact: bool = False) -> Run:
     # Q/DQ stay what they are: fused int8 products would round in other places than TensorRT
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry(_EXTERNAL, str(network.parent))
-    session = ort.InferenceSession(
-        proto.SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-        # onnxruntime 1.32 drops a Relu in front of float8 codes, as if these had no sign
-        disabled_optimizers=["ReluQuantRewrite"],
-    )
+    state = ort.capi.onnxruntime_pybind11_state
+    try:
+        session = ort.InferenceSession(
+            proto.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            # onnxruntime 1.32 drops a Relu in front of float8 codes, as if these had no sign
+            disabled_optimizers=["ReluQuantRewrite"],
+        )
+    except (state.NotImplemented, state.InvalidGraph, state.Fail) as error:
+        problem = str(error).strip().partition("\n")[0]
+        hint = "--verify off leaves the proof away"
+        raise LlmoptError(f"onnxruntime cannot run the typed network: {problem}; {hint}") from error
     inputs = {value.name: _NUMPY[value.type] for value in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
 

@@ -22,7 +22,7 @@ from llmopt.backends.tensorrt.network import problems_of, profiles_of
 from llmopt.backends.tensorrt.quantize_static import QuantizeStatic, rounding
 from llmopt.backends.tensorrt.typed_run import open_typed
 from llmopt.bundle.manifest import ModelFacts
-from llmopt.errors import UsageError
+from llmopt.errors import LlmoptError, UsageError
 from llmopt.ir.feeds import Arrays, Case
 from llmopt.ir.program import Program
 from llmopt.passes.convert_float import ConvertFloat
@@ -466,3 +466,10 @@ def test_each_scheme_has_its_passes(scheme: str | None, names: list[str]) -> Non
     assert [item.name for item in backend.passes(scheme)][: len(names)] == names
     assert "engine itself was not run" in backend.proven_by
     assert backend.tolerance(scheme) >= backend.tolerance(None)
+
+
+def test_a_network_that_cannot_be_proven_is_told(tmp_path: Path) -> None:
+    made = program("main (float[N] x) => (float[N] y) { y = Swish (x) }")
+
+    with pytest.raises(LlmoptError, match=r"Swish.*--verify off"):
+        typed(made, tmp_path)
