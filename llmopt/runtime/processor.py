@@ -65,6 +65,9 @@ _ARM: Final = {
 LINUX_NAMES: Final[Mapping[str, Mapping[str, str]]] = {"x86_64": _X86, "aarch64": _ARM}
 """By machine: LLVM's name of each feature that its compiler may use, and Linux's."""
 
+_ARCH_PRCTL: Final = 158
+_REQUEST: Final = 0x1023  # ARCH_REQ_XCOMP_PERM, see Linux's Documentation/arch/x86/xstate.rst
+_TILE_DATA: Final = 18
 _HWCAP: Final = 16
 _HWCAP2: Final = 26
 _BITS: Final[Mapping[str, tuple[int, int]]] = {
@@ -84,14 +87,30 @@ _BITS: Final[Mapping[str, tuple[int, int]]] = {
 
 
 def processor_features() -> frozenset[str]:
-    """Return what the processor can do, such as ``avx2`` or ``asimddp``."""
+    """Return what this process may use of the processor, such as ``avx2`` or ``asimddp``.
+
+    AMX is asked for, and left out where Linux refuses it.
+    """
     if platform.machine() == "aarch64":
         # not /proc/cpuinfo, which under emulation is the emulating machine's
         getauxval = ctypes.CDLL(None).getauxval
         getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
         words = {vector: int(getauxval(vector)) for vector in (_HWCAP, _HWCAP2)}
         return frozenset(name for name, (v, bit) in _BITS.items() if words[v] >> bit & 1)
-    return _listed(CPUINFO)
+    found = _listed(CPUINFO)
+    if "amx_tile" in found and not tiles_allowed():
+        return frozenset(name for name in found if not name.startswith("amx_"))
+    return found
+
+
+def tiles_allowed() -> bool:
+    """Ask Linux for AMX's tiles, which a process may not use before, and return its answer.
+
+    Threads that already run need not get them: ask before they start.
+    """
+    if platform.machine() != "x86_64":
+        return False
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA)) == 0
 
 
 def _listed(cpuinfo: Path) -> frozenset[str]:

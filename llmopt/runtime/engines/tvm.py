@@ -25,7 +25,7 @@ from llmopt.bundle.fields import Fields
 from llmopt.bundle.manifest import Manifest, Port, Signature
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError, UsageError
 from llmopt.runtime.cores import usable_cores
-from llmopt.runtime.processor import processor_features
+from llmopt.runtime.processor import processor_features, tiles_allowed
 from llmopt.runtime.session import Array, Session, aligned_zeros, zeros_together
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_shape
 
@@ -314,6 +314,7 @@ def _runtime(threads: int) -> Any:
     Raises:
         BackendUnavailableError: It is not installed.
     """
+    tiles_allowed()  # before there are threads; whether they are needed is checked elsewhere
     # Read once, when the first kernel runs in parallel. TVM would halve the cores, as if each were
     # two, and tie threads to cores that others may be using.
     os.environ["TVM_NUM_THREADS"] = str(threads)

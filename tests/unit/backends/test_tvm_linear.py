@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from llmopt.quantization import packing
 from llmopt.quantization.dynamic import Columns, quantize_columns
 from llmopt.quantization.numerics import Quantized, dequantize, quantize_blockwise
 from llmopt.quantization.schemes import Blockwise, DynamicInt8
+from llmopt.runtime.processor import tiles_allowed
 
 tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
@@ -124,7 +124,7 @@ def test_products_of_whole_numbers_are_exact(name: str, scheme: Blockwise) -> No
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_dynamic_int8_of_whole_numbers_is_exact(name: str, limit: int) -> None:
     rng = np.random.default_rng(1)
-    n, k = 41, 70
+    n, k = 41, 300
     codes = rng.choice(np.array([-limit, -1, 0, 1, limit], np.int8), (k, n))
     weight = Columns(codes, np.ones(n, np.float32))
     for rows, sizes in (("one", (1,)), ("many", (3, 7))):
@@ -163,7 +163,7 @@ def close(found: Floats, expected: Array, relative: float) -> None:
     assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[:2] + SCHEMES[-1:], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES[:2], ids=str)
 @pytest.mark.parametrize("rows", ["one", "many"])
 def test_rounded_activations_have_the_blocks_of_the_weights(rows: str, scheme: Blockwise) -> None:
     rng = np.random.default_rng(2)
@@ -237,13 +237,10 @@ def test_activations_are_within_a_millionth(
 
 
 @pytest.mark.parametrize("scheme", [None, Blockwise(4, 32)], ids=str)
-@pytest.mark.parametrize("n", [74, 64])
 @pytest.mark.parametrize("name", ["avx512vnni", "avx2"])
-def test_a_gated_product_takes_bias_and_residual(
-    name: str, n: int, scheme: Blockwise | None
-) -> None:
+def test_a_gated_product_takes_bias_and_residual(name: str, scheme: Blockwise | None) -> None:
     rng = np.random.default_rng(6)
-    k, m = 64, 5
+    n, k, m = 74, 64, 5
     values = rng.standard_normal((n, k)).astype(np.float32)
     weight = values if scheme is None else quantize_blockwise(values, scheme)
     x = rng.standard_normal((m, k)).astype(np.float32)
@@ -353,7 +350,7 @@ def test_kernels_of_different_products_have_different_names() -> None:
         for k in (32, 64)
         for scheme in (None, Blockwise(4, 32), Blockwise(4, 32, symmetric=False), DynamicInt8())
         for rows in ("one", "many")
-        for steps in ((), ("gelu",), ("swiglu",))
+        for steps in ((), ("swiglu",))
         for exact in ((False, True) if scheme else (False,))
     ]
     assert len(set(names)) == len(names)
@@ -454,7 +451,7 @@ def test_tiles_run_on_amx() -> None:
     with open("/proc/cpuinfo", encoding="ascii") as file:  # noqa: PTH123 - a device, not a path
         if "amx_int8" not in file.read():
             pytest.skip("this processor has no amx_int8")
-    assert ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    assert tiles_allowed()
     rng = np.random.default_rng(13)
     weight = random_codes(rng, 70, 150, Blockwise(4, 32))
     wanted = Linear(70, 150, Blockwise(4, 32), "many", (), SAPPHIRE_RAPIDS)
@@ -475,6 +472,15 @@ def test_code_for_amx_is_generated() -> None:
     assert text.count("tdpbssd") == 4
     assert "ldtilecfg" in text
     assert "tilerelease" in text
+
+
+def test_code_for_256_bit_vnni_is_generated() -> None:
+    target = find_processor("x86_64", "alderlake")
+    assert target.features == Features(avx2=True, avxvnni=True)
+    kernel = choose(Linear(32, 64, Blockwise(8, 32), "one", (), target.features)).kernels[0]
+    module = tvm.IRModule({kernel.name: kernel.function})
+    code = tvm.compile(module, target=tvm.target.Target(target.target))
+    assert "vpdpbusd" in code.mod.inspect_source("asm")
 
 
 @pytest.mark.parametrize(

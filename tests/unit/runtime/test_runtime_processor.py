@@ -24,6 +24,32 @@ def test_x86_lists_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert processor.processor_features() == frozenset()
 
 
+@pytest.mark.parametrize(("answer", "left"), [(0, {"avx2", "amx_tile"}), (-1, {"avx2"})])
+def test_amx_counts_only_where_linux_allows_its_tiles(
+    answer: int, left: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def syscall(*numbers: int) -> int:
+        asked.append(numbers)
+        return answer
+
+    file = tmp_path / "cpuinfo"
+    file.write_text("flags : avx2 amx_tile\n")
+    library: Any = SimpleNamespace(syscall=syscall)
+    monkeypatch.setattr(processor, "CPUINFO", file)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+
+    assert processor.processor_features() == left
+    assert asked == [(158, 0x1023, 18)]
+
+
+def test_only_x86_has_tiles_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert not processor.tiles_allowed()
+
+
 def test_arm64_tells_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     words = {16: 1 << 1 | 1 << 20, 26: 1 << 13}
     library: Any = SimpleNamespace(getauxval=lambda vector: words[vector])
