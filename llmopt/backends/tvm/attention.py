@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -222,7 +222,8 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
     y, *presents = f.call(kernel, operands, shapes, {1: "k_cache", 2: "v_cache"})
     if not decoding:
         given = dict(zip(("k_cache", "v_cache"), presents, strict=True))
-        attend = f.module.made(kernels.attention, form, f.features)
+        many = replace(form, rounded=_rounds(f))
+        attend = f.module.made(kernels.attention, many, f.features)
         (y,) = f.call(attend, {**given, "q": y, "mask": f.mask}, shapes[:1])
     return [f.unrows(y, [batch, tokens]), *presents]
 
@@ -235,9 +236,14 @@ def packed(f: Function, node: ir.Node) -> Sequence[Any]:
     mask = f.mask if form.masked else f.ones(batch, tokens)
     operands = {"qkv": f.rows(row), "mask": mask}
     shape = ([batch * tokens, form.heads * form.width], "float32")
-    kernel = f.module.made(kernels.attention, form, f.features)
+    kernel = f.module.made(kernels.attention, replace(form, rounded=_rounds(f)), f.features)
     (y,) = f.call(kernel, operands, [shape])
     return [f.unrows(y, [batch, tokens])]
+
+
+def _rounds(f: Function) -> bool:
+    """Return whether queries, keys and values may be rounded: where activations are anyway."""
+    return not f.entry.exact and any(entry.exact for entry in f.module.entries)
 
 
 def _head_width(node: ir.Node, width: int) -> int:
