@@ -292,7 +292,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="measure what contains this text")
-    parser.add_argument("--mcpu", default="", help="a lesser processor, as LLVM names it: haswell")
+    parser.add_argument(
+        "--mcpu", default="host", help="a lesser processor, as LLVM names it: haswell"
+    )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = str(given.threads)
