@@ -15,7 +15,8 @@ compares with the source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -87,6 +88,11 @@ def _rounds(program: Program) -> bool:
     return any(g.attribute(node, "scheme", "") for node in products)
 
 
+@functools.lru_cache(maxsize=1024)
+def _made(make: Callable[..., Any], wanted: tuple[Hashable, ...]) -> Any:
+    return make(*wanted)
+
+
 class Module:
     """The functions and kernels of a Program, and the weights that they take.
 
@@ -105,7 +111,6 @@ class Module:
         self.weights = WeightFile()
         self.builder = api.relax().BlockBuilder()
         self._kernels: dict[str, Any] = {}
-        self._made: dict[Any, Any] = {}
 
     def convert(self) -> Any:
         """Return the module of Relax."""
@@ -113,17 +118,15 @@ class Module:
             Function(self, entry).write()
         return self.builder.get()
 
-    def made(self, make: Callable[..., Made], *wanted: Any) -> Made:
-        """Return ``make(*wanted)``, made once: reading a kernel's text takes longer than compiling.
+    @staticmethod
+    def made(make: Callable[..., Made], *wanted: Hashable) -> Made:
+        """Return ``make(*wanted)``, made once: reading a kernel's text outlasts compiling it.
 
         Args:
-            make: Makes a kernel.
-            wanted: What it is made of; hashable.
+            make: Makes a kernel, the same for the same arguments.
+            wanted: What it is made of.
         """
-        key = (make, wanted)
-        if key not in self._made:
-            self._made[key] = make(*wanted)
-        found: Made = self._made[key]
+        found: Made = _made(make, wanted)
         return found
 
     def kernel(self, kernel: Kernel) -> Any:

@@ -100,4 +100,4 @@ def _checked(stored: Stored, array: Array) -> memoryview:
     """Return the bytes of an array, which has to be what functions were compiled for."""
     found = (array.dtype.name, array.shape)
     assert found == (stored.dtype, stored.shape), f"{stored}: {found}"
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
