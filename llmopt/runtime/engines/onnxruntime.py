@@ -157,7 +157,7 @@ class Binding:
     def __init__(self, session: OnnxRuntimeSession) -> None:
         self._session = session
         self._binding = session._session.io_binding()  # noqa: SLF001 - the two are one seam
-        self._kept: dict[str, Array] = {}
+        self._kept: dict[str, Any] = {}
         self._bound: list[str] = []  # outputs, in the order that onnxruntime gives them back
 
     def feed(self, name: str, array: Array) -> None:
