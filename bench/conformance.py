@@ -166,6 +166,8 @@ def schemes(target: str, model: Model) -> list[str]:
     """Return ``"fp32"`` where the target has it, and the schemes that it has kernels for."""
     from llmopt.backends import find_backend
 
+    if "ep=openvino" in target:  # that provider takes encoders, and rounds nothing
+        return ["fp32"] if model.task == "encoder" else []
     backend = find_backend(target)
     known = backend.schemes
     dynamic = {"w8a8-dynamic"} if model.task == "decoder" else set()  # it is for encoders
@@ -181,12 +183,16 @@ def measure(subject: Subject, target: str, scheme: str, work: Path) -> dict[str,
         LlmoptError: the model could not be compiled for the target, or not run.
     """
     import llmopt
+    from llmopt.errors import BackendUnavailableError
 
     if lacking := missing(target):
         raise UnusableError(f"{target} needs: {lacking}")
-    wanted = subject.compiled(target, scheme, work)
     run = _decoder if subject.model.task == "decoder" else _encoder
-    return dict(run(llmopt.load(work), subject.inputs, wanted))
+    try:
+        wanted = subject.compiled(target, scheme, work)
+        return dict(run(llmopt.load(work), subject.inputs, wanted))
+    except BackendUnavailableError as error:  # known only once it is asked to run
+        raise UnusableError(str(error)) from error
 
 
 def _decoder(runner: Any, feeds: dict[str, Array], wanted: Array) -> Iterator[tuple[str, float]]:
