@@ -39,7 +39,7 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 test: $(STAMP)  ## The quick suite, with branch coverage
 	$(PYTEST) -n $(WORKERS) -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
-test-slow: $(STAMP)  ## Real models, engines, arm64 under an emulator; each file in one process
+test-slow: $(STAMP) $(ARM64)  ## Real models, engines, arm64 under an emulator; each file in one process
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow
 
 edge-test: $(STAMP) $(ARM64)  ## Artifacts for arm64, run under an emulator
