@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -247,7 +248,8 @@ def rows(
                     continue
                 case = {"target": target, "model": name, "scheme": scheme}
                 try:
-                    errors = measure(subject, target, scheme, folder / "artifact")
+                    place = folder / f"{name}.{target}.{scheme}"  # a library is known by its path
+                    errors = measure(subject, target, scheme, place)
                 except UnusableError as reason:
                     print(f"{target:28} {name:22} {scheme:13} skipped: {reason}", file=sys.stderr)
                     continue
@@ -258,6 +260,7 @@ def rows(
                 worst, allowed = max(errors.values()), tolerance(subject.model, scheme)
                 mark = "" if worst <= allowed else f"  ABOVE {allowed:g}"
                 print(f"{target:28} {name:22} {scheme:13} {worst:.1e}{mark}", file=sys.stderr)
+                shutil.rmtree(place)
                 rounded = {way: float(f"{e:.2g}") for way, e in errors.items()}
                 yield {**case, "tolerance": allowed, "errors": rounded}
 

@@ -236,4 +236,6 @@ def conformance() -> None:
 
 def _held(row: dict[str, Any]) -> str:
     """Return the worst error of a case and what is allowed."""
+    if "failed" in row:
+        return "failed"
     return f"{max(row['errors'].values()):.0e} of {row['tolerance']:.0e}"
