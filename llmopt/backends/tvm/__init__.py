@@ -133,6 +133,13 @@ class TvmArm64(Tvm):
     mcpu: str = "generic"
 
     @override
+    def available(self) -> Availability:
+        found = super().available()
+        if platform.machine() == "aarch64":
+            return found
+        return dataclasses.replace(found, runs=found.runs or "an arm64 processor")
+
+    @override
     def processor(self) -> Processor:
         from llmopt.backends.tvm.features import find_processor
 

@@ -34,7 +34,7 @@ WEIGHTS: Final = "weights.bin"
 _INSTALL: Final = "it is not installed; pip install 'llmopt[runtime-tvm]'"
 _CPU: Final = 1  # DLPack's number of the device
 _POOLED: Final = 2  # memory that a call gives back is kept for the next
-_FAILURES: Final = (RuntimeError, ValueError, TypeError)
+_FAILURES: Final = (RuntimeError, ValueError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Library:
         try:
             machine = self._ffi.load_module(str(entry))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
-        except (*_FAILURES, AttributeError, OSError) as error:
+        except (*_FAILURES, OSError) as error:
             raise ArtifactError(entry, f"tvm cannot open it: {_last_line(error)}") from error
         return machine
 
