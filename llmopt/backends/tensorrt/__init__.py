@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -169,8 +170,9 @@ class _TensorRt(Backend):
     def _to_build(self, missing: str) -> str:
         return missing
 
+    @abstractmethod
     def _capabilities(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Return the compute capabilities to build engines for."""
 
     def _build(self, trt: Any, program: Program, folder: Path, recipe: Recipe) -> tuple[str, ...]:
         """Build every engine, write them and the report, and say what was fused."""

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,11 +101,25 @@ class Library:
 
     def _opened(self, entry: Path) -> Any:
         try:
-            machine = self._ffi.load_module(str(entry))["vm_load_executable"]()
+            with _alias(entry) as alias:
+                machine = self._ffi.load_module(str(alias))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
         except (*_FAILURES, OSError) as error:
             raise ArtifactError(entry, f"tvm cannot open it: {_last_line(error)}") from error
         return machine
+
+
+@contextlib.contextmanager
+def _alias(library: Path) -> Iterator[Path]:
+    """Yield another path of ``library`` that no library was opened by before.
+
+    The dynamic linker gives back what it once opened by a path, whatever lies there now; by a new
+    path it looks at the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmopt-") as place:
+        alias = Path(place) / library.name
+        alias.symlink_to(library.absolute())
+        yield alias
 
 
 def _part(data: Array, entry: Fields) -> Array:

@@ -183,6 +183,20 @@ def test_a_damaged_file_is_named(name: str, copy: Path) -> None:
         llmopt.load(copy)
 
 
+def test_another_artifact_in_the_same_place_is_opened_anew(copy: Path, tmp_path: Path) -> None:
+    earlier = llmopt.load(copy)
+    wanted = earlier.logits(PROMPTS[:1])
+    tiny_sources.bigram_file(tmp_path / "bigram.onnx")
+    llmopt.compile(tmp_path / "bigram.onnx", target="tvm-cpu", output=copy, force=True)
+
+    later = llmopt.load(copy)
+
+    ids = np.array([[1, 2, 3]])
+    found = later.run({"input_ids": ids})
+    assert [array.shape[:2] for array in found.values()] == [ids.shape]
+    assert np.array_equal(earlier.logits(PROMPTS[:1]), wanted)
+
+
 def test_weights_cut_short_are_an_error(copy: Path) -> None:
     (copy / engine.WEIGHTS).write_bytes(bytes(64))
     with pytest.raises(ArtifactError, match=engine.WEIGHTS):
