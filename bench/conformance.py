@@ -76,17 +76,13 @@ class Subject:
         return self.folder
 
     @cached_property
-    def traced(self) -> tuple[Any, list[Any], Any]:
-        """The source, its Program optimized; what each pass did; what was fused."""
-        from llmopt.frontend.source import SourceOptions, open_source
-        from llmopt.fusion import fusion_report, require
-        from llmopt.passes.pipeline import Pipeline
+    def traced(self) -> Any:
+        """The source, its Program optimized."""
+        from llmopt.compiler import Clock, CompileOptions, optimize
+        from llmopt.frontend.source import SourceOptions
 
-        opened, ran = open_source(self.source, SourceOptions()), []
-        Pipeline.parse("default").run(opened.program, lambda *done: ran.append(done[-1]))
-        report = fusion_report(opened.program, ran)
-        require(report, ["attention=all", "norm=all"])
-        return opened, ran, report
+        options = CompileOptions(require=["attention=all", "norm=all"])
+        return optimize(self.source, options, SourceOptions(), Clock())
 
     @cached_property
     def inputs(self) -> dict[str, Array]:
@@ -106,7 +102,7 @@ class Subject:
 
     def rounded(self, transform: Any) -> Array:
         """Return what the source computes with its weights rounded by ``transform``."""
-        opened, mask = self.traced[0], self.inputs["attention_mask"]
+        opened, mask = self.traced.source, self.inputs["attention_mask"]
         types = np.zeros_like(mask)
         known = {**self.inputs, "position_ids": positions(mask), "token_type_ids": types}
         ports = [port.name for port in opened.program.signature.inputs]
@@ -118,16 +114,15 @@ class Subject:
 
         The work of ``llmopt compile`` for a source that was traced before; the proof is ours.
         """
-        from llmopt import compiler
         from llmopt.backends import find_backend
+        from llmopt.compiler import Clock, CompileOptions
+        from llmopt.compiler.compilation import Compilation
 
-        opened, ran, report = self.traced
         quantize = None if scheme == "fp32" else scheme
-        options = compiler.CompileOptions(quantize=quantize, verify="off", force=True)
-        clock = compiler._Clock(lambda _: None)  # noqa: SLF001 - as compile_source does
-        way = compiler._compilation(opened, find_backend(target), options, clock)  # noqa: SLF001 - so
-        way.run(place, "default", ran, report)
-        return self.unrounded if quantize is None else self.rounded(way._transform())  # noqa: SLF001 - so
+        options = CompileOptions(quantize=quantize, verify="off", force=True)
+        way = Compilation.prepare(self.traced, find_backend(target), options, Clock())
+        way.run(place)
+        return self.unrounded if quantize is None else self.rounded(way.rounding())
 
 
 def targets() -> list[str]:

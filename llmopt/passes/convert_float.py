@@ -28,10 +28,8 @@ from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program, Role
 from llmopt.ir.types import Formals, Types, element_types, standard
-from llmopt.passes.base import Outcome, Pass
-from llmopt.passes.quantize_weights import SHORTEST, candidates, leaf_turns
-from llmopt.quantization.numerics import dequantize, quantize_blockwise, row_chunks
-from llmopt.quantization.schemes import Blockwise
+from llmopt.passes.base import Outcome
+from llmopt.passes.rounding import Rounding, RoundingPass
 
 Array = npt.NDArray[Any]
 WIDE: Final = ir.DataType.FLOAT
@@ -75,7 +73,7 @@ _PRODUCTS: Final = frozenset({"Einsum", "Gather", "MatMul"})
 
 
 @dataclass(frozen=True)
-class ConvertFloat(Pass):
+class ConvertFloat(RoundingPass):
     """Let weights, activations and caches be of 16 bits, with islands of float32.
 
     Numerics: each value is rounded to 11 (float16) or 8 (bfloat16) bits; operators that ONNX
@@ -117,51 +115,24 @@ class ConvertFloat(Pass):
             g.remove_dead(program.model)
         return outcome
 
+    @override
+    def rounding(self, program: Program, after: Rounding) -> Rounding:
+        converted = program.clone()
+        self.run(converted)
+        dtype = NARROW[self.dtype]
+        named = {
+            leaf.source
+            for value in converted.graph.initializers.values()
+            if value.const_value is not None and value.dtype == dtype
+            for leaf in weights.leaves(value.const_value)
+        }
 
-def rounding(program: Program, by: ConvertFloat) -> Callable[[str, Array], Array]:
-    """Return what converting ``program`` does to each parameter: name, value to value, float32."""
-    converted = program.clone()
-    by.run(converted)
-    dtype = NARROW[by.dtype]
-    named = {
-        leaf.source
-        for value in converted.graph.initializers.values()
-        if value.const_value is not None and value.dtype == dtype
-        for leaf in weights.leaves(value.const_value)
-    }
+        def rounded(name: str, array: Array) -> Array:
+            if name not in named:
+                return after(name, array)
+            return _rounded(array, dtype.numpy(), name).astype(np.float32)
 
-    def transform(name: str, array: Array) -> Array:
-        if name not in named:
-            return array
-        return _rounded(array, dtype.numpy(), name).astype(np.float32)
-
-    return transform
-
-
-def block_rounding(
-    program: Program, scheme: Blockwise, by: ConvertFloat
-) -> Callable[[str, Array], Array]:
-    """Return what quantizing ``program`` to blocks and converting it does to each parameter.
-
-    Weights that are codes have scales of the narrow type; the others are rounded themselves.
-    """
-    turned: dict[str, bool] = {}
-    for _, _, base in candidates(program):
-        if base.shape.numpy()[1] >= SHORTEST:
-            turned |= dict(leaf_turns(base, turned=False))
-    others, narrow = rounding(program, by), NARROW[by.dtype].numpy()
-
-    def transform(name: str, array: Array) -> Array:
-        if name not in turned:
-            return others(name, array)
-        rows = np.ascontiguousarray(array.T if turned[name] else array)
-        for part in row_chunks(*rows.shape):
-            block = quantize_blockwise(rows[part], scheme, first_row=part.start)
-            scale = block.scale.astype(narrow).astype(np.float32)
-            rows[part] = dequantize(replace(block, scale=scale))
-        return rows.T if turned[name] else rows
-
-    return transform
+        return rounded
 
 
 @dataclass(frozen=True)

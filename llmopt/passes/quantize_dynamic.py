@@ -5,13 +5,17 @@ Rewrites::
     MatMul(x, W)    into    Mul(MatMul(DequantizeLinear(QuantizeLinear(x / m)),
                                        DequantizeLinear(codes, scale)), m)
 
-with ``m`` [.., S, 1] the largest magnitude of each token. A token's scale depends on that token
+with ``m`` [.., S, 1] the largest magnitude of each token, and, where E is such a W transposed (a
+head tied to the embedding)::
+
+    Gather(E, ids)  into    Mul(Cast(Gather(codes, ids)), Unsqueeze(Gather(scale, ids)))
+
+A token's scale depends on that token
 alone, so a sentence's result does not depend on the others in its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -23,8 +27,9 @@ from typing_extensions import override
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
-from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.base import Outcome
 from llmopt.passes.quantize_weights import SHORTEST, candidates, leaf_turns
+from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.dynamic import (
     ACTIVATION_LIMIT,
     ACTIVATION_ZERO,
@@ -37,13 +42,13 @@ TINY: Final = 1e-30  # the magnitude of a token of zeros
 
 
 @dataclass(frozen=True)
-class QuantizeDynamic(Pass):
+class QuantizeDynamic(RoundingPass):
     """Round projections to int8, weights once and activations when they arrive.
 
     Numerics: each weight moves by at most half its channel's scale, each activation by at most
     its token's largest magnitude / 254; what that does to the outputs is measured, not bounded.
     Scope: MatMul of a [.., S, K] value with a matrix of weights.
-    Leaves: the embedding, and matrices with fewer than 16 inputs.
+    Leaves: tables that no product shares, and matrices with fewer than 16 inputs.
 
     Args:
         limit: The largest code of a weight. 64 keeps the sum of two products within 16 bits,
@@ -57,8 +62,13 @@ class QuantizeDynamic(Pass):
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        for node, value, base in list(candidates(program)):
+        found = list(candidates(program))
+        shared = {weights.identity(base) for node, _, base in found if g.is_op(node, "MatMul")}
+        for node, value, base in found:
             if not g.is_op(node, "MatMul"):
+                if weights.identity(base) in shared and base.shape.numpy()[1] >= SHORTEST:
+                    self._quantize_rows(node, value, base)
+                    outcome.hit()
                 continue
             if base.shape.numpy()[1] < SHORTEST:
                 reason = f"its weight has {base.shape[1]} inputs, fewer than {SHORTEST}"
@@ -69,6 +79,22 @@ class QuantizeDynamic(Pass):
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
+
+    @override
+    def rounding(self, program: Program, after: Rounding) -> Rounding:
+        turned: dict[str, bool] = {}
+        for node, _, base in candidates(program):
+            if g.is_op(node, "MatMul") and base.shape.numpy()[1] >= SHORTEST:
+                turned |= dict(leaf_turns(base, turned=False))
+
+        def rounded(name: str, array: Array) -> Array:
+            if name not in turned:
+                return after(name, array)
+            columns = np.ascontiguousarray(array if turned[name] else array.T)
+            values = dequantize_columns(quantize_columns(columns, self.limit))
+            return values if turned[name] else values.T
+
+        return rounded
 
     def _quantize(
         self, node: ir.Node, value: ir.Value, rounded: dict[ir.Value, tuple[ir.Value, ir.Value]]
@@ -83,33 +109,56 @@ class QuantizeDynamic(Pass):
         out = build.op("Mul", [product, largest])
         g.replace(node.outputs[0], out)
 
+    def _quantize_rows(self, node: ir.Node, value: ir.Value, base: ir.TensorProtocol) -> None:
+        """Look up rows of the table [N, K] as the product with it has them."""
+        columns = weights.transposed(base)
+        codes, scale = self._codes(columns), self._scale(columns)
+        build, out = g.Builder(node), node.outputs[0]
+        stem, ids = str(value.name), g.operand(node, 1)
+        table = build.initializer(f"{stem}.rows", weights.transposed(codes))
+        steps = build.initializer(f"{stem}.rows_scale", scale)
+        sizes = list(g.shape(ids) or [])
+        rows = build.op("Gather", [table, ids], {"axis": 0}, name=node.name)
+        rows.shape, rows.type = out.shape, ir.TensorType(ir.DataType.INT8)
+        numbers = build.op("Cast", [rows], {"to": ir.DataType.FLOAT})
+        numbers.shape, numbers.type = out.shape, out.type
+        step = build.op("Gather", [steps, ids], {"axis": 0})
+        step.shape, step.type = ids.shape, out.type
+        step = build.op("Unsqueeze", [step, build.constant([-1], "int64")])
+        step.shape, step.type = ir.Shape([*sizes, 1]), out.type
+        g.replace(out, build.op("Mul", [numbers, step]))
+
     def _weight(self, build: g.Builder, value: ir.Value) -> ir.Value:
         tensor = g.weight(value)
         assert tensor is not None
-        limit = self.limit
-        shape = list(tensor.shape.numpy())
-        codes = weights.Derived(
+        stem = str(value.name).removesuffix(".transpose")
+        operands = [
+            build.initializer(f"{stem}.codes", self._codes(tensor)),
+            build.initializer(f"{stem}.scale", self._scale(tensor)),
+        ]
+        out = build.op("DequantizeLinear", operands, {"axis": 1})
+        out.shape, out.type = value.shape, value.type
+        return out
+
+    def _codes(self, tensor: ir.TensorProtocol) -> weights.Derived:
+        limit, shape = self.limit, list(tensor.shape.numpy())
+        return weights.Derived(
             f"int8-codes-{limit}",
             [tensor],
             lambda w: quantize_columns(w, limit).codes,
             ir.DataType.INT8,
             shape,
         )
-        scale = weights.Derived(
+
+    def _scale(self, tensor: ir.TensorProtocol) -> weights.Derived:
+        limit, columns = self.limit, list(tensor.shape.numpy())[1:]
+        return weights.Derived(
             f"int8-scale-{limit}",
             [tensor],
             lambda w: quantize_columns(w, limit).scale,
             ir.DataType.FLOAT,
-            shape[1:],
+            columns,
         )
-        stem = str(value.name).removesuffix(".transpose")
-        operands = [
-            build.initializer(f"{stem}.codes", codes),
-            build.initializer(f"{stem}.scale", scale),
-        ]
-        out = build.op("DequantizeLinear", operands, {"axis": 1})
-        out.shape, out.type = value.shape, value.type
-        return out
 
 
 def _activations(build: g.Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -128,20 +177,3 @@ def _activations(build: g.Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     back = build.op("DequantizeLinear", [codes, scale, zero])
     back.shape, back.type = x.shape, x.type
     return back, largest
-
-
-def rounding(program: Program, limit: int = QuantizeDynamic.limit) -> Callable[[str, Array], Array]:
-    """Return what ``quantize-dynamic`` would do to each parameter: name, value to value."""
-    turned: dict[str, bool] = {}
-    for node, _, base in candidates(program):
-        if g.is_op(node, "MatMul") and base.shape.numpy()[1] >= SHORTEST:
-            turned |= dict(leaf_turns(base, turned=False))
-
-    def transform(name: str, array: Array) -> Array:
-        if name not in turned:
-            return array
-        columns = array if turned[name] else array.T
-        rounded = dequantize_columns(quantize_columns(np.ascontiguousarray(columns), limit))
-        return rounded if turned[name] else rounded.T
-
-    return transform

@@ -11,7 +11,7 @@ tied to it share one DequantizeLinear. Backends lower the pattern to their own k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -23,7 +23,8 @@ from typing_extensions import override
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program, Role
-from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.base import Outcome
+from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.lazy import QuantizedWeight
 from llmopt.quantization.numerics import fake_quantize
 from llmopt.quantization.schemes import Blockwise
@@ -33,7 +34,7 @@ SHORTEST: Final = 16  # a row with fewer inputs is shorter than the smallest blo
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(Pass):
+class QuantizeWeights(RoundingPass):
     """Round the weights of projections and of the token embedding to the nearest code.
 
     Numerics: each weight moves by at most half a scale (symmetric: the one opposite to the
@@ -47,7 +48,7 @@ class QuantizeWeights(Pass):
         block: Weights that share a scale: 16 to 256.
         symmetric: Whether the zero point is the middle code.
         positive: Whether scales are positive.
-        half: Whether scales are rounded to float16.
+        scale: Type of the scales: float32, float16 or bfloat16.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -55,12 +56,12 @@ class QuantizeWeights(Pass):
     block: int = 32
     symmetric: bool = True
     positive: bool = False
-    half: bool = False
+    scale: str = "float32"
 
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
-        scheme = Blockwise(self.bits, self.block, self.symmetric, self.positive, self.half)
+        scheme = self._scheme
         made: dict[object, ir.Value] = {}
         for node, value, base in list(candidates(program)):
             if base.shape.numpy()[1] < SHORTEST:
@@ -81,25 +82,26 @@ class QuantizeWeights(Pass):
             g.remove_dead(program.model)
         return outcome
 
+    @override
+    def rounding(self, program: Program, after: Rounding) -> Rounding:
+        turned: dict[str, bool] = {}
+        for _, _, base in candidates(program):
+            if base.shape.numpy()[1] >= SHORTEST:
+                turned |= dict(leaf_turns(base, turned=False))
 
-def rounding(program: Program, scheme: Blockwise) -> Callable[[str, Array], Array]:
-    """Return what quantizing ``program`` would do to each parameter: name, value to value.
+        def rounded(name: str, array: Array) -> Array:
+            if name not in turned:
+                return after(name, array)
+            # blocks lie along one row, so rounding a merged matrix is rounding its parts
+            rows = np.ascontiguousarray(array.T if turned[name] else array)
+            values = fake_quantize(rows, self._scheme)
+            return values.T if turned[name] else values
 
-    Blocks lie along one row, so rounding a merged matrix is rounding its parts.
-    """
-    turned: dict[str, bool] = {}
-    for _, _, base in candidates(program):
-        if base.shape.numpy()[1] >= SHORTEST:
-            turned |= dict(leaf_turns(base, turned=False))
+        return rounded
 
-    def transform(name: str, array: Array) -> Array:
-        if name not in turned:
-            return array
-        rows = array.T if turned[name] else array
-        rounded = fake_quantize(np.ascontiguousarray(rows), scheme)
-        return rounded.T if turned[name] else rounded
-
-    return transform
+    @property
+    def _scheme(self) -> Blockwise:
+        return Blockwise(self.bits, self.block, self.symmetric, self.positive, self.scale)
 
 
 def leaf_turns(tensor: ir.TensorProtocol, *, turned: bool) -> Iterator[tuple[str, bool]]:

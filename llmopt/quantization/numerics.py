@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ from llmopt.quantization.schemes import Blockwise
 Floats = NDArray[np.floating[Any]]
 Codes = NDArray[np.uint8]
 
+_SCALES: Final = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _CHUNK: Final = 1 << 17  # elements: 0.5 MB of float32, so that a chunk and its codes fit in L2
 
 
@@ -179,13 +181,13 @@ def _check_fits(like: Quantized, weight: Floats, scheme: Blockwise) -> None:
 
 
 def _quantize_chunk(weight: Floats, out: Quantized, first_row: int) -> None:
-    scheme = out.scheme
+    scheme, dtype = out.scheme, _narrower(out.scheme, out.scale.dtype)
     values = np.zeros(out.codes.shape, np.float32)
     with np.errstate(over="ignore"):  # a float64 beyond float32 turns infinite and is refused
         values[:, : out.columns] = weight
     low, high = (part.reshape(out.scale.shape) for part in _extremes(values, scheme.block))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise _unusable(values, first_row)
+        raise _unusable(values, first_row, dtype)
     if scheme.symmetric and scheme.positive:
         scale = np.maximum(high / (scheme.middle - 1), low / -scheme.middle)
     elif scheme.symmetric:
@@ -193,9 +195,9 @@ def _quantize_chunk(weight: Floats, out: Quantized, first_row: int) -> None:
     else:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         scale = (high - low) / (scheme.levels - 1)
-    out.scale[:] = _stored(scale, np.dtype(np.float16) if scheme.half else out.scale.dtype)
+    out.scale[:] = _stored(scale, dtype)
     if not np.isfinite(out.scale).all():
-        raise _unusable(values, first_row)
+        raise _unusable(values, first_row, dtype)
     if out.zero_point is not None:
         out.zero_point[:] = np.minimum(np.rint(-low / out.scale), scheme.levels - 1)
     _encode(values, out)
@@ -231,6 +233,11 @@ def _extremes(
     return turned.min(axis=0).astype(np.float64), turned.max(axis=0).astype(np.float64)
 
 
+def _narrower(scheme: Blockwise, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type that scales are rounded to: the scheme's where it is not the widest."""
+    return dtype if scheme.scale == "float32" else np.dtype(_SCALES[scheme.scale])
+
+
 def _stored(scale: NDArray[np.float64], dtype: np.dtype[Any]) -> Floats:
     """Return scales as they are stored: rounded away from zero, and 1 for a block of zeros."""
     with np.errstate(over="ignore"):  # the caller refuses what turns infinite
@@ -248,12 +255,14 @@ def _decode(quantized: Quantized) -> NDArray[np.float32]:
     return values.reshape(quantized.codes.shape)
 
 
-def _unusable(values: NDArray[np.float32], first_row: int) -> UnsupportedModelError:
+def _unusable(
+    values: NDArray[np.float32], first_row: int, dtype: np.dtype[Any]
+) -> UnsupportedModelError:
     bad = np.argwhere(~np.isfinite(values))
     row, problem = (
         (int(bad[0, 0]), f"column {int(bad[0, 1])} is {values[tuple(bad[0])]}")
         if len(bad)
-        else (int(np.abs(values).max(axis=1).argmax()), "its scale does not fit into float16")
+        else (int(np.abs(values).max(axis=1).argmax()), f"its scale does not fit into {dtype}")
     )
     return UnsupportedModelError(
         "weight", [f"row {first_row + row}: {problem}"], "leave it in float, or repair the source"

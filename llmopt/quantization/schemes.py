@@ -15,6 +15,7 @@ from typing_extensions import override
 from llmopt.errors import UnknownNameError, UsageError
 
 BLOCKS: Final = (16, 32, 64, 128, 256)
+SCALES: Final = ("float32", "float16", "bfloat16")
 _BITS: Final = (2, 4, 8)
 _TEXT: Final = re.compile(r"(?P<name>[^{}]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
@@ -47,18 +48,18 @@ class Blockwise:
         block: Columns that share a scale: 16, 32, 64, 128 or 256.
         symmetric: Whether the zero point is the middle code instead of one stored per block.
         positive: Whether the scale is positive, though a negative one may fit a block better.
-        half: Whether scales are rounded to float16 before codes are chosen, for kernels that store
-            them so.
+        scale: Type of the scales: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are rounded
+            to it before codes are chosen.
 
     Raises:
-        UsageError: another width or block.
+        UsageError: another width, block or type.
     """
 
     bits: int = 4
     block: int = 32
     symmetric: bool = True
     positive: bool = False
-    half: bool = False
+    scale: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuse what no kernel has."""
@@ -66,6 +67,8 @@ class Blockwise:
             raise UsageError(f"bits={self.bits}: a code has 2, 4 or 8 bits")
         if self.block not in BLOCKS:
             raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, BLOCKS))}")
+        if self.scale not in SCALES:
+            raise UsageError(f"scale={self.scale}: choose one of {', '.join(SCALES)}")
 
     @property
     def levels(self) -> int:
@@ -97,7 +100,7 @@ class Blockwise:
         changed = [f"block={self.block}"] if self.block != default.block else []
         changed += [] if self.symmetric else ["symmetric=false"]
         changed += ["positive=true"] if self.positive else []
-        changed += ["half=true"] if self.half else []
+        changed += [f"scale={self.scale}"] if self.scale != default.scale else []
         return f"w{self.bits}" + (f"{{{','.join(changed)}}}" if changed else "")
 
 
@@ -205,7 +208,7 @@ def parse_scheme(text: str) -> Scheme:
     """Return the scheme that ``text`` names.
 
     >>> parse_scheme("w4{block=64,symmetric=false}")
-    Blockwise(bits=4, block=64, symmetric=False, positive=False, half=False)
+    Blockwise(bits=4, block=64, symmetric=False, positive=False, scale='float32')
     >>> str(parse_scheme("w8{symmetric=true,block=128}"))
     'w8{block=128}'
 
@@ -235,7 +238,7 @@ def parse_scheme(text: str) -> Scheme:
 
 def _with_options(scheme: Blockwise, pairs: list[str]) -> Blockwise:
     block, symmetric = scheme.block, scheme.symmetric
-    positive, half = scheme.positive, scheme.half
+    positive, scale = scheme.positive, scheme.scale
     for pair in pairs:
         key, _, value = (part.strip() for part in pair.partition("="))
         if key == "block":
@@ -244,12 +247,12 @@ def _with_options(scheme: Blockwise, pairs: list[str]) -> Blockwise:
             symmetric = _boolean(value, key)
         elif key == "positive":
             positive = _boolean(value, key)
-        elif key == "half":
-            half = _boolean(value, key)
+        elif key == "scale":
+            scale = value
         else:
-            known = ("block", "symmetric", "positive", "half")
+            known = ("block", "symmetric", "positive", "scale")
             raise UnknownNameError(f"option of scheme w{scheme.bits}", key, known)
-    return Blockwise(scheme.bits, block, symmetric, positive, half)
+    return Blockwise(scheme.bits, block, symmetric, positive, scale)
 
 
 def _integer(value: str) -> int:

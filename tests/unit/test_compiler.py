@@ -110,3 +110,15 @@ def test_a_decoder_answers_through_its_cache(tmp_path: Path) -> None:
     assert np.allclose(runner.logits(ids, prefill=2), runner.logits(ids, prefill=6), atol=1e-4)
     with pytest.raises(llmopt.LlmoptError):
         runner.generate("word", chat=True)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "tvm-cpu"])
+def test_a_table_tied_to_a_head_of_int8_is_rounded_with_it(target: str, tmp_path: Path) -> None:
+    source = tiny_sources.llama_folder(tmp_path / "llama")
+
+    artifact = llmopt.compile(
+        source, target=target, output=tmp_path / "out", quantize="w8a8-dynamic"
+    )
+
+    assert artifact.manifest.verification["worst_error_rel"] <= 1e-3
+    assert llmopt.load(artifact).logits(np.array([[5, 9, 11]])).shape[:2] == (1, 3)

@@ -23,88 +23,19 @@ from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 
 __all__ = ["DATA", "ENTRY", "OnnxRuntimeArm64", "OnnxRuntimeCpu", "finish", "installed"]
-SCHEMES: Final = frozenset({"w4", "w8", "w8a8-dynamic"})
 
 
 @dataclass(frozen=True)
-class OnnxRuntimeCpu(Backend):
-    """ONNX with ONNX Runtime's fused operators, prepared for x86-64 processors.
+class _OnProcessor(Backend):
+    """What the targets for processors share: the graph is the same."""
 
-    Args:
-        ep: The execution provider: ``cpu``, ONNX Runtime's own; ``openvino``, a plugin for
-            Intel processors, encoders only; ``auto``, the faster one, measured here.
-    """
-
-    name: ClassVar[str] = "onnxruntime-cpu"
-    summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for x86-64 processors"
-    schemes: ClassVar[frozenset[str]] = SCHEMES
-    ep: str = openvino.CPU
-
-    def __post_init__(self) -> None:
-        """Refuse a provider that there is none of."""
-        if self.ep not in _PROVIDERS:
-            raise UnknownNameError("ep of onnxruntime-cpu", self.ep, _PROVIDERS)
-
-    @override
-    def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
-        if self.ep == openvino.OPENVINO:
-            openvino.require_encoder(program)
-        return self, ()
+    schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic"})
 
     @override
     def available(self) -> Availability:
-        return availability()
-
-    @override
-    def check(self, program: Program) -> list[str]:
-        return unsupported(program)
-
-    @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
-        return (LowerWeights(), LowerAttention(), FuseSkipNorm(), LowerActivations())
-
-    @override
-    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
-        lowered = write_model(program, folder)
-        if self.ep == openvino.CPU:
-            return lowered
-        ep, notes = self.ep, tuple[str, ...]()
-        if self.ep == openvino.AUTO:
-            ep, note = openvino.choose(folder / lowered.entry, program)
-            notes = (note,)
-        return replace(lowered, requires={"ep": ep}, notes=notes)
-
-    @override
-    def open(self, entry: Path, *, exact: bool = False) -> Run:
-        ep = openvino.chosen(entry) if self.ep == openvino.AUTO else self.ep
-        return open_session(entry, exact=exact, place=openvino.place(ep))
-
-
-_PROVIDERS: Final = (openvino.CPU, openvino.OPENVINO, openvino.AUTO)
-
-
-@dataclass(frozen=True)
-class OnnxRuntimeArm64(Backend):
-    """ONNX with ONNX Runtime's fused operators, shaped for arm64 kernels.
-
-    The graph is the one for x86-64: on arm64 the same operators have kernels with dot products
-    (accuracy level 4 of MatMulNBits; 4 bits, symmetric, blocks of 32 is what KleidiAI takes), and
-    int8 products of unsigned with signed codes do not saturate there.
-    """
-
-    name: ClassVar[str] = "onnxruntime-arm64"
-    summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for arm64 processors"
-    schemes: ClassVar[frozenset[str]] = SCHEMES
-
-    @property
-    @override
-    def proven_by(self) -> str:
-        here = platform.machine()
-        return "" if here in {"aarch64", "arm64"} else f"the same graph on {here}"
-
-    @override
-    def available(self) -> Availability:
-        return availability()
+        missing = "pip install 'llmopt[compile]'" if find_spec("onnx_ir") is None else ""
+        runtime = "pip install 'llmopt[runtime]'" if find_spec("onnxruntime") is None else ""
+        return Availability(missing, runtime)
 
     @override
     def check(self, program: Program) -> list[str]:
@@ -123,11 +54,67 @@ class OnnxRuntimeArm64(Backend):
         return open_session(entry, exact=exact)
 
 
-def availability() -> Availability:
-    """Return what is missing to build and to run on a processor."""
-    missing = "pip install 'llmopt[compile]'" if find_spec("onnx_ir") is None else ""
-    runtime = "pip install 'llmopt[runtime]'" if find_spec("onnxruntime") is None else ""
-    return Availability(missing, runtime)
+@dataclass(frozen=True)
+class OnnxRuntimeCpu(_OnProcessor):
+    """ONNX with ONNX Runtime's fused operators, prepared for x86-64 processors.
+
+    Args:
+        ep: The execution provider: ``cpu``, ONNX Runtime's own; ``openvino``, a plugin for
+            Intel processors, encoders only; ``auto``, the faster one, measured here.
+    """
+
+    name: ClassVar[str] = "onnxruntime-cpu"
+    summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for x86-64 processors"
+    ep: str = openvino.CPU
+
+    def __post_init__(self) -> None:
+        """Refuse a provider that there is none of."""
+        if self.ep not in _PROVIDERS:
+            raise UnknownNameError("ep of onnxruntime-cpu", self.ep, _PROVIDERS)
+
+    @override
+    def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
+        if self.ep == openvino.OPENVINO:
+            openvino.require_encoder(program)
+        return self, ()
+
+    @override
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
+        lowered = super().write(program, folder, demand)
+        if self.ep == openvino.CPU:
+            return lowered
+        ep, notes = self.ep, tuple[str, ...]()
+        if self.ep == openvino.AUTO:
+            ep, note = openvino.choose(folder / lowered.entry, program)
+            notes = (note,)
+        return replace(lowered, requires={"ep": ep}, notes=notes)
+
+    @override
+    def open(self, entry: Path, *, exact: bool = False) -> Run:
+        ep = openvino.chosen(entry) if self.ep == openvino.AUTO else self.ep
+        return open_session(entry, exact=exact, place=openvino.place(ep))
+
+
+_PROVIDERS: Final = (openvino.CPU, openvino.OPENVINO, openvino.AUTO)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeArm64(_OnProcessor):
+    """ONNX with ONNX Runtime's fused operators, shaped for arm64 kernels.
+
+    The graph is the one for x86-64: on arm64 the same operators have kernels with dot products
+    (accuracy level 4 of MatMulNBits; 4 bits, symmetric, blocks of 32 is what KleidiAI takes), and
+    int8 products of unsigned with signed codes do not saturate there.
+    """
+
+    name: ClassVar[str] = "onnxruntime-arm64"
+    summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for arm64 processors"
+
+    @property
+    @override
+    def proven_by(self) -> str:
+        here = platform.machine()
+        return "" if here in {"aarch64", "arm64"} else f"the same graph on {here}"
 
 
 def unsupported(program: Program) -> list[str]:

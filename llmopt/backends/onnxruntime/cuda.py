@@ -22,6 +22,7 @@ from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.convert_float import NARROW, ConvertFloat
 from llmopt.passes.pipeline import Pipeline
+from llmopt.quantization.schemes import Blockwise, Scheme
 from llmopt.runtime.engines.providers import CUDA
 
 SCHEMES: Final = {"float16": "fp16", "bfloat16": "bf16"}
@@ -68,6 +69,10 @@ class OnnxRuntimeCuda(Backend):
     def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
         named = {of: dtype for dtype, of in SCHEMES.items()}
         return replace(self, dtype=named.get(scheme or "", self.dtype)), ()
+
+    @override
+    def stored(self, scheme: Scheme) -> Scheme:
+        return replace(scheme, scale=self.dtype) if isinstance(scheme, Blockwise) else scheme
 
     @override
     def tolerance(self, scheme: str | None) -> float:

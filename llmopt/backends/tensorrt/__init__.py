@@ -124,7 +124,7 @@ class _TensorRt(Backend):
             return scheme
         if not scheme.symmetric:
             raise UsageError(f"{scheme}: TensorRT has no zero points; leave symmetric=false away")
-        return dataclasses.replace(scheme, positive=True)
+        return dataclasses.replace(scheme, positive=True, scale=self.dtype)
 
     @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -31,8 +31,9 @@ from llmopt.ir import weights
 from llmopt.ir.feeds import Arrays, Case, feeds
 from llmopt.ir.program import Program, Role
 from llmopt.ir.saving import save_with_data
-from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.base import Outcome
 from llmopt.passes.quantize_weights import SHORTEST, candidates, leaf_turns
+from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.calibration import Observer, loss, smoothing
 from llmopt.quantization.schemes import Static
 
@@ -47,7 +48,7 @@ _CODES: Final[Mapping[str, tuple[ir.DataType, type]]] = {
 
 
 @dataclass(frozen=True)
-class QuantizeStatic(Pass):
+class QuantizeStatic(RoundingPass):
     """Round weights and activations of projections to 8 bits, with calibrated scales.
 
     Numerics: each weight moves by at most half its column's scale (int8) or a sixteenth of itself
@@ -79,6 +80,27 @@ class QuantizeStatic(Pass):
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
+
+    @override
+    def rounding(self, program: Program, after: Rounding) -> Rounding:
+        known: dict[str, tuple[bool, Array]] = {}
+        for group in self.groups(program, Outcome()):
+            for node in group.nodes:
+                base = weights.transposed(_tensor(node))
+                turns = leaf_turns(base, turned=False)
+                known |= {name: (turned, group.even) for name, turned in turns}
+        code = _CODES[self.code][1]
+
+        def rounded(name: str, array: Array) -> Array:
+            if name not in known:
+                return after(name, array)
+            turned, even = known[name]
+            columns = np.ascontiguousarray(array if turned else array.T) * even[:, None]
+            codes, scale = _codes(columns, self.limit, code), _scale(columns, self.limit)
+            values = codes.astype(np.float32) * scale / even[:, None]
+            return values if turned else values.T
+
+        return rounded
 
     def groups(self, program: Program, outcome: Outcome) -> list[Group]:
         """Return the products to round, those of one activation together, calibrated."""
@@ -187,35 +209,6 @@ class Group:
     even: Array
     limit: float
     lost: float
-
-
-def rounding(
-    program: Program, by: QuantizeStatic, others: Callable[[str, Array], Array]
-) -> Callable[[str, Array], Array]:
-    """Return what rounding does to each parameter: name, value to value.
-
-    Args:
-        program: Before the pass.
-        by: The pass.
-        others: What happens to parameters that it leaves alone.
-    """
-    known: dict[str, tuple[bool, Array]] = {}
-    for group in by.groups(program, Outcome()):
-        for node in group.nodes:
-            base = weights.transposed(_tensor(node))
-            known |= {name: (turned, group.even) for name, turned in leaf_turns(base, turned=False)}
-    code = _CODES[by.code][1]
-
-    def transform(name: str, array: Array) -> Array:
-        if name not in known:
-            return others(name, array)
-        turned, even = known[name]
-        columns = np.ascontiguousarray(array if turned else array.T) * even[:, None]
-        codes, scale = _codes(columns, by.limit, code), _scale(columns, by.limit)
-        rounded = codes.astype(np.float32) * scale / even[:, None]
-        return rounded if turned else rounded.T
-
-    return transform
 
 
 def _tensor(node: ir.Node) -> ir.TensorProtocol:

@@ -19,7 +19,7 @@ from llmopt.backends.tensorrt.int4_weights import Int4Weights
 from llmopt.backends.tensorrt.legalize_attention import LegalizeAttention, declined
 from llmopt.backends.tensorrt.legalize_operators import LegalizeOperators
 from llmopt.backends.tensorrt.network import problems_of, profiles_of
-from llmopt.backends.tensorrt.quantize_static import QuantizeStatic, rounding
+from llmopt.backends.tensorrt.quantize_static import QuantizeStatic
 from llmopt.backends.tensorrt.typed_run import open_typed
 from llmopt.bundle.manifest import ModelFacts
 from llmopt.errors import LlmoptError, UsageError
@@ -27,6 +27,7 @@ from llmopt.ir.feeds import Arrays, Case
 from llmopt.ir.program import Program
 from llmopt.passes.convert_float import ConvertFloat
 from llmopt.passes.quantize_weights import QuantizeWeights
+from llmopt.passes.rounding import rounding_of
 from llmopt.quantization.schemes import Blockwise, parse_scheme
 from llmopt.runtime.engines.tensorrt_recipe import NETWORK
 
@@ -217,7 +218,9 @@ def test_codes_that_tensorrt_has_not_stay_and_say_why() -> None:
 def test_w4_is_stored_with_positive_scales() -> None:
     backend = find_backend("tensorrt-rtx")
 
-    assert backend.stored(Blockwise(block=64)) == Blockwise(block=64, positive=True)
+    assert backend.stored(Blockwise(block=64)) == Blockwise(
+        block=64, positive=True, scale="float16"
+    )
     assert backend.stored(parse_scheme("fp8")) == parse_scheme("fp8")
     with pytest.raises(UsageError, match="no zero points"):
         backend.stored(Blockwise(symmetric=False))
@@ -392,7 +395,8 @@ def test_the_folder_of_a_deferred_engine_is_complete(tmp_path: Path) -> None:
 
 def test_rounding_says_what_the_pass_does_to_weights(tmp_path: Path) -> None:
     made = mlp()
-    change = rounding(made, QuantizeStatic("int8"), lambda _, array: array)
+    change = rounding_of([QuantizeStatic("int8")], made)
+    assert change is not None
     arrays = {name: made.graph.initializers[name].const_value for name in ("up", "down")}
     rounded = {n: change(n, t.numpy()) for n, t in arrays.items() if t is not None}
     low, _ = typed(made, tmp_path, QuantizeStatic("int8"))

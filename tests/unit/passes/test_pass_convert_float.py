@@ -17,8 +17,9 @@ from llmopt.ir import weights
 from llmopt.ir.feeds import Case
 from llmopt.ir.program import Program
 from llmopt.ir.saving import save_with_data
-from llmopt.passes.convert_float import ConvertFloat, block_rounding, rounding, saturated
-from llmopt.quantization.schemes import Blockwise
+from llmopt.passes.convert_float import ConvertFloat, saturated
+from llmopt.passes.quantize_weights import QuantizeWeights
+from llmopt.passes.rounding import rounding_of
 
 HALF: Final = np.float16
 # RMS normalization, written out; the label of each value tells what it is
@@ -222,14 +223,20 @@ def test_the_reference_is_rounded_as_the_artifact_is() -> None:
         {"w": weight, "s": weight[0]},
     )
 
-    plain = rounding(made, ConvertFloat())
+    plain = rounding_of([ConvertFloat()], made)
+    assert plain is not None
     assert np.array_equal(plain("w", weight), weight.astype(HALF).astype(np.float32))
     assert np.array_equal(plain("s", weight[0]), weight[0])  # an island reads it
 
-    block = block_rounding(made, Blockwise(4, 16), ConvertFloat("bfloat16"))("w", weight)
+    quantize = QuantizeWeights(4, 16, scale="bfloat16")
+    both = rounding_of([quantize, ConvertFloat("bfloat16")], made)
+    assert both is not None
+    block = both("w", weight)
     assert np.abs(block - weight).max() <= np.abs(weight).max() / 7
     steps = np.unique(np.round(np.diff(np.unique(np.abs(block[:, 0]))), 4))
     assert len(steps) <= 2  # one scale a column
+    step = np.float32(steps[steps > 0].min())
+    assert np.isclose(step, step.astype(ml_dtypes.bfloat16).astype(np.float32), rtol=1e-3)
 
 
 def test_norms_become_islands_where_they_are_asked_for() -> None:

@@ -1,0 +1,143 @@
+"""Compile: a source goes in, an artifact that is proven to compute the same thing comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmopt.compiler.artifact import Artifact, CompileOptions, Progress
+from llmopt.compiler.clock import Clock
+from llmopt.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmopt.backends.base import Backend
+    from llmopt.compiler.compilation import Optimized
+    from llmopt.frontend.source import SourceOptions
+    from llmopt.ir.program import Program
+    from llmopt.passes.pipeline import Ran
+
+__all__ = ["Artifact", "Clock", "CompileOptions", "Progress", "compile_source", "optimize"]
+
+
+def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller sets stand alone
+    source: str | Path | torch.nn.Module,
+    targets: Sequence[str],
+    output: Path | None,
+    options: CompileOptions,
+    reading: SourceOptions,
+    progress: Progress = lambda _: None,
+) -> list[Artifact]:
+    """Return one artifact for each target.
+
+    Args:
+        source: A path, ``file.py:factory``, or a module.
+        targets: Target names.
+        output: The artifact itself for one target, else the parent of one for each.
+        options: What to make.
+        reading: How to read the source.
+        progress: Told what is being done.
+
+    Raises:
+        LlmoptError: as ``open_source``, the passes, the backends and verification do.
+    """
+    from llmopt.backends import find_backend
+    from llmopt.bundle.writer import check_destination
+    from llmopt.compiler.compilation import Compilation
+
+    backends = [find_backend(target) for target in targets]
+    _check_distinct(backends)
+    _check_scheme(options, backends)
+    if options.verify not in ("final", "off"):
+        raise UsageError(f"--verify {options.verify!r}: choose final or off")
+    for backend in backends if output is not None else ():
+        check_destination(_place(output, "", backend, targets), force=options.force)
+    clock = Clock(progress)
+    optimized = optimize(source, options, reading, clock)
+    name = optimized.source.name
+    places = [_place(output, name, backend, targets) for backend in backends]
+    for place in places:
+        check_destination(place, force=options.force)
+    return [
+        Compilation.prepare(optimized, backend, options, clock).run(place)
+        for backend, place in zip(backends, places, strict=True)
+    ]
+
+
+def optimize(
+    source: str | Path | torch.nn.Module,
+    options: CompileOptions,
+    reading: SourceOptions,
+    clock: Clock,
+) -> Optimized:
+    """Return a source traced and through the passes that no target asks for.
+
+    Raises:
+        LlmoptError: as ``open_source`` and the passes do; or what is required was not fused.
+    """
+    from llmopt.compiler.compilation import Optimized
+    from llmopt.frontend.source import open_source
+    from llmopt.fusion import fusion_report, require, required_kinds
+
+    pipeline = _pipeline(options)
+    required_kinds(options.require)  # a wrong one is told before any work
+    with clock("tracing"):
+        opened = open_source(source, reading)
+    ran: list[Ran] = []
+    with clock("optimizing"):
+        pipeline.run(opened.program, lambda _, __, done: ran.append(done))
+    report = fusion_report(opened.program, ran)
+    require(report, options.require)
+    _check_dialect(opened.program)
+    return Optimized(opened, str(pipeline), ran, report)
+
+
+def _check_distinct(backends: Sequence[Backend]) -> None:
+    names = [backend.name for backend in backends]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"--target {name} is given twice, and both would be written to one place; "
+                "compile them one by one, each with its own -o"
+            )
+
+
+def _check_scheme(options: CompileOptions, backends: Sequence[Backend]) -> None:
+    from llmopt.errors import UnknownNameError
+    from llmopt.quantization.schemes import parse_scheme
+
+    if options.quantize is None:
+        if options.max_kl is not None:
+            raise UsageError("--max-kl bounds what quantization costs: give --quantize too")
+        return
+    parse_scheme(options.quantize)
+    name = options.quantize.split("{")[0]
+    for backend in backends:
+        if name not in backend.schemes:
+            raise UnknownNameError(f"scheme for {backend.name}", name, backend.schemes)
+
+
+def _pipeline(options: CompileOptions) -> Any:
+    from llmopt.passes import known_passes
+    from llmopt.passes.pipeline import Pipeline, load_plugin
+
+    known = known_passes()
+    for plugin in options.plugins:
+        known |= load_plugin(plugin)
+    return Pipeline.parse(options.passes, known=known)
+
+
+def _place(output: Path | None, name: str, backend: Backend, targets: Sequence[str]) -> Path:
+    if output is None:
+        return Path(f"{name}.{backend.name}")
+    return output if len(targets) == 1 else output / backend.name
+
+
+def _check_dialect(program: Program) -> None:
+    from llmopt.errors import PassError
+    from llmopt.ir.dialect import invariants
+
+    if problems := invariants(program.model):
+        raise PassError("default", "; ".join(problems[:3]))

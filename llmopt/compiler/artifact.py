@@ -1,0 +1,86 @@
+"""What is asked of the compiler, and what comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmopt.bundle.manifest import Manifest
+    from llmopt.fusion import Fused
+    from llmopt.passes.pipeline import Ran
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What to make of a source.
+
+    Args:
+        quantize: A scheme, ``"w4"`` or ``"w4{block=64}"``; None keeps float32.
+        passes: The pipeline before quantization and lowering, as text.
+        plugins: Python files or modules that define more passes.
+        require: ``"attention=all"`` and the like: a miss is then an error.
+        verify: ``"final"`` or ``"off"``.
+        max_kl: The largest mean KL divergence from the source that is accepted, nats.
+        force: Whether an existing output is replaced.
+        batch: Most sequences at once, for backends that must know.
+        defer_engine: Whether what needs the device is built there, at the first load.
+    """
+
+    quantize: str | None = None
+    passes: str = "default"
+    plugins: Sequence[str] = ()
+    require: Sequence[str] = ()
+    verify: str = "final"
+    max_kl: float | None = None
+    force: bool = False
+    batch: int = 8
+    defer_engine: bool = False
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk.
+
+    Args:
+        path: Its directory.
+        manifest: What its manifest says.
+        passes: What each pass did.
+        fusion: What was expected and what was fused.
+        notes: What a user should know.
+    """
+
+    path: Path
+    manifest: Manifest
+    passes: tuple[Ran, ...] = ()
+    fusion: Mapping[str, Fused] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """All of its files together."""
+        return sum(file.size_bytes for file in self.manifest.files)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``compile --json`` shows of it."""
+        return {
+            "path": str(self.path),
+            "target": self.manifest.target,
+            "size_bytes": self.size_bytes,
+            "passes": [
+                {
+                    "name": ran.name,
+                    "applied": ran.applied,
+                    "missed": [{"node": m.node, "reason": m.reason} for m in ran.missed],
+                }
+                for ran in self.passes
+            ],
+            "fusion": {kind: dataclasses.asdict(fused) for kind, fused in self.fusion.items()},
+            "verification": dict(self.manifest.verification),
+            "quality": dict(self.manifest.quality),
+        }

@@ -1,0 +1,196 @@
+"""One optimized source on its way to one target: lowered, written, proven, put in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import llmopt
+from llmopt.backends.base import Backend, Demand, Lowered
+from llmopt.bundle.manifest import Manifest
+from llmopt.bundle.report import write_report
+from llmopt.bundle.writer import staged_folder
+from llmopt.compiler.artifact import Artifact, CompileOptions
+from llmopt.compiler.clock import Clock
+from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
+from llmopt.evaluation import measure_quality
+from llmopt.frontend.source import Source
+from llmopt.fusion import Fused
+from llmopt.ir.program import Program
+from llmopt.passes.base import Pass
+from llmopt.passes.pipeline import Pipeline, Ran
+from llmopt.passes.quantizers import quantizers
+from llmopt.passes.rounding import Rounding, rounding_of
+from llmopt.quantization.schemes import Scheme, parse_scheme
+from llmopt.verification import Verification, verify
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """A source whose Program has been through the passes that no target asks for.
+
+    Args:
+        source: It.
+        pipeline: Those passes, as text.
+        ran: What each did.
+        fusion: What was expected and what was fused.
+    """
+
+    source: Source
+    pipeline: str
+    ran: Sequence[Ran]
+    fusion: Mapping[str, Fused]
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What one target makes of a source.
+
+    Args:
+        optimized: The source; it is not changed, so that the next target can have it.
+        backend: The target, its open options chosen.
+        scheme: How weights are stored; None keeps float32.
+        options: What was asked for.
+        clock: Told what is being done.
+        notes: What a user should know of the backend's choices.
+    """
+
+    optimized: Optimized
+    backend: Backend
+    scheme: Scheme | None
+    options: CompileOptions
+    clock: Clock
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def prepare(
+        cls, optimized: Optimized, backend: Backend, options: CompileOptions, clock: Clock
+    ) -> Self:
+        """Let the backend choose what is left to it."""
+        named = options.quantize or backend.default_scheme
+        with clock(f"preparing {backend.name}"):
+            settled, notes = backend.settled(optimized.source.program, named)
+        scheme = None if named is None else settled.stored(parse_scheme(named))
+        chosen = dataclasses.replace(options, quantize=named)
+        return cls(optimized, settled, scheme, chosen, clock, notes)
+
+    def run(self, place: Path) -> Artifact:
+        """Lower, write, prove, and put the artifact in its place.
+
+        Raises:
+            UnsupportedModelError: the backend cannot lower an operator; all are listed.
+            AccuracyError: the artifact computes something else, or loses more than is accepted.
+        """
+        source, done = self.optimized.source, list(self.optimized.ran)
+        program = source.program.clone()
+        if problems := self.backend.check(program):
+            hint = f"choose another target than {self.backend.name}, or replace the operation"
+            raise UnsupportedModelError(source.name, problems, hint)
+        demand = Demand(self.options.batch, self.options.defer_engine)
+        with staged_folder(place, force=self.options.force) as folder:
+            lowering = self._lower(program, done)
+            lowered = self._write(program, folder, demand)
+            with self._runnable(program, folder / lowered.entry, demand) as (runner, entry):
+                proof = self._prove(program, runner, entry)
+                quality = self._quality(program, runner, entry)
+            text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
+            self._finish(folder, self._manifest(program, lowered, text, proof, quality))
+        notes = (*source.notes, *self.notes, *lowered.notes)
+        return Artifact(place, Manifest.read(place), tuple(done), self.optimized.fusion, notes)
+
+    def rounding(self) -> Rounding | None:
+        """Return what is done to the source's weights on purpose."""
+        return rounding_of(self._passes(), self.optimized.source.program)
+
+    def _passes(self) -> tuple[Pass, ...]:
+        own = self.backend.passes(self.options.quantize)
+        return (*quantizers(self.scheme, self.backend.islands), *own)
+
+    def _lower(self, program: Program, done: list[Ran]) -> str:
+        lowering = Pipeline(self._passes())
+        with self.clock(f"lowering to {self.backend.name}"):
+            lowering.run(program, lambda _, __, ran: done.append(ran))
+        return str(lowering)
+
+    def _write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
+        with self.clock("writing"):
+            lowered = self.backend.write(program, folder, demand)
+            for name, content in program.facts.files.items():
+                (folder / name).write_bytes(content)
+        return lowered
+
+    @contextlib.contextmanager
+    def _runnable(
+        self, program: Program, entry: Path, demand: Demand
+    ) -> Iterator[tuple[Backend, Path]]:
+        """Yield what runs here and its file: the artifact, or the same for this machine."""
+        runner = None if self.options.verify == "off" else self.backend.stand_in()
+        if runner is None:
+            yield self.backend, entry
+            return
+        with tempfile.TemporaryDirectory(dir=entry.parent.parent) as place:
+            with self.clock(f"writing for {runner.name}, which runs here"):
+                lowered = runner.write(program, Path(place), demand)
+            yield runner, Path(place) / lowered.entry
+
+    def _prove(self, program: Program, runner: Backend, entry: Path) -> Verification:
+        if self.options.verify == "off":
+            return Verification("off")
+        with self.clock("verifying against the source"):
+            proof = verify(
+                program,
+                runner.open(entry, exact=True),
+                self.optimized.source.reference,
+                tolerance=self.backend.tolerance(self.options.quantize),
+                transform=self.rounding(),
+            )
+        by = self.backend.proven_by or ("" if runner is self.backend else runner.target)
+        return dataclasses.replace(proof, proven_by=by)
+
+    def _quality(self, program: Program, runner: Backend, entry: Path) -> dict[str, Any]:
+        if self.scheme is None or self.options.verify == "off":
+            return {}
+        with self.clock("measuring quality against the source"):
+            quality = measure_quality(program, runner.open(entry), self.optimized.source.reference)
+        bound, found = self.options.max_kl, quality.get("kl_mean")
+        if bound is not None and found is None:
+            raise UsageError("--max-kl: this model gives no logits to measure it on")
+        if bound is not None and found is not None and found > bound:
+            hint = "quantize less (--quantize w8), or accept more with --max-kl"
+            raise AccuracyError("mean KL divergence from the source", found, bound, hint)
+        return quality
+
+    def _manifest(
+        self,
+        program: Program,
+        lowered: Lowered,
+        pipeline: str,
+        proof: Verification,
+        quality: Mapping[str, Any],
+    ) -> Manifest:
+        return Manifest(
+            target=self.backend.target,
+            entry=lowered.entry,
+            task=program.facts.task,
+            versions={"llmopt": llmopt.__version__, **lowered.versions},
+            source=program.facts.source,
+            pipeline=pipeline,
+            precision={} if self.scheme is None else {"weights": str(self.scheme)},
+            signature=program.signature,
+            model=program.facts.model,
+            verification=proof.summary(),
+            quality=quality,
+            requires=lowered.requires,
+        )
+
+    def _finish(self, folder: Path, manifest: Manifest) -> None:
+        with self.clock("writing"):
+            manifest.with_files(folder).write(folder)
+            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            write_report(folder, self.clock.stages, peak_mb)
