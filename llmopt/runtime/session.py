@@ -26,6 +26,7 @@ ENGINES: Final[Mapping[str, str]] = {
     "onnxruntime-arm64": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
     "onnxruntime-cpu": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
     "onnxruntime-cuda": "llmopt.runtime.engines.onnxruntime:OnnxRuntimeSession",
+    "reference": "llmopt.runtime.engines.reference:ReferenceSession",
     "tensorrt": "llmopt.runtime.engines.tensorrt:TensorRtSession",
     "tensorrt-rtx": "llmopt.runtime.engines.tensorrt:TensorRtSession",
     "tvm-arm64": "llmopt.runtime.engines.tvm:TvmSession",

@@ -1,0 +1,124 @@
+"""The Program itself: an ONNX file in the dialect, run operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.backends.base import TOLERANCE, Arrays, Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.onnxruntime.artifact import installed
+from llmopt.ir import graph as g
+from llmopt.ir import weights
+from llmopt.ir.dialect import OPSET
+from llmopt.ir.program import Program
+from llmopt.ir.saving import save_with_data
+from llmopt.passes.base import Pass
+from llmopt.passes.convert_float import NARROW
+
+ENTRY: Final = "model.onnx"
+DATA: Final = "model.onnx.data"
+TOLERANCES: Final[Mapping[str, float]] = {"fp16": 5e-3, "bf16": 2e-2}
+"""Of the largest output. Verification computes the same graph in float32, with weights rounded as
+in the source; rotary tables of 11 and 8 bits remain. What rounding each value costs is measured as
+quality."""
+_INSTALL: Final = "pip install 'llmopt[compile]'"
+_TYPES: Final = ("to", "dtype", "output_dtype", "softmax_precision")
+"""Attributes that name an element type."""
+
+
+@dataclass(frozen=True)
+class Reference(Backend):
+    """The Program as it is, run by onnx's reference evaluator, corrected where it is wrong."""
+
+    name: ClassVar[str] = "reference"
+    summary: ClassVar[str] = "the Program itself, run operator by operator in numpy; slow"
+    schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic", "fp16", "bf16"})
+
+    @override
+    def tolerance(self, scheme: str | None) -> float:
+        return TOLERANCES.get(scheme or "", TOLERANCE)
+
+    @override
+    def available(self) -> Availability:
+        missing = "" if all(map(find_spec, ("onnx", "onnx_ir"))) else _INSTALL
+        return Availability(missing, missing)
+
+    @override
+    def check(self, program: Program) -> list[str]:
+        from llmopt.ir.evaluator import lacking
+
+        return lacking(program.model)
+
+    @override
+    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+        return ()
+
+    @override
+    def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
+        if program.signature.has_cache:
+            program.learn(model=replace(program.facts.model, cache="concat"))
+        save_with_data(program.model, folder / ENTRY, DATA)
+        return Lowered(ENTRY, program, {"onnx": installed("onnx"), "opset": OPSET})
+
+    @override
+    def open(self, entry: Path, *, exact: bool = False) -> Run:
+        from llmopt.ir.evaluator import Evaluator
+
+        model = ir.load(entry)
+        if exact:
+            unround(model)
+        evaluator = Evaluator(model)
+
+        def run(feeds: Mapping[str, Any]) -> Arrays:
+            known = {name: evaluator.types[name] for name in feeds if name in evaluator.types}
+            given = {
+                name: feeds[name].astype(dtype.numpy()) if dtype else feeds[name]
+                for name, dtype in known.items()
+            }
+            return evaluator.run(given)
+
+        return run
+
+
+def unround(model: ir.Model) -> None:
+    """Let activations be of float32 that a scheme rounds; weights keep the numbers they have."""
+    for node in g.nodes(model.graph, "DequantizeLinear"):
+        rounded = g.producer(node.inputs[0], "QuantizeLinear")
+        if rounded is not None:
+            g.replace(node.outputs[0], g.operand(rounded, 0))
+    graph = model.graph
+    for value in (*graph.inputs, *graph.initializers.values()):
+        _widen_value(value)
+    for node in graph:
+        _widen_node(node)
+
+
+def _widen_node(node: ir.Node) -> None:
+    for value in node.outputs:
+        _widen_value(value)
+    for attribute in list(node.attributes.values()):
+        if attribute.name in _TYPES and attribute.as_int() in NARROW.values():
+            node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(_WIDE))
+        elif attribute.type == ir.AttributeType.TENSOR and _is_narrow(attribute.value.dtype):
+            tensor = weights.cast(attribute.value, _WIDE)
+            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, tensor)
+
+
+def _widen_value(value: ir.Value) -> None:
+    if _is_narrow(value.dtype):
+        value.type = ir.TensorType(_WIDE)
+    if value.const_value is not None and _is_narrow(value.const_value.dtype):
+        value.const_value = weights.cast(value.const_value, _WIDE)
+
+
+def _is_narrow(dtype: ir.DataType | None) -> bool:
+    return dtype in NARROW.values()
+
+
+_WIDE: Final = ir.DataType.FLOAT
