@@ -1,7 +1,7 @@
 """Many rows times integer weights, for prefill and encoders: ``w4``, ``w8``, ``w8a8-dynamic``.
 
 Rows are rounded to int8 by all threads; then threads share pieces of the result, a piece being a
-tile of 32 outputs times up to 256 rows::
+tile of 32 outputs times some 256 rows::
 
              32 outputs                A tile's weights, 32 * K / 2 bytes in 4 bits, stay in the
            ┌────────────┐              nearest cache while its rows pass, a few at a time; they
@@ -32,7 +32,8 @@ from llmopt.backends.tvm.kernels.linear_tile import Tile
 
 Step = Callable[[Expr], None]
 ROWS: Final = 256
-"""Rows of a piece: their codes, 256 * K bytes, fit the second cache for K up to some thousands."""
+"""Rows of a piece, about: their codes, 256 * K bytes, fit the second cache for K up to some
+thousands."""
 _SHAPES: Final = {
     (16, 32): (5, TILE),
     (8, 16): (3, HALF),
@@ -98,11 +99,12 @@ def each_piece(
             first one on.
         end: Emits what a piece ends with.
     """
-    size = ROWS // at_once * at_once
-    chunks = T.floordiv(m + size - 1, size)
+    chunks = bind(T.floordiv(m + ROWS - 1, T.int64(ROWS)))
+    steps = T.floordiv(T.floordiv(m + chunks - 1, chunks) + at_once - 1, at_once)
+    size = bind(steps * at_once)  # as even as can be: threads get the same number of pieces
     with parallel(chunks * count) as index:
         tile, chunk = bind(T.floormod(index, count)), bind(T.floordiv(index, count))
-        rows = bind(T.min(m - chunk * size, T.int64(size)))
+        rows = bind(T.min(m - chunk * size, size))
         step = begin(tile)
         with serial(T.floordiv(rows + at_once - 1, at_once)) as i:
             step(bind(chunk * size + i * at_once))
