@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature
 from llmopt.ir import graph as g
+from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Arrays, Case, feeds
 from llmopt.ir.program import Facts, Program, Role
 from llmopt.ir.weights import Leaf
@@ -94,10 +94,7 @@ def inputs(of: Program, case: Case, vocabulary: int = 11) -> Arrays:
 
 def evaluate(of: Program, given: Mapping[str, npt.NDArray[Any]]) -> Arrays:
     """Run a Program of standard operators one by one, with no optimizer."""
-    names = [str(value.name) for value in of.graph.outputs]
-    with np.errstate(invalid="ignore"):  # a row of padding alone may be no number
-        results = ReferenceEvaluator(ir.to_proto(of.model.clone())).run(None, dict(given))
-    return dict(zip(names, results, strict=True))
+    return Evaluator(of.model).run(given)
 
 
 def run(of: Program, given: Mapping[str, npt.NDArray[Any]]) -> Arrays:
