@@ -102,16 +102,15 @@ class Bench:
 def reading(bench: Bench) -> Callable[[], None]:
     """Return a loop that reads `COLD` bytes."""
     from llmopt.backends.tvm.kernels.linear_script import (
-        Argument,
         Register,
         T,
-        function,
         load,
         number,
         parallel,
         serial,
         store,
     )
+    from llmopt.backends.tvm.kernels.signature import Argument, function
 
     parts, steps, lanes, width = 1024, COLD // 1024 // 512, bench.features.lanes, 128
 
@@ -141,11 +140,9 @@ def multiplying(bench: Bench, threads: int, *, integers: bool) -> tuple[Callable
     """Return a loop of products in registers, and how many operations it does."""
     from llmopt.backends.tvm.kernels.linear_products import products
     from llmopt.backends.tvm.kernels.linear_script import (
-        Argument,
         Register,
         T,
         bind,
-        function,
         integer,
         load,
         number,
@@ -153,6 +150,7 @@ def multiplying(bench: Bench, threads: int, *, integers: bool) -> tuple[Callable
         serial,
         store,
     )
+    from llmopt.backends.tvm.kernels.signature import Argument, function
 
     unit = products(bench.features, largest=15, signed=False)
     lanes = unit.lanes if integers else bench.features.lanes

@@ -23,8 +23,9 @@ from llmopt.quantization.schemes import Blockwise, Scheme
 from llmopt.runtime.engines.tvm import INDEX, WEIGHTS
 
 if TYPE_CHECKING:
-    from llmopt.backends.tvm.convert import Bounds, Module
+    from llmopt.backends.tvm.entries import Bounds
     from llmopt.backends.tvm.features import Processor
+    from llmopt.backends.tvm.module import Module
 
 ENTRY: Final = "model.so"
 HOST: Final = "host"
@@ -64,7 +65,7 @@ class Tvm(Backend):
 
     @override
     def check(self, program: Program) -> list[str]:
-        from llmopt.backends.tvm.convert import unsupported
+        from llmopt.backends.tvm.rules import unsupported
 
         return unsupported(program)
 
@@ -75,7 +76,7 @@ class Tvm(Backend):
     @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         from llmopt.backends.tvm.build import build
-        from llmopt.backends.tvm.convert import Module
+        from llmopt.backends.tvm.module import Module
 
         processor = self.processor()
         limits = _limits(program, demand)
@@ -159,7 +160,7 @@ def _describe(module: Module, folder: Path) -> None:
 
 def _limits(program: Program, demand: Demand) -> Bounds:
     """Return what memory is planned for."""
-    from llmopt.backends.tvm.convert import Bounds
+    from llmopt.backends.tvm.entries import Bounds
 
     longest = program.facts.max_length
     if program.signature.has_cache:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.backends.tvm import api, ops
+from llmopt.backends.tvm import api
 from llmopt.backends.tvm.kernels import attention as kernels
 from llmopt.backends.tvm.kernels import plain
 from llmopt.backends.tvm.lower_attention import padded
+from llmopt.backends.tvm.writing import dtype_of, shape_of
 from llmopt.ir import graph as g
 
 if TYPE_CHECKING:
-    from llmopt.backends.tvm.convert import Function
+    from llmopt.backends.tvm.function import Function
 
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -79,7 +80,7 @@ class Form:
 def attention(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write an Attention; a cache is written in place."""
     q, k, v = (f.tensor(node.inputs[i]) for i in range(3))
-    form = Form.of(node, ops.shape_of(q)[-1])
+    form = Form.of(node, shape_of(q)[-1])
     if g.optional(node, 4) is None and _padding_alone(f, node, (q, k, v)):
         return [_separate(f, node, form, (q, k, v))]
     if g.optional(node, 4) is None:
@@ -95,19 +96,19 @@ def attention(f: Function, node: ir.Node) -> Sequence[Any]:
 
 def _padding_alone(f: Function, node: ir.Node, operands: Sequence[Any]) -> bool:
     """Whether the kernel computes an Attention without a cache."""
-    q, k, v = (ops.shape_of(x) for x in operands)
+    q, k, v = (shape_of(x) for x in operands)
     heads, groups = (int(g.attribute(node, f"{x}_num_heads", 1)) for x in ("q", "kv"))
     if not q[2] // heads == k[2] // groups == v[2] // groups:
         return False
     if g.optional(node, 3) is None:
         return True
-    return padded(node) and f.mask is not None and api.equal(ops.shape_of(f.mask)[1], k[1])
+    return padded(node) and f.mask is not None and api.equal(shape_of(f.mask)[1], k[1])
 
 
 def _separate(f: Function, node: ir.Node, form: Form, operands: Sequence[Any]) -> Any:
     """Return Attention to keys and values that are apart from the queries."""
-    batch, tokens, _ = ops.shape_of(operands[0])
-    keys = ops.shape_of(operands[1])[1]
+    batch, tokens, _ = shape_of(operands[0])
+    keys = shape_of(operands[1])[1]
     wanted = form.kernel(masked=g.optional(node, 3) is not None)
     mask = f.mask if wanted.masked else f.ones(batch, keys)
     given = dict(zip(("q", "k", "v"), map(f.rows, operands), strict=True)) | {"mask": mask}
@@ -119,10 +120,10 @@ def _separate(f: Function, node: ir.Node, form: Form, operands: Sequence[Any]) -
 
 def _append(f: Function, cache: Any, new: Any) -> Any:
     """Return ``cache`` [B, G, C, D] with ``new`` [B, S, G*D] written behind what is in use."""
-    _, groups, _, width = ops.shape_of(cache)
+    _, groups, _, width = shape_of(cache)
     kernel = f.module.made(plain.append, groups, width)
     operands = {"cache": cache, "new": new, "mask": f.mask}
-    shape = (ops.shape_of(cache), "float32")
+    shape = (shape_of(cache), "float32")
     return f.call(kernel, operands, [shape], {0: "cache"})[0]
 
 
@@ -134,7 +135,7 @@ def _in_use(f: Function, cache: Any) -> Any:
 def _headed(f: Function, x: Any, heads: int) -> Any:
     """Return [B, S, H*D] as [B, H, S, D]."""
     op = api.relax().op
-    batch, tokens, width = ops.shape_of(x)
+    batch, tokens, width = shape_of(x)
     split = f.emit(op.reshape(x, [batch, tokens, heads, width // heads]))
     return f.emit(op.permute_dims(split, [0, 2, 1, 3]))
 
@@ -143,8 +144,8 @@ def _plain(f: Function, node: ir.Node, form: Form, operands: tuple[Any, Any, Any
     """Return Attention as products and a softmax: any mask, not fast."""
     op = api.relax().op
     q, k, v = operands
-    batch, _, new, _ = ops.shape_of(q)
-    keys, out_width = ops.shape_of(k)[2], ops.shape_of(v)[3]
+    batch, _, new, _ = shape_of(q)
+    keys, out_width = shape_of(k)[2], shape_of(v)[3]
     repeats = form.heads // form.kv_heads
     if repeats > 1:
         k, v = (f.emit(op.repeat(x, repeats, 1)) for x in (k, v))
@@ -171,7 +172,7 @@ def _masked(f: Function, node: ir.Node, form: Form, scores: Any, sizes: tuple[An
     if mask is None:
         return scores
     given = f.tensor(mask)
-    if ops.dtype_of(given) == "bool":
+    if dtype_of(given) == "bool":
         return f.emit(op.where(given, scores, low))
     return f.emit(op.add(scores, given))
 
@@ -199,7 +200,7 @@ def _placed(f: Function, form: Form, sizes: tuple[Any, Any]) -> Any:
 def cached(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write rotation, cache and attention of a row of Q, K and V; the cache is written in place."""
     row = f.tensor(node.inputs[0])
-    batch, tokens, width = ops.shape_of(row)
+    batch, tokens, width = shape_of(row)
     labels = ("q_norm", "k_norm", "cos", "sin", "position_ids", "k_cache", "v_cache")
     operands = {
         label: f.tensor(value)
@@ -209,7 +210,7 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
     operands |= {"qkv": f.rows(row), "mask": f.mask}
     turning = kernels.Turning(
         _head_width(node, width),
-        2 * ops.shape_of(operands["cos"])[-1] if "cos" in operands else 0,
+        2 * shape_of(operands["cos"])[-1] if "cos" in operands else 0,
         g.attribute(node, "epsilon", None),
     )
     form = _row_form(node, width).kernel(masked=_masked_row(node), cached=True)
@@ -218,7 +219,7 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
     kernel = f.module.made(make, form, turning, f.features)
     caches = [operands["k_cache"], operands["v_cache"]]
     shapes = [([batch * tokens, form.heads * form.width], "float32")]
-    shapes += [(ops.shape_of(cache), "float32") for cache in caches]
+    shapes += [(shape_of(cache), "float32") for cache in caches]
     y, *presents = f.call(kernel, operands, shapes, {1: "k_cache", 2: "v_cache"})
     if not decoding:
         given = dict(zip(("k_cache", "v_cache"), presents, strict=True))
@@ -231,7 +232,7 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
 def packed(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write attention of a row of Q, K and V without a cache."""
     row = f.tensor(node.inputs[0])
-    batch, tokens, width = ops.shape_of(row)
+    batch, tokens, width = shape_of(row)
     form = _row_form(node, width).kernel(masked=_masked_row(node), packed=True)
     mask = f.mask if form.masked else f.ones(batch, tokens)
     operands = {"qkv": f.rows(row), "mask": mask}

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from llmopt.backends.tvm import ops
 from llmopt.backends.tvm.kernels import linear as kernels
 from llmopt.backends.tvm.kernels.rows import gather_packed
 from llmopt.backends.tvm.lower_linear import DOMAIN, DYNAMIC, quantized
 from llmopt.backends.tvm.weights import Stored
+from llmopt.backends.tvm.writing import shape_of
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
@@ -21,13 +21,13 @@ from llmopt.quantization.lazy import QuantizedWeight
 from llmopt.quantization.schemes import Blockwise, DynamicInt8
 
 if TYPE_CHECKING:
-    from llmopt.backends.tvm.convert import Function
+    from llmopt.backends.tvm.function import Function
 
 
 def linear(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write a product, its epilogue included."""
     x = f.tensor(node.inputs[0])
-    *before, k = ops.shape_of(x)
+    *before, k = shape_of(x)
     wanted = _wanted(f, node, k)
     chosen = f.module.made(kernels.choose, wanted)
     operands = _weight(f, node, chosen.packing)
@@ -36,7 +36,7 @@ def linear(f: Function, node: ir.Node) -> Sequence[Any]:
         operands["bias"] = f.tensor(node.inputs[3])
     if g.optional(node, 4) is not None:
         operands["residual"] = f.rows(f.tensor(node.inputs[4]))
-    shape = ([ops.shape_of(operands["x"])[0], wanted.columns], "float32")
+    shape = ([shape_of(operands["x"])[0], wanted.columns], "float32")
     (kernel,) = chosen.kernels
     (y,) = f.call(kernel, operands, [shape])
     return [f.unrows(y, before)]
@@ -130,9 +130,9 @@ def looked_up(f: Function, ids: Any, packing: kernels.Packing, of: ir.Node) -> S
     """Write a lookup of rows of a weight that is packed for products."""
     operands = _weight(f, of, packing)
     flat = operands["ids"] = f.flat(ids)
-    shape = ([ops.shape_of(flat)[0], packing.k], "float32")
+    shape = ([shape_of(flat)[0], packing.k], "float32")
     (y,) = f.call(f.module.made(gather_packed, packing), operands, [shape])
-    return [f.unrows(y, ops.shape_of(ids))]
+    return [f.unrows(y, shape_of(ids))]
 
 
 def tied(f: Function, node: ir.Node) -> tuple[kernels.Packing, ir.Node] | None:

@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from llmopt.backends.tvm import linear, ops
+from llmopt.backends.tvm import linear, movement
 from llmopt.backends.tvm.kernels import norms as kernels
 from llmopt.backends.tvm.kernels.gather import gather as gather_kernel
 from llmopt.backends.tvm.kernels.heads import Turning
 from llmopt.backends.tvm.kernels.rotary import rotary as rotary_kernel
+from llmopt.backends.tvm.writing import dtype_of, shape_of
 from llmopt.ir import graph as g
 
 if TYPE_CHECKING:
-    from llmopt.backends.tvm.convert import Function
+    from llmopt.backends.tvm.function import Function
 
 
 def norm(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write a norm over the last axis."""
     x = f.tensor(node.inputs[0])
-    *before, width = ops.shape_of(x)
+    *before, width = shape_of(x)
     layer = node.op_type == "LayerNormalization"
     shift = g.optional(node, 2)
     wanted = kernels.Norm(
@@ -34,7 +35,7 @@ def norm(f: Function, node: ir.Node) -> Sequence[Any]:
     operands = {"x": f.rows(x), "weight": f.tensor(node.inputs[1])}
     if shift is not None:
         operands["bias"] = f.tensor(shift)
-    shape = (ops.shape_of(operands["x"]), "float32")
+    shape = (shape_of(operands["x"]), "float32")
     (y,) = f.call(f.module.made(kernels.norm, wanted, f.features), operands, [shape])
     return [f.unrows(y, before)]
 
@@ -47,12 +48,12 @@ def gather(f: Function, node: ir.Node) -> Sequence[Any]:
     if table and (stored := linear.tied(f, node)) is not None:
         return linear.looked_up(f, ids, *stored)
     x = f.tensor(node.inputs[0])
-    if not table or ops.dtype_of(x) != "float32" or ops.dtype_of(ids) != "int64":
-        return ops.RULES["Gather"](f, node)
-    before, width = ops.shape_of(ids), ops.shape_of(x)[1]
+    if not table or dtype_of(x) != "float32" or dtype_of(ids) != "int64":
+        return movement.RULES["Gather"](f, node)
+    before, width = shape_of(ids), shape_of(x)[1]
     flat = f.flat(ids)
     kernel = f.module.made(gather_kernel, width, f.features, "one" if f.entry.one else "many")
-    shape = ([ops.shape_of(flat)[0], width], "float32")
+    shape = ([shape_of(flat)[0], width], "float32")
     (y,) = f.call(kernel, {"table": x, "ids": flat}, [shape])
     return [f.unrows(y, before)]
 
@@ -60,11 +61,11 @@ def gather(f: Function, node: ir.Node) -> Sequence[Any]:
 def rotary(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write the rotation of the halves of each head by the angles of its position."""
     x = f.tensor(node.inputs[0])
-    batch, tokens, width = ops.shape_of(x)
+    batch, tokens, width = shape_of(x)
     heads = g.attribute(node, "num_heads", 1)
     cos, sin, positions = (f.tensor(node.inputs[i]) for i in (1, 2, 3))
-    turning = Turning(width // heads, 2 * ops.shape_of(cos)[-1])
+    turning = Turning(width // heads, 2 * shape_of(cos)[-1])
     operands = {"x": f.rows(x), "cos": cos, "sin": sin, "position_ids": positions}
-    shape = (ops.shape_of(operands["x"]), "float32")
+    shape = (shape_of(operands["x"]), "float32")
     (y,) = f.call(f.module.made(rotary_kernel, turning, heads, 0, f.features), operands, [shape])
     return [f.unrows(y, [batch, tokens])]

@@ -22,20 +22,22 @@ Inputs in brackets are there if the `Turning` asks for them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import Features
-from llmopt.backends.tvm.kernels import attention_decode, attention_prefill
-from llmopt.backends.tvm.kernels.attention_decode import Fresh, append_row
+from llmopt.backends.tvm.kernels import attention_decode, attention_prefill, attention_rows
 from llmopt.backends.tvm.kernels.attention_form import Attention
-from llmopt.backends.tvm.kernels.heads import Turning, lanes_for, turn
+from llmopt.backends.tvm.kernels.attention_places import Places
+from llmopt.backends.tvm.kernels.attention_rows import Fresh
+from llmopt.backends.tvm.kernels.heads import Turning, lanes_for
 from llmopt.backends.tvm.kernels.kernel import Kernel
-from llmopt.backends.tvm.kernels.vectors import kept, variable
+from llmopt.backends.tvm.kernels.signature import Argument, kernel
+from llmopt.backends.tvm.kernels.vectors import variable
 
 __all__ = ["Attention", "Turning", "append", "attention", "decode"]
-_TURNED = ("qkv", "q_norm", "k_norm", "cos", "sin", "position_ids", "mask", "k_cache", "v_cache")
 
 
 def attention(form: Attention, features: Features) -> Kernel:
@@ -45,14 +47,32 @@ def attention(form: Attention, features: Features) -> Kernel:
     ``qkv [M, H·D + 2·G·D], mask`` if packed, else ``q, k [B·T, G·D], v, mask``; the output is
     ``y [M, H·D]``.
     """
+    sources = _sources(form)
+
+    def body(buffers: Mapping[str, Any]) -> None:
+        q, *others = (buffers[source.name] for source in sources)
+        k, v = others or (q, q)
+        mask, y = buffers["mask"], buffers["y"]
+        batch, keys = mask.ty.shape
+        length = variable(q.ty.shape[0] // batch)
+        io = Places(form, q, k, v, mask, y, length, keys)
+        attention_prefill.attend(io, features, batch)
+
+    inputs = [*sources, Argument("mask", ("batch", "keys"), "int64")]
+    outputs = [Argument("y", ("rows", form.heads * form.width))]
+    return kernel(f"attention_{form.label}_{features.label}", inputs, outputs, body)
+
+
+def _sources(form: Attention) -> list[Argument]:
+    """Return what holds queries, keys and values: one for all where they are packed."""
+    queries, held = form.heads * form.width, form.kv_heads * form.width
+    q = Argument("q", ("rows", queries))
     if form.cached:
-        inputs: tuple[str, ...] = ("q", "k_cache", "v_cache", "mask")
-        function = attention_prefill.cached(form, features)
-    elif form.packed:
-        inputs, function = ("qkv", "mask"), attention_prefill.packed(form, features)
-    else:
-        inputs, function = ("q", "k", "v", "mask"), attention_prefill.separate(form, features)
-    return Kernel(f"attention_{form.label}_{features.label}", function, inputs, ("y",))
+        cache = ("batch", form.kv_heads, "room", form.width)
+        return [q, Argument("k_cache", cache), Argument("v_cache", cache)]
+    if form.packed:
+        return [Argument("qkv", ("rows", queries + 2 * held))]
+    return [q, Argument("k", ("held", held)), Argument("v", ("held", held))]
 
 
 def decode(form: Attention, turning: Turning, features: Features) -> Kernel:
@@ -60,8 +80,19 @@ def decode(form: Attention, turning: Turning, features: Features) -> Kernel:
 
     The output is ``y [B, H·D]``; key and value of the token are written to the caches at T - 1.
     """
+    lanes, one = lanes_for(turning, features), T.int64(1)
+
+    def body(buffers: Mapping[str, Any]) -> None:
+        mask, caches = buffers["mask"], (buffers["k_cache"], buffers["v_cache"])
+        batch, keys = mask.ty.shape
+        io = Places(form, buffers["qkv"], *caches, mask, buffers["y"], one, keys)
+        new = Fresh.of(form, turning, lanes, buffers, one)
+        attention_decode.attend(io, new, features, batch)
+
+    inputs = attention_rows.arguments(form, turning, "batch", 1)
+    outputs = [Argument("y", ("batch", form.heads * form.width))]
     name = f"decode_{form.label}_{turning.label}_{features.label}"
-    return _with_inputs(name, attention_decode.fused(form, turning, features), turning, "y")
+    return kernel(name, inputs, outputs, body)
 
 
 def append(form: Attention, turning: Turning, features: Features) -> Kernel:
@@ -69,62 +100,16 @@ def append(form: Attention, turning: Turning, features: Features) -> Kernel:
 
     The output is ``q [M, H·D]``, turned, not scaled.
     """
+    lanes = lanes_for(turning, features)
+
+    def body(buffers: Mapping[str, Any]) -> None:
+        rows, (batch, keys) = buffers["qkv"].ty.shape[0], buffers["mask"].ty.shape
+        length = variable(rows // batch)
+        targets = (buffers["k_cache"], buffers["v_cache"], buffers["q"])
+        new = Fresh.of(form, turning, lanes, buffers, length)
+        attention_rows.append_all(new, rows, keys - length, targets)
+
+    inputs = attention_rows.arguments(form, turning, "rows", "length")
+    outputs = [Argument("q", ("rows", form.heads * form.width))]
     name = f"append_{form.label}_{turning.label}_{features.label}"
-    return _with_inputs(name, _append(form, turning, features), turning, "q")
-
-
-def _with_inputs(name: str, function: Any, turning: Turning, output: str) -> Kernel:
-    needed = turning.reads | {"qkv", "mask", "k_cache", "v_cache"}
-    inputs = tuple(each for each in _TURNED if each in needed)
-    return Kernel(name, kept(function, (*_TURNED, output), {*inputs, output}), inputs, (output,))
-
-
-def _append(form: Attention, turning: Turning, features: Features) -> Any:
-    """Return the function (qkv, q_norm, …, position_ids, mask, k_cache, v_cache, q)."""
-    lanes, half = lanes_for(turning, features), max(turning.rotary // 2, 1)
-    width, heads, group = form.width, form.heads, form.kv_heads
-
-    @T.prim_func(s_tir=True)
-    def append(
-        qkv: T.handle,
-        q_norm: T.handle,
-        k_norm: T.handle,
-        cos: T.handle,
-        sin: T.handle,
-        position_ids: T.handle,
-        mask: T.handle,
-        k_cache: T.handle,
-        v_cache: T.handle,
-        q: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        rows, batch, length, keys = T.int64(), T.int64(), T.int64(), T.int64()
-        room, angles = T.int64(), T.int64()
-        parts = T.match_buffer(qkv, (rows, (heads + 2 * group) * width), "float32")
-        q_weight = T.match_buffer(q_norm, (width,), "float32")
-        k_weight = T.match_buffer(k_norm, (width,), "float32")
-        cosines = T.match_buffer(cos, (angles, half), "float32")
-        sines = T.match_buffer(sin, (angles, half), "float32")
-        T.match_buffer(mask, (batch, keys), "int64")
-        positions = T.match_buffer(position_ids, (batch, length), "int64")
-        keys_at = T.match_buffer(k_cache, (batch, group, room, width), "float32")
-        values_at = T.match_buffer(v_cache, (batch, group, room, width), "float32")
-        out = T.match_buffer(q, (rows, heads * width), "float32")
-        norms = T.meta_var((q_weight, k_weight))
-        tables = T.meta_var((cosines, sines))
-        many = rows // batch
-        new = T.meta_var(Fresh(form, turning, lanes, parts, norms, tables, positions, many))
-        _append_all(new, rows, keys - many, (keys_at, values_at, out))
-
-    return append
-
-
-def _append_all(new: Fresh, rows: Any, past: Any, targets: tuple[Any, Any, Any]) -> None:
-    """Write caches and turned queries of all rows."""
-    heads, group, width = new.form.heads, new.form.kv_heads, new.form.width
-    with T.parallel(rows) as row:
-        b, slot = variable(row // new.length), variable(past + row % new.length)
-        with T.serial(heads) as h:
-            turn(new.query(row, h, (targets[2], (row, h * width)), 1.0))
-        with T.serial(group) as g:
-            append_row(new, row, g, targets[:2], (b, g, slot, 0))
+    return kernel(name, inputs, outputs, body)

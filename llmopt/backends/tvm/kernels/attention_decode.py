@@ -29,7 +29,8 @@ from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.activations import exp2
 from llmopt.backends.tvm.kernels.attention_form import UNSEEN, Attention
 from llmopt.backends.tvm.kernels.attention_places import Places
-from llmopt.backends.tvm.kernels.heads import Head, Turning, lanes_for, turn
+from llmopt.backends.tvm.kernels.attention_rows import Fresh, append_row
+from llmopt.backends.tvm.kernels.heads import turn
 from llmopt.backends.tvm.kernels.vectors import (
     Registers,
     across,
@@ -225,66 +226,7 @@ def _write(p: Joined, head: Any, first: Any, whole: Any) -> None:
         store((p.io.y, place), d * p.lanes, acc.get(0, 0))
 
 
-@dataclass(frozen=True)
-class Fresh:
-    """The new row of a sequence: where its heads are, and what to do with them.
-
-    Args:
-        form: The attention.
-        turning: Norm and rotation.
-        lanes: Of a vector that divides what is rotated.
-        qkv: [M, H·D + 2·G·D].
-        norms: [D] for queries, [D] for keys.
-        tables: cos, sin [positions, rotary / 2].
-        position_ids: [B, S] int64.
-        length: S.
-    """
-
-    form: Attention
-    turning: Turning
-    lanes: int
-    qkv: Any
-    norms: tuple[Any, Any]
-    tables: tuple[Any, Any]
-    position_ids: Any
-    length: Any
-
-    def query(self, row: Any, h: Any, target: tuple[Any, tuple[Any, ...]], scale: float) -> Head:
-        """Return query head h of a row, to be written to ``target``."""
-        return self._head(row, h, target, (self.norms[0], scale))
-
-    def key(self, row: Any, g: Any, target: tuple[Any, tuple[Any, ...]]) -> Head:
-        """Return key head g of a row."""
-        return self._head(row, self.form.heads + g, target, (self.norms[1], 1.0))
-
-    def value(self, row: Any, g: Any, d: Any) -> Any:
-        """Return numbers from d on of value head g of a row."""
-        column = (self.form.heads + self.form.kv_heads + g) * self.form.width
-        return load(self.qkv, (row, column), d, self.lanes)
-
-    def _head(
-        self,
-        row: Any,
-        h: Any,
-        target: tuple[Any, tuple[Any, ...]],
-        how: tuple[Any, float],
-    ) -> Head:
-        position = T.int64(0)
-        if self.turning.rotary:
-            position = self.position_ids[row // self.length, row % self.length]
-        source = (self.qkv, (row, h * self.form.width))
-        tables = (*self.tables, position)
-        return Head(self.turning, self.lanes, source, target, tables, *how)
-
-
-def append_row(new: Fresh, row: Any, g: Any, caches: tuple[Any, Any], place: Any) -> None:
-    """Write key (turned) and value of a row's head g to a place in the caches."""
-    turn(new.key(row, g, (caches[0], place)))
-    for d in range(0, new.form.width, new.lanes):
-        store((caches[1], place), d, new.value(row, g, d))
-
-
-def _attend_all(io: Places, new: Fresh, features: Features, batch: Any) -> None:
+def attend(io: Places, new: Fresh, features: Features, batch: Any) -> None:
     """Compute all pieces and join them; the last one of a key head appends the new key."""
     form, lanes = io.form, fitting(features, io.form.width)
     group, ratio = form.kv_heads, form.ratio
@@ -309,42 +251,3 @@ def _attend_all(io: Places, new: Fresh, features: Features, batch: Any) -> None:
         _weigh(piece, results, task * ratio)
         _add_values(piece, results, task * ratio)
     _join(Joined(io, lanes, batch, pieces, results))
-
-
-def fused(form: Attention, turning: Turning, features: Features) -> Any:
-    """Return the function (qkv, q_norm, …, position_ids, mask, k_cache, v_cache, y)."""
-    width, heads, group = form.width, form.heads, form.kv_heads
-    lanes, half = lanes_for(turning, features), max(turning.rotary // 2, 1)
-
-    @T.prim_func(s_tir=True)
-    def attention(
-        qkv: T.handle,
-        q_norm: T.handle,
-        k_norm: T.handle,
-        cos: T.handle,
-        sin: T.handle,
-        position_ids: T.handle,
-        mask: T.handle,
-        k_cache: T.handle,
-        v_cache: T.handle,
-        y: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        batch, keys, room, angles = T.int64(), T.int64(), T.int64(), T.int64()
-        parts = T.match_buffer(qkv, (batch, (heads + 2 * group) * width), "float32")
-        q_weight = T.match_buffer(q_norm, (width,), "float32")
-        k_weight = T.match_buffer(k_norm, (width,), "float32")
-        cosines = T.match_buffer(cos, (angles, half), "float32")
-        sines = T.match_buffer(sin, (angles, half), "float32")
-        positions = T.match_buffer(position_ids, (batch, T.int64(1)), "int64")
-        real = T.match_buffer(mask, (batch, keys), "int64")
-        kept = T.match_buffer(k_cache, (batch, group, room, width), "float32")
-        values = T.match_buffer(v_cache, (batch, group, room, width), "float32")
-        out = T.match_buffer(y, (batch, heads * width), "float32")
-        io = T.meta_var(Places(form, parts, kept, values, real, out, T.int64(1), keys))
-        norms = T.meta_var((q_weight, k_weight))
-        tables = T.meta_var((cosines, sines))
-        new = T.meta_var(Fresh(form, turning, lanes, parts, norms, tables, positions, T.int64(1)))
-        _attend_all(io, new, features, batch)
-
-    return attention

@@ -320,8 +320,9 @@ def _attend(w: Work, row: Any) -> None:
     _finish(w)
 
 
-def _attend_all(n: Blocks, io: Places, batch: Any) -> None:
+def attend(io: Places, features: Features, batch: Any) -> None:
     """Compute all blocks, with the code that the numbers need."""
+    n = Blocks.of(io.form, features)
     if not n.numbers.code:
         _attend_blocks(n, io, batch)
         return
@@ -338,61 +339,3 @@ def _attend_blocks(n: Blocks, io: Places, batch: Any) -> None:
         row, head = variable(turn * n.rows), variable(task // blocks)
         b, g = variable(head // groups), variable(head % groups)
         _attend(Work.allocated(n, io, b, g), row)
-
-
-def packed(form: Attention, features: Features) -> Any:
-    """Return the function (qkv, mask, y)."""
-    n, form_ = Blocks.of(form, features), form
-    width = (form.heads + 2 * form.kv_heads) * form.width
-
-    @T.prim_func(s_tir=True)
-    def attention(qkv: T.handle, mask: T.handle, y: T.handle) -> None:
-        T.func_attr({"tirx.noalias": True})
-        rows, batch, keys = T.int64(), T.int64(), T.int64()
-        parts = T.match_buffer(qkv, (rows, width), "float32")
-        real = T.match_buffer(mask, (batch, keys), "int64")
-        out = T.match_buffer(y, (rows, form_.heads * form_.width), "float32")
-        length = rows // batch
-        _attend_all(n, Places(form_, parts, parts, parts, real, out, length, keys), batch)
-
-    return attention
-
-
-def separate(form: Attention, features: Features) -> Any:
-    """Return the function (q, k, v, mask, y)."""
-    n, form_ = Blocks.of(form, features), form
-
-    @T.prim_func(s_tir=True)
-    def attention(q: T.handle, k: T.handle, v: T.handle, mask: T.handle, y: T.handle) -> None:
-        T.func_attr({"tirx.noalias": True})
-        rows, held, batch, keys = T.int64(), T.int64(), T.int64(), T.int64()
-        queries = T.match_buffer(q, (rows, form_.heads * form_.width), "float32")
-        kept = T.match_buffer(k, (held, form_.kv_heads * form_.width), "float32")
-        values = T.match_buffer(v, (held, form_.kv_heads * form_.width), "float32")
-        real = T.match_buffer(mask, (batch, keys), "int64")
-        out = T.match_buffer(y, (rows, form_.heads * form_.width), "float32")
-        length = rows // batch
-        _attend_all(n, Places(form_, queries, kept, values, real, out, length, keys), batch)
-
-    return attention
-
-
-def cached(form: Attention, features: Features) -> Any:
-    """Return the function (q, k_cache, v_cache, mask, y)."""
-    n, form_ = Blocks.of(form, features), form
-
-    @T.prim_func(s_tir=True)
-    def attention(
-        q: T.handle, k_cache: T.handle, v_cache: T.handle, mask: T.handle, y: T.handle
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        rows, batch, keys, room = T.int64(), T.int64(), T.int64(), T.int64()
-        queries = T.match_buffer(q, (rows, form_.heads * form_.width), "float32")
-        kept = T.match_buffer(k_cache, (batch, form_.kv_heads, room, form_.width), "float32")
-        values = T.match_buffer(v_cache, (batch, form_.kv_heads, room, form_.width), "float32")
-        real = T.match_buffer(mask, (batch, keys), "int64")
-        out = T.match_buffer(y, (rows, form_.heads * form_.width), "float32")
-        length = rows // batch
-        _attend_all(n, Places(form_, queries, kept, values, real, out, length, keys), batch)
-
-    return attention

@@ -187,7 +187,7 @@ def _check(weight: Weight, packing: Packing) -> None:
 
 
 def _kernel(wanted: Linear, packing: Packing) -> Kernel:
-    from llmopt.backends.tvm.kernels.linear_script import Argument, function
+    from llmopt.backends.tvm.kernels.signature import Argument, kernel
 
     m: int | str = 1 if wanted.rows == "one" else "m"
     arguments = [Argument("x", (m, wanted.k))]
@@ -196,10 +196,8 @@ def _kernel(wanted: Linear, packing: Packing) -> Kernel:
         arguments.append(Argument("bias", (wanted.n,)))
     if "residual" in wanted.epilogue:
         arguments.append(Argument("residual", (m, wanted.columns)))
-    inputs = tuple(argument.name for argument in arguments)
-    arguments.append(Argument("y", (m, wanted.columns)))
-    name = _name(wanted)
-    return Kernel(name, function(name, arguments, _body(wanted)), inputs, ("y",))
+    outputs = [Argument("y", (m, wanted.columns))]
+    return kernel(_name(wanted), arguments, outputs, _body(wanted))
 
 
 def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:

@@ -7,24 +7,19 @@ whatever is larger than a kilobyte from the stack to its heap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import Var
 from tvm.tirx.script import builder as T  # noqa: N812 - the script language's own name
 
 __all__ = [
-    "Argument",
     "Expr",
     "Register",
     "T",
     "bind",
     "bits",
     "cast",
-    "function",
     "integer",
     "intrinsic",
     "load",
@@ -38,46 +33,6 @@ __all__ = [
 ]
 
 Expr = Any
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One parameter of a kernel.
-
-    Args:
-        name: Its name in `Kernel.inputs` or `Kernel.outputs`.
-        shape: Sizes; the text ``"m"`` stands for the number of rows, known when the kernel runs.
-        dtype: Element type.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str = "float32"
-
-
-def function(
-    name: str, arguments: Sequence[Argument], body: Callable[[Mapping[str, Any]], None]
-) -> Any:
-    """Return the function ``name`` whose code ``body`` emits, given its buffers by name."""
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(name)
-        T.func_attr({"tirx.noalias": True})
-        sizes: dict[str, Expr] = {}
-        buffers = {}
-        for argument in arguments:
-            shape = [_size(size, sizes) for size in argument.shape]
-            buffer = T.Buffer(shape, argument.dtype)
-            buffers[argument.name] = T.arg(argument.name, buffer)
-        body(buffers)
-    return builder.get()
-
-
-def _size(size: int | str, sizes: dict[str, Expr]) -> Expr:
-    if isinstance(size, int):
-        return T.int64(size)
-    if size not in sizes:
-        sizes[size] = Var(size, "int64")
-    return sizes[size]
 
 
 def typed(dtype: str, lanes: int) -> str:

@@ -10,7 +10,7 @@ memory; a row alone, in decode, is some 100 ns and not worth a second thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +19,11 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.activations import LOOPS, Rows, exp2
 from llmopt.backends.tvm.kernels.kernel import Kernel
+from llmopt.backends.tvm.kernels.signature import Argument, kernel
 from llmopt.backends.tvm.kernels.vectors import (
     Registers,
     across,
     fitting,
-    kept,
     load,
     splat,
     store,
@@ -66,13 +66,29 @@ def norm(wanted: Norm, features: Features) -> Kernel:
     Inputs are ``x [M, heads·W]``, ``skip`` of the same shape if there is one, ``weight [W]`` and
     ``bias [W]`` if there is one; outputs ``y`` and, with a residual, ``sum = x + skip``.
     """
-    inputs = ["x", *["skip"] * wanted.skip, "weight", *["bias"] * wanted.bias]
-    outputs = ["y", *["sum"] * wanted.skip]
-    names = ("x", "skip", "weight", "bias", "y", "sum")
-    whole = _norm(wanted, fitting(features, wanted.width))
-    function = kept(whole, names, {*inputs, *outputs})
-    name = f"norm_{wanted.label}_{features.label}"
-    return Kernel(name, function, tuple(inputs), tuple(outputs))
+    lanes = fitting(features, wanted.width)
+    row, each = ("m", wanted.heads * wanted.width), (wanted.width,)
+    inputs = [Argument("x", row), *[Argument("skip", row)] * wanted.skip]
+    inputs += [Argument("weight", each), *[Argument("bias", each)] * wanted.bias]
+    outputs = [Argument("y", row), *[Argument("sum", row)] * wanted.skip]
+
+    def body(buffers: Mapping[str, Any]) -> None:
+        with LOOPS[wanted.rows](buffers["x"].ty.shape[0]) as m:
+            source = _added(wanted, buffers, m, lanes) if wanted.skip else buffers["x"]
+            with T.serial(wanted.heads) as h:
+                place = (m, h * wanted.width)
+                weights = (buffers["weight"], buffers.get("bias"))
+                _normalize(Row(wanted, lanes, (source, place), *weights), buffers["y"], place)
+
+    return kernel(f"norm_{wanted.label}_{features.label}", inputs, outputs, body)
+
+
+def _added(wanted: Norm, buffers: Mapping[str, Any], m: Any, lanes: int) -> Any:
+    """Write row m with its residual added, and return the buffer of sums."""
+    with T.serial(wanted.heads * wanted.width // lanes) as j:
+        first, second = (load(buffers[name], (m, 0), j * lanes, lanes) for name in ("x", "skip"))
+        store((buffers["sum"], (m, 0)), j * lanes, first + second)
+    return buffers["sum"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class Row:
         lanes: Of a vector.
         source: Buffer and place of its numbers, the residual added already.
         weight: [W].
-        bias: [W].
+        bias: [W]; None where there is none.
     """
 
     norm: Norm
@@ -143,42 +159,6 @@ def _normalize(row: Row, y: Any, place: tuple[Any, Any]) -> None:
     root = T.bind(row.root(_sum(lanes, width, lambda d: row.square(d, mean))))
     with T.serial(width // lanes) as j:
         store((y, place), j * lanes, row.result(j * lanes, mean, root))
-
-
-def sum_of(first: Any, second: Any, place: tuple[Any, Any], lanes: int) -> Any:
-    """Return the sum of two buffers' vectors."""
-    return load(first, place, 0, lanes) + load(second, place, 0, lanes)
-
-
-def _norm(wanted: Norm, lanes: int) -> Any:
-    width, heads, loop = wanted.width, wanted.heads, LOOPS[wanted.rows]
-
-    @T.prim_func(s_tir=True)
-    def norm(
-        x: T.handle,
-        skip: T.handle,
-        weight: T.handle,
-        bias: T.handle,
-        y: T.handle,
-        sum: T.handle,  # noqa: A002 - the output's name
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        rows = T.int64()
-        given = T.match_buffer(x, (rows, heads * width), "float32")
-        other = T.match_buffer(skip, (rows, heads * width), "float32")
-        scale = T.match_buffer(weight, (width,), "float32")
-        shift = T.match_buffer(bias, (width,), "float32")
-        out = T.match_buffer(y, (rows, heads * width), "float32")
-        both = T.match_buffer(sum, (rows, heads * width), "float32")
-        for m in loop(rows):
-            if wanted.skip:
-                for j in T.serial(heads * width // lanes):
-                    store((both, (m, 0)), j * lanes, sum_of(given, other, (m, j * lanes), lanes))
-            for h in T.serial(heads):
-                source = T.meta_var((both if wanted.skip else given, (m, h * width)))
-                _normalize(Row(wanted, lanes, source, scale, shift), out, (m, h * width))
-
-    return norm
 
 
 def softmax(width: int, features: Features, rows: Rows = "many") -> Kernel:

@@ -7,6 +7,7 @@ from memory some microseconds; the head reads all of the table for each token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
@@ -14,6 +15,7 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.kernels.linear import Packing
 from llmopt.backends.tvm.kernels.linear_storage import TILE, Storage
+from llmopt.backends.tvm.kernels.signature import Argument, kernel
 
 
 def gather_packed(packing: Packing) -> Kernel:
@@ -21,37 +23,44 @@ def gather_packed(packing: Packing) -> Kernel:
 
     An id below 0 counts from the end; any other outside 0 … N - 1 is an error of the call.
     """
-    storage = packing.storage
+    size, width, storage = packing.n, packing.k, packing.storage
+
+    def body(buffers: Mapping[str, Any]) -> None:
+        ids, y = buffers["ids"], buffers["y"]
+        with T.serial(ids.ty.shape[0]) as m:
+            inside = T.And(T.int64(-size) <= ids[m], ids[m] < size)
+            with T.Assert(inside, "an id is outside the table"):
+                row = T.bind(T.if_then_else(ids[m] < 0, ids[m] + size, ids[m]))
+                with T.serial(width) as k:
+                    T.buffer_store(y, _number(buffers, row, k, storage), [m, k])
+
+    inputs = [Argument(name, *of) for name, of in packing.arrays.items()]
+    inputs.append(Argument("ids", ("m",), "int64"))
+    name = f"gather_packed_{_label(storage)}_n{size}_k{width}"
+    return kernel(name, inputs, [Argument("y", ("m", width))], body)
+
+
+def _label(storage: Storage | None) -> str:
     if storage is None:
-        function, kind = _floats(packing), "f32"
-    else:
-        make = _with_points if storage.zero_points else _codes
-        function, kind = make(packing, storage), f"w{storage.bits}_b{storage.block}_{storage.scale}"
-        kind += f"_z{storage.middle}" + "_signed" * storage.signed
-    name = f"gather_packed_{kind}_n{packing.n}_k{packing.k}"
-    return Kernel(name, function, (*packing.arrays, "ids"), ("y",))
+        return "f32"
+    blocks = f"w{storage.bits}_b{storage.block}_{storage.scale}"
+    return f"{blocks}_z{storage.middle}" + "_signed" * storage.signed
 
 
-def _floats(packing: Packing) -> Any:
-    shape, _ = packing.arrays["weights"]
-    size, width = packing.n, packing.k
-
-    @T.prim_func(s_tir=True)
-    def gather(weights_: T.handle, ids_: T.handle, y_: T.handle) -> None:
-        count = T.int64()
-        weights = T.match_buffer(weights_, shape, "float32")
-        ids = T.match_buffer(ids_, (count,), "int64")
-        y = T.match_buffer(y_, (count, width), "float32")
-        for m in T.serial(count):
-            assert -size <= ids[m] and ids[m] < size, "an id is outside the table"
-            row: T.let = T.if_then_else(ids[m] < 0, ids[m] + size, ids[m])
-            for k in T.serial(width):
-                y[m, k] = weights[row // TILE, k, row % TILE]
-
-    return gather
+def _number(buffers: Mapping[str, Any], row: Any, k: Any, storage: Storage | None) -> Any:
+    """Return number k of a row, float32."""
+    tile, lane = row // TILE, row % TILE
+    if storage is None:
+        return buffers["weights"][tile, k, lane]
+    block = T.bind(k // storage.block)
+    middle: Any = storage.middle
+    if storage.zero_points:
+        middle = T.cast(buffers["zero_point"][tile, block, lane], "int32")
+    step = T.bind(T.cast(buffers["scale"][tile, block, lane], "float32"))
+    return T.cast(_code(buffers["codes"], row, k, storage) - middle, "float32") * step
 
 
-def code(codes: Any, row: Any, k: Any, storage: Storage) -> Any:
+def _code(codes: Any, row: Any, k: Any, storage: Storage) -> Any:
     """Return the stored code k of a row, int32."""
     if storage.bits == 4:
         word = codes[row // TILE, k // 8, row % TILE]
@@ -62,50 +71,3 @@ def code(codes: Any, row: Any, k: Any, storage: Storage) -> Any:
     if storage.signed:
         return T.shift_right(up, T.int32(24))
     return T.bitwise_and(T.shift_right(up, T.int32(24)), T.int32(255))
-
-
-def _codes(packing: Packing, storage: Storage) -> Any:
-    shapes = packing.arrays
-    size, width = packing.n, packing.k
-
-    @T.prim_func(s_tir=True)
-    def gather(codes_: T.handle, scale_: T.handle, ids_: T.handle, y_: T.handle) -> None:
-        count = T.int64()
-        codes = T.match_buffer(codes_, shapes["codes"][0], "int32")
-        scale = T.match_buffer(scale_, shapes["scale"][0], shapes["scale"][1])
-        ids = T.match_buffer(ids_, (count,), "int64")
-        y = T.match_buffer(y_, (count, width), "float32")
-        for m in T.serial(count):
-            assert -size <= ids[m] and ids[m] < size, "an id is outside the table"
-            row: T.let = T.if_then_else(ids[m] < 0, ids[m] + size, ids[m])
-            for k in T.serial(width):
-                step: T.let = T.cast(scale[row // TILE, k // storage.block, row % TILE], "float32")
-                y[m, k] = T.cast(code(codes, row, k, storage) - storage.middle, "float32") * step
-
-    return gather
-
-
-def _with_points(packing: Packing, storage: Storage) -> Any:
-    shapes = packing.arrays
-    size, width = packing.n, packing.k
-
-    @T.prim_func(s_tir=True)
-    def gather(
-        codes_: T.handle, scale_: T.handle, zero_: T.handle, ids_: T.handle, y_: T.handle
-    ) -> None:
-        count = T.int64()
-        codes = T.match_buffer(codes_, shapes["codes"][0], "int32")
-        scale = T.match_buffer(scale_, shapes["scale"][0], shapes["scale"][1])
-        zero = T.match_buffer(zero_, shapes["zero_point"][0], shapes["zero_point"][1])
-        ids = T.match_buffer(ids_, (count,), "int64")
-        y = T.match_buffer(y_, (count, width), "float32")
-        for m in T.serial(count):
-            assert -size <= ids[m] and ids[m] < size, "an id is outside the table"
-            row: T.let = T.if_then_else(ids[m] < 0, ids[m] + size, ids[m])
-            for k in T.serial(width):
-                block: T.let = k // storage.block
-                step: T.let = T.cast(scale[row // TILE, block, row % TILE], "float32")
-                middle: T.let = T.cast(zero[row // TILE, block, row % TILE], "int32")
-                y[m, k] = T.cast(code(codes, row, k, storage) - middle, "float32") * step
-
-    return gather

@@ -7,7 +7,7 @@ code, ``with T.serial(n) as i`` is a loop of the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,22 +161,6 @@ class Registers:
 
 def _register(lanes: int) -> Any:
     return T.alloc_buffer((lanes,), "float32")
-
-
-def kept(function: Any, names: Sequence[str], needed: Collection[str]) -> Any:
-    """Return a function without some of its parameters.
-
-    One text serves several signatures: what an option switches off is never read, so it need not
-    be passed.
-
-    Args:
-        function: A PrimFunc.
-        names: What each of its parameters is.
-        needed: Those that stay.
-    """
-    pairs = zip(names, function.params, strict=True)
-    params = [param for name, param in pairs if name in needed]
-    return tirx.PrimFunc(params, function.body, function.ret_type, attrs=function.attrs)
 
 
 def store(target: tuple[Any, tuple[Any, ...]], offset: Any, value: Any) -> None:

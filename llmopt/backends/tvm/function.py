@@ -1,144 +1,29 @@
-"""A lowered Program becomes a module of Relax: one function for each way of calling it.
-
-==========  ======================================================================
-prefill     logits of the last of S new tokens, keys and values written to the cache
-score       the same with logits of all S
-decode      one token of one sequence: matrices are multiplied by a vector
-main        what is no decoder with a cache: every output, nothing kept
-==========  ======================================================================
-
-A function takes the Program's inputs in their order, with caches [B, G, C, D] of any capacity C
-in place of the past, and then one list of all weights. With ``exact``, a second set of functions
-(``exact_prefill``…) multiplies rounded weights by activations that are not: what verification
-compares with the source.
-"""
+"""One function of a module while it is written: its parameters, values, weights and calls."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.backends.tvm import api, attention, linear, norms, ops, sizes
-from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm import api, sizes
+from llmopt.backends.tvm.entries import Entry
 from llmopt.backends.tvm.kernels.kernel import Kernel
-from llmopt.backends.tvm.lower_linear import DOMAIN
+from llmopt.backends.tvm.rules import rule_of
 from llmopt.backends.tvm.sizes import Known, known
-from llmopt.backends.tvm.weights import Stored, WeightFile
+from llmopt.backends.tvm.weights import Stored
+from llmopt.backends.tvm.writing import shape_of
 from llmopt.ir import graph as g
 from llmopt.ir import weights
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Role
 
-Made = TypeVar("Made")
+if TYPE_CHECKING:
+    from llmopt.backends.tvm.module import Module
+
 _INLINE: Final = 16
 """A constant of at most this many numbers is part of the code."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One way of calling a Program.
-
-    Args:
-        name: The function's name.
-        one: Whether B = S = 1.
-        every: Whether logits of all new tokens are wanted.
-        exact: Whether activations stay float.
-    """
-
-    name: str
-    one: bool = False
-    every: bool = False
-    exact: bool = False
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The most that functions have to serve: memory is planned for it.
-
-    Args:
-        batch: Sequences at once, B.
-        tokens: New tokens at once, S; 0 for any.
-    """
-
-    batch: int
-    tokens: int
-
-
-def entries(program: Program) -> list[Entry]:
-    """Return the functions that a Program needs."""
-    exact = [False, True] if _rounds(program) else [False]
-    if not program.signature.has_cache:
-        return [Entry("exact_main" if e else "main", exact=e) for e in exact]
-    found = []
-    for e in exact:
-        head = "exact_" if e else ""
-        if program.signature.find(Role.LOGITS_TO_KEEP) is not None:
-            found.append(Entry(f"{head}prefill", exact=e))
-        found.append(Entry(f"{head}score", every=True, exact=e))
-        found.append(Entry(f"{head}decode", one=True, exact=e))
-    return found
-
-
-def _rounds(program: Program) -> bool:
-    products = g.nodes(program.graph, "Linear", domain=DOMAIN)
-    return any(g.attribute(node, "scheme", "") for node in products)
-
-
-@functools.lru_cache(maxsize=1024)
-def _made(make: Callable[..., Any], wanted: tuple[Hashable, ...]) -> Any:
-    return make(*wanted)
-
-
-class Module:
-    """The functions and kernels of a Program, and the weights that they take.
-
-    Args:
-        program: What to convert.
-        features: What kernels may use.
-        limits: What memory is planned for.
-    """
-
-    def __init__(self, program: Program, features: Features, limits: Bounds) -> None:
-        self.program = program
-        self.features = features
-        self.limits = limits
-        self.entries = entries(program)
-        self.products = linear.products(program)
-        self.weights = WeightFile()
-        self.builder = api.relax().BlockBuilder()
-        self._kernels: dict[str, Any] = {}
-
-    def convert(self) -> Any:
-        """Return the module of Relax."""
-        for entry in self.entries:
-            Function(self, entry).write()
-        return self.builder.get()
-
-    @staticmethod
-    def made(make: Callable[..., Made], *wanted: Hashable) -> Made:
-        """Return ``make(*wanted)``, made once: reading a kernel's text outlasts compiling it.
-
-        Args:
-            make: Makes a kernel, the same for the same arguments.
-            wanted: What it is made of.
-        """
-        found: Made = _made(make, wanted)
-        return found
-
-    def kernel(self, kernel: Kernel) -> Any:
-        """Return the global name of a kernel, which is compiled once however often it is called."""
-        if kernel.name not in self._kernels:
-            function = kernel.function.with_attr("op_pattern", _OPAQUE)
-            function = function.with_attr("global_symbol", kernel.name)
-            self._kernels[kernel.name] = self.builder.add_func(function, kernel.name)
-        return self._kernels[kernel.name]
-
-
-_OPAQUE: Final = 8  # TVM's OpPatternKind: nothing is fused into it
 
 
 class Function:
@@ -236,8 +121,7 @@ class Function:
         if found is not None:
             self._known[node.outputs[0]] = found
             return
-        rule = RULES.get((node.domain, node.op_type)) or _general(node)
-        results = rule(self, node)
+        results = rule_of(node)(self, node)
         for output, result in zip(node.outputs, results, strict=False):
             if isinstance(result, np.ndarray):
                 self._known[output] = result
@@ -313,7 +197,7 @@ class Function:
 
     def rows(self, x: Any) -> Any:
         """Return ``x`` [.., K] as rows [M, K]."""
-        shape = ops.shape_of(x)
+        shape = shape_of(x)
         if len(shape) == 2:
             return x
         if x not in self._rows:
@@ -323,14 +207,14 @@ class Function:
 
     def flat(self, x: Any) -> Any:
         """Return ``x`` of any shape as a list [M]."""
-        size = api.product(ops.shape_of(x))
+        size = api.product(shape_of(x))
         return self.emit(api.relax().op.reshape(x, [size]))
 
     def unrows(self, x: Any, before: Sequence[Any]) -> Any:
         """Return rows [M, N] as [*before, N]."""
         if len(before) == 1:
             return x
-        result = self.emit(api.relax().op.reshape(x, [*before, ops.shape_of(x)[-1]]))
+        result = self.emit(api.relax().op.reshape(x, [*before, shape_of(x)[-1]]))
         self._rows[result] = x
         return result
 
@@ -368,42 +252,3 @@ class Function:
 def _identifier(name: str) -> str:
     text = "".join(c if c.isalnum() else "_" for c in name)
     return text if text[:1].isalpha() else f"d_{text}"
-
-
-Rule = Callable[[Function, ir.Node], Sequence[Any]]
-
-
-def _general(node: ir.Node) -> Any:
-    return ops.RULES[node.op_type]
-
-
-RULES: Final[Mapping[tuple[str, str], Rule]] = {
-    ("", "Attention"): attention.attention,
-    ("", "Gather"): norms.gather,
-    ("", "LayerNormalization"): norms.norm,
-    ("", "RMSNormalization"): norms.norm,
-    ("", "RotaryEmbedding"): norms.rotary,
-    (DOMAIN, "CachedAttention"): attention.cached,
-    (DOMAIN, "PackedAttention"): attention.packed,
-    (DOMAIN, "Linear"): linear.linear,
-    (DOMAIN, "GatherRows"): linear.gather_rows,
-}
-"""What kernels of ours compute; the rest is in `ops`."""
-
-
-def unsupported(program: Program) -> list[str]:
-    """Return every operator, or form of one, that this converter does not know."""
-    return [problem for node in program.graph for problem in _problems(node)]
-
-
-def _problems(node: ir.Node) -> Iterator[str]:
-    known_here = (node.domain, node.op_type) in RULES
-    if not known_here and (node.domain or node.op_type not in ops.RULES):
-        yield f"no kernel for {node.op_type} ({node.name!r})"
-    if node.op_type == "RotaryEmbedding":
-        if g.optional(node, 3) is None:
-            yield f"RotaryEmbedding ({node.name!r}) has no position_ids"
-        if g.attribute(node, "interleaved", 0):
-            yield f"RotaryEmbedding ({node.name!r}) is interleaved"
-    if node.op_type == "Attention" and g.optional(node, 6) is not None:
-        yield f"Attention ({node.name!r}) takes the lengths of padded keys"
