@@ -77,7 +77,7 @@ def _staged(destination: Path, *, force: bool) -> Iterator[Path]:
             destination.parent.mkdir(parents=True, exist_ok=True)
             yield staging
             _put_in_place(staging, destination, force=force)
-    except BaseException:
+    except BaseException:  # interrupted too: nothing half-written stays
         _remove(staging)
         _remove_empty(made)
         raise
@@ -96,7 +96,7 @@ def _put_in_place(staging: Path, destination: Path, *, force: bool) -> None:
     destination.rename(old)
     try:
         staging.rename(destination)
-    except BaseException:
+    except BaseException:  # interrupted too: what was there comes back
         old.rename(destination)
         raise
     _remove(old)

@@ -72,7 +72,7 @@ class OnnxReference:
             return onnxruntime.InferenceSession(
                 str(self._path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:
+        except Exception as error:  # its classes share no narrower base
             line = str(error).partition("\n")[0][:200]
             raise SourceError(
                 self._path, f"onnxruntime refuses it: {line}", "export it again"
