@@ -1,4 +1,4 @@
-"""The other side of ``vs_peers.py``: how each tool's model is built, and how it is run.
+"""Both sides of ``vs_peers.py`` and ``vs_genai.py``: how a tool's model is built, and how run.
 
 A builder makes what its tool runs from a Hugging Face folder; a runner answers
 ``prefill_and_decode`` for a decoder or ``encode`` for an encoder. Each tool is imported where its
@@ -53,12 +53,21 @@ def build_llmopt(target: str, scheme: str) -> Callable[[Path, Path], None]:
     return build
 
 
-def build_genai(source: Path, place: Path) -> None:
-    """Build with onnxruntime-genai's builder: logits of the last token only, as ours."""
-    options = ["prune_lm_head=true", "int4_accuracy_level=4", "int4_block_size=32"]
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
-    command += ["-o", str(place), "-p", "int4", "-e", "cpu", "-c", f"{place}.cache"]
-    checked([*command, "--extra_options", *options])
+def build_genai(precision: str) -> Callable[[Path, Path], None]:
+    """Return what builds with onnxruntime-genai's builder: logits of the last token, as ours.
+
+    Args:
+        precision: ``"int4"``, in blocks of 32 with int8 activations, or ``"fp32"``.
+    """
+    options = ["prune_lm_head=true"]
+    options += ["int4_accuracy_level=4", "int4_block_size=32"] if precision == "int4" else []
+
+    def build(source: Path, place: Path) -> None:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
+        command += ["-o", str(place), "-p", precision, "-e", "cpu", "-c", f"{place}.cache"]
+        checked([*command, "--extra_options", *options])
+
+    return build
 
 
 def build_gguf(source: Path, place: Path) -> None:
@@ -303,7 +312,7 @@ class Genai:
         generator = self.genai.Generator(self.model, params)
         start = time.perf_counter()
         generator.append_tokens(prompt.astype(np.int32))
-        generator.generate_next_token()
+        generator.generate_next_token()  # chooses the first token; the next calls run a step each
         first = time.perf_counter()
         for _ in range(decode):
             generator.generate_next_token()

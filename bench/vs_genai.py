@@ -27,56 +27,18 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import peers
 import shapes
+from intervals import median_interval
 
 PREFILL = 128
 MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": shapes.smollm2, "llama-1.2b": shapes.llama}
 
 
-def build_ours(source: Path, scheme: str, folder: Path) -> None:
-    """Compile with llmopt; verification is not what is measured here."""
-    command = [sys.executable, "-m", "llmopt", "compile", str(source), "--target", "cpu"]
-    command += ["--verify", "off", "-o", str(folder)]
-    command += [] if scheme == "fp32" else ["--quantize", scheme]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def build_genai(source: Path, scheme: str, folder: Path) -> None:
-    """Build with onnxruntime-genai's model builder: logits of the last token only, as ours."""
-    precision = {"fp32": "fp32", "w4": "int4"}[scheme]
-    extra = ["prune_lm_head=true"]
-    extra += ["int4_accuracy_level=4", "int4_block_size=32"] if scheme == "w4" else []
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
-    command += ["-o", str(folder), "-p", precision, "-e", "cpu", "-c", f"{folder}.cache"]
-    command += ["--extra_options", *extra]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-class Ours:
-    """An artifact run by llmopt's runner."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        import llmopt
-
-        self.runner = llmopt.load(folder, threads=threads)
-
-    def run(self, prompt: np.ndarray, decode: int) -> tuple[float, float]:
-        """Return seconds of the prefill, and seconds for each decoded token."""
-        from llmopt.runtime.steps import Sequences
-
-        sequences = Sequences(self.runner.session, 1, PREFILL + decode + 1)
-        start = time.perf_counter()
-        token = np.argmax(sequences.extend(prompt[None])[:, -1], axis=-1)
-        first = time.perf_counter()
-        for _ in range(decode):
-            token = np.argmax(sequences.extend(token[:, None])[:, -1], axis=-1)
-        return first - start, (time.perf_counter() - first) / decode
-
-
 class Bare:
     """The runner's own session and steps: bound buffers and nothing else."""
 
-    def __init__(self, ours: Ours) -> None:
+    def __init__(self, ours: peers.Llmopt) -> None:
         import onnxruntime as ort
 
         from llmopt.runtime.engines.onnxruntime import OnnxRuntimeSession
@@ -86,8 +48,8 @@ class Bare:
         self.session = session._session  # noqa: SLF001 - the same weights in memory
         self.ort = ort
 
-    def run(self, prompt: np.ndarray, decode: int) -> tuple[float, float]:
-        """Return seconds of the prefill, and seconds for each decoded token."""
+    def prefill_and_decode(self, prompt: peers.Tokens, decode: int) -> peers.Seconds:
+        """Return seconds until the first token, and for each after it."""
         value = self.ort.OrtValue.ortvalue_from_numpy
         binding = self.session.io_binding()
         kept = []
@@ -119,50 +81,6 @@ class Bare:
         return first - begin, (time.perf_counter() - first) / decode
 
 
-class Genai:
-    """onnxruntime-genai on its own builder's model."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime_genai as genai
-
-        file = folder / "genai_config.json"
-        config = json.loads(file.read_text())
-        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
-        file.write_text(json.dumps(config))
-        self.genai = genai
-        self.model = genai.Model(str(folder))
-
-    def run(self, prompt: np.ndarray, decode: int) -> tuple[float, float]:
-        """Return seconds of the prefill, and seconds for each decoded token."""
-        params = self.genai.GeneratorParams(self.model)
-        length = PREFILL + decode + 1
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = self.genai.Generator(self.model, params)
-        start = time.perf_counter()
-        generator.append_tokens(prompt.astype(np.int32))
-        generator.generate_next_token()  # chooses the first token; the next calls run a step each
-        first = time.perf_counter()
-        for _ in range(decode):
-            generator.generate_next_token()
-        return first - start, (time.perf_counter() - first) / decode
-
-
-def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """Return a bootstrap 95 % interval of the median of [processes, rounds]."""
-    rng = np.random.default_rng(0)
-    processes, rounds = ratios.shape
-    medians = []
-    for _ in range(4000):
-        chosen = ratios[rng.integers(0, processes, processes)]
-        medians.append(
-            np.median(
-                np.take_along_axis(chosen, rng.integers(0, rounds, (processes, rounds)), axis=1)
-            )
-        )
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def prepare(case: str, work: Path) -> None:
     """Make the checkpoint and both models, where they are not there yet."""
     name, scheme = case.split(":")
@@ -171,9 +89,9 @@ def prepare(case: str, work: Path) -> None:
     if not source.exists():
         MAKERS[name](source)
     if not ours.exists():
-        build_ours(source, scheme, ours)
+        peers.build_llmopt("cpu", scheme)(source, ours)
     if not (theirs / "genai_config.json").exists():
-        build_genai(source, scheme, theirs)
+        peers.build_genai({"fp32": "fp32", "w4": "int4"}[scheme])(source, theirs)
 
 
 def measure(case: str, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -181,13 +99,16 @@ def measure(case: str, chosen: argparse.Namespace) -> dict[str, Any]:
     name, scheme = case.split(":")
     work, threads, seed = chosen.work, chosen.threads, chosen.child
     folders = {"ours": work / f"{name}-{scheme}", "genai": work / f"{name}-{scheme}-genai"}
-    makers: dict[str, type[Ours | Genai]] = {"ours": Ours, "genai": Genai}
+    makers: dict[str, type[peers.Llmopt | peers.Genai]] = {
+        "ours": peers.Llmopt,
+        "genai": peers.Genai,
+    }
     loading = list(makers) if seed % 2 else list(makers)[::-1]
-    sides: dict[str, Ours | Genai | Bare] = {
+    sides: dict[str, peers.Decoder] = {
         side: makers[side](folders[side], threads) for side in loading
     }
     runner = sides["ours"]
-    assert isinstance(runner, Ours)
+    assert isinstance(runner, peers.Llmopt)
     sides["bare"] = Bare(runner)
     vocabulary = json.loads((work / name / "config.json").read_text())["vocab_size"]
     rng = np.random.default_rng(seed)
@@ -197,7 +118,7 @@ def measure(case: str, chosen: argparse.Namespace) -> dict[str, Any]:
         order = list(sides) if number % 2 else list(sides)[::-1]
         for side in order:
             time.sleep(0.15)  # idle threads of the other side stop spinning
-            found = sides[side].run(prompt, chosen.decode)
+            found = sides[side].prefill_and_decode(prompt, chosen.decode)
             if number >= 2:  # two rounds of warm-up
                 samples[side].append(found)
     return samples
@@ -224,9 +145,9 @@ def report(case: str, samples: dict[str, np.ndarray]) -> dict[str, Any]:
         tokens = PREFILL if metric == "prefill" else 1
         rates = {side: tokens / float(np.median(v[..., index])) for side, v in samples.items()}
         ratio = samples["genai"][..., index] / samples["ours"][..., index]
-        low, high = interval(ratio)
+        low, high = median_interval(ratio)
         overhead = samples["ours"][..., index] / samples["bare"][..., index] - 1
-        cost = interval(overhead)
+        cost = median_interval(overhead)
         result[metric] = {"tokens_per_s": rates, "ratio": float(np.median(ratio))}
         result[metric] |= {"ratio_95": [low, high], "overhead_95": list(cost)}
         print(

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import families
 import peers
 import shapes
+from intervals import median_interval
 
 PACKAGES: Final = (
     "openvino==2026.4.1",
@@ -94,7 +95,7 @@ def decoders(group: int) -> dict[str, Side]:
         "OpenVINO int4": Side(
             peers.build_openvino(group), peers.OpenVino, f"ov-int4-g{group}", foreign=True
         ),
-        "genai int4": Side(peers.build_genai, peers.Genai, "genai-int4"),
+        "genai int4": Side(peers.build_genai("int4"), peers.Genai, "genai-int4"),
     }
 
 
@@ -300,9 +301,7 @@ def ratio_of(
     logs = np.array(
         [np.log(np.median(theirs[i]) / np.median(ours[i])) for i in range(count)], np.float64
     )
-    rng = np.random.default_rng(0)
-    drawn = np.median(logs[rng.integers(0, count, (4000, count))], axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = median_interval(logs[:, None])
     return float(np.exp(np.median(logs))), float(np.exp(low)), float(np.exp(high))
 
 
