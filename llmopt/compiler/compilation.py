@@ -17,6 +17,7 @@ from llmopt.bundle.manifest import Manifest
 from llmopt.bundle.report import write_report
 from llmopt.bundle.writer import staged_folder
 from llmopt.compiler.artifact import Artifact, CompileOptions
+from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
@@ -27,7 +28,7 @@ from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantizers import quantizers
 from llmopt.passes.rounding import Rounding, rounding_of
-from llmopt.quantization.schemes import Scheme, parse_scheme
+from llmopt.quantization.schemes import Blockwise, Scheme, parse_scheme
 from llmopt.verification import Verification, verify
 
 
@@ -72,12 +73,15 @@ class Compilation:
     def prepare(
         cls, optimized: Optimized, backend: Backend, options: CompileOptions, clock: Clock
     ) -> Self:
-        """Let the backend choose what is left to it."""
+        """Let the backend choose what is left to it, and measure what its scheme asks for."""
         named = options.quantize or backend.default_scheme
         with clock(f"preparing {backend.name}"):
             settled, notes = backend.settled(optimized.source.program, named)
         scheme = None if named is None else settled.stored(parse_scheme(named))
         chosen = dataclasses.replace(options, quantize=named)
+        if isinstance(scheme, Blockwise) and scheme.searched:
+            with clock("measuring activations"):
+                measure_activations(optimized.source)
         return cls(optimized, settled, scheme, chosen, clock, notes)
 
     def run(self, place: Path) -> Artifact:

@@ -76,7 +76,8 @@ class _Loader:
                 path, _, leaf = name.rpartition(".")
                 owner = module.get_submodule(path)
                 held.append((owner, leaf, parameter))
-                setattr(owner, leaf, nn.Parameter(self._tensor(name), requires_grad=False))
+                made = nn.Parameter(self._tensor(name), requires_grad=False)
+                setattr(owner, leaf, _named(made, name))
         try:
             yield
         finally:
@@ -88,6 +89,30 @@ class _Loader:
         if self._transform is not None:
             array = self._transform(name, array)
         return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def name_of(tensor: Tensor) -> str | None:
+    """Return what a tensor is called while a reference runs, None if it is no parameter."""
+    name: str | None = vars(tensor).get("llmopt_name")
+    return name
+
+
+def _named(parameter: nn.Parameter, name: str) -> nn.Parameter:
+    vars(parameter)["llmopt_name"] = name
+    return parameter
+
+
+@contextlib.contextmanager
+def _naming(module: Callable[..., Any]) -> Iterator[None]:
+    """Let the parameters of a module have their names."""
+    named = list(module.named_parameters()) if isinstance(module, nn.Module) else []
+    for name, parameter in named:
+        _named(parameter, name)
+    try:
+        yield
+    finally:
+        for _, parameter in named:
+            del vars(parameter)["llmopt_name"]
 
 
 def _decode(
@@ -153,7 +178,12 @@ class ModuleReference:
         self, batches: Sequence[Arrays], transform: Transform | None = None
     ) -> Iterator[Arrays]:
         """Yield the outputs of each batch."""
-        with torch.inference_mode(), evaluating(self._module), self._changed(transform):
+        with (
+            torch.inference_mode(),
+            evaluating(self._module),
+            self._changed(transform),
+            _naming(self._module),
+        ):
             for batch in batches:
                 tensors = {name: torch.from_numpy(batch[name]) for name in self._inputs}
                 items = list(tensors.items())

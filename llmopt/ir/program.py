@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature, SourceRecord
@@ -41,6 +43,8 @@ class Facts:
         expected: How many of each fusible thing the source has, counted from its config or its
             module tree and never by a pass: ``{"attention": 30, "norm": 61, "rotary": 30}``.
         files: Tokenizer, chat and generation files to ship: name to content.
+        activations: For weights that were measured, how large what meets each column is: name to
+            mean squares [K] float32, > 0, of mean about 1.
     """
 
     task: str = "raw"
@@ -48,6 +52,7 @@ class Facts:
     source: SourceRecord = field(default_factory=SourceRecord)
     expected: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    activations: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict, compare=False)
 
     @property
     def max_length(self) -> int:

@@ -26,7 +26,7 @@ from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome
 from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.lazy import QuantizedWeight
-from llmopt.quantization.numerics import fake_quantize
+from llmopt.quantization.numerics import Importance, fake_quantize
 from llmopt.quantization.schemes import Blockwise
 
 Array = npt.NDArray[Any]
@@ -37,8 +37,9 @@ SHORTEST: Final = 16  # a row with fewer inputs is shorter than the smallest blo
 class QuantizeWeights(RoundingPass):
     """Round the weights of projections and of the token embedding to the nearest code.
 
-    Numerics: each weight moves by at most half a scale (symmetric: the one opposite to the
-    block's extreme by up to one); what that does to the outputs is measured, not bounded.
+    Numerics: each weight in the range of its block's codes moves by at most half a scale, one
+    beyond takes the code at the end; in 4 bits scales are those with the least error, weighted by
+    the activations that were measured. What that does to the outputs is measured, not bounded.
     Scope: MatMul with a matrix of weights; Gather of the token embedding.
     Leaves: other tables, vectors, and matrices with fewer than 16 inputs.
     Source: the layout of ONNX DequantizeLinear with ``block_size``, opset 21.
@@ -69,7 +70,8 @@ class QuantizeWeights(RoundingPass):
                 continue
             key = weights.identity(base)
             if key not in made:
-                made[key] = _dequantized(program.graph, value, base, scheme)
+                weight = QuantizedWeight(base, scheme, importance(program, base))
+                made[key] = _dequantized(program.graph, value, weight)
             rows = made[key]
             if g.is_op(node, "Gather"):
                 node.replace_input_with(0, rows)
@@ -85,16 +87,18 @@ class QuantizeWeights(RoundingPass):
     @override
     def rounding(self, program: Program, after: Rounding) -> Rounding:
         turned: dict[str, bool] = {}
+        matters: dict[str, Importance | None] = {}
         for _, _, base in candidates(program):
             if base.shape.numpy()[1] >= SHORTEST:
                 turned |= dict(leaf_turns(base, turned=False))
+                matters |= dict.fromkeys(sources(base), importance(program, base))
 
         def rounded(name: str, array: Array) -> Array:
             if name not in turned:
                 return after(name, array)
             # blocks lie along one row, so rounding a merged matrix is rounding its parts
             rows = np.ascontiguousarray(array.T if turned[name] else array)
-            values = fake_quantize(rows, self._scheme)
+            values = fake_quantize(rows, self._scheme, matters[name])
             return values.T if turned[name] else values
 
         return rounded
@@ -110,6 +114,21 @@ def leaf_turns(tensor: ir.TensorProtocol, *, turned: bool) -> Iterator[tuple[str
         yield tensor.source, turned
     for part in weights.parts_of(tensor):
         yield from leaf_turns(part, turned=turned ^ weights.is_transpose(tensor))
+
+
+def sources(tensor: ir.TensorProtocol) -> Iterator[str]:
+    """Yield the name of each source tensor."""
+    return (leaf.source for leaf in weights.leaves(tensor))
+
+
+def importance(program: Program, base: ir.TensorProtocol) -> Importance | None:
+    """Return how much each column of a weight [N, K] matters, None if nobody measured.
+
+    What was merged is met by the same activations: the first part speaks for all.
+    """
+    known = program.facts.activations
+    found = next((known[name] for name in sources(base) if name in known), None)
+    return found if found is not None and found.shape == (base.shape.numpy()[1],) else None
 
 
 def candidates(program: Program) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorProtocol]]:
@@ -128,11 +147,9 @@ def candidates(program: Program) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorP
             yield node, g.operand(node, 0), tensor
 
 
-def _dequantized(
-    graph: ir.Graph, value: ir.Value, base: ir.TensorProtocol, scheme: Blockwise
-) -> ir.Value:
-    """Return the value of ``base`` [N, K] read from codes."""
-    weight = QuantizedWeight(base, scheme)
+def _dequantized(graph: ir.Graph, value: ir.Value, weight: QuantizedWeight) -> ir.Value:
+    """Return the value of ``weight`` [N, K] read from codes."""
+    scheme = weight.scheme
     build = g.Builder(graph[0])
     stem = str(value.name).removesuffix(".transpose")
     operands = [

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llmopt.quantization.numerics import Importance
 from llmopt.quantization.packing import Packed, quantize_packed
 from llmopt.quantization.schemes import Blockwise
 
@@ -28,13 +29,17 @@ class QuantizedWeight:
     Args:
         base: The weight, rows are outputs.
         scheme: Bits, block and symmetry.
+        importance: [K] float32: how much each column matters; None for all the same.
     """
 
     _latest: QuantizedWeight | None = None  # only the weight being written is held in memory
 
-    def __init__(self, base: ir.TensorProtocol, scheme: Blockwise) -> None:
+    def __init__(
+        self, base: ir.TensorProtocol, scheme: Blockwise, importance: Importance | None = None
+    ) -> None:
         self.base = base
         self.scheme = scheme
+        self.importance = importance
         self.rows, self.columns = base.shape.numpy()
         self._packed: Packed | None = None
 
@@ -43,7 +48,7 @@ class QuantizedWeight:
         if self._packed is None:
             if QuantizedWeight._latest is not None:
                 QuantizedWeight._latest._packed = None  # noqa: SLF001 - one class
-            self._packed = quantize_packed(self.base.numpy(), self.scheme)
+            self._packed = quantize_packed(self.base.numpy(), self.scheme, self.importance)
             QuantizedWeight._latest = self
         return self._packed
 

@@ -31,7 +31,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmopt.quantization.numerics import Codes, Floats, Quantized, quantize_blockwise, row_chunks
+from llmopt.quantization.numerics import (
+    Codes,
+    Floats,
+    Importance,
+    Quantized,
+    quantize_blockwise,
+    row_chunks,
+)
 from llmopt.quantization.schemes import Blockwise
 
 
@@ -80,6 +87,7 @@ def empty(rows: int, columns: int, scheme: Blockwise, scale_dtype: type = np.flo
 def quantize_packed(
     weight: Floats,
     scheme: Blockwise,
+    importance: Importance | None = None,
     *,
     scale_dtype: type = np.float32,
     out: Packed | None = None,
@@ -89,6 +97,7 @@ def quantize_packed(
     Args:
         weight: [N, K] of any float type; a memory map is read chunk by chunk.
         scheme: Bits, block, symmetry.
+        importance: [K] float32, > 0: how much errors in a column matter; None for all the same.
         scale_dtype: ``np.float32`` or ``np.float16``; unused when ``out`` is given.
         out: Arrays to write into, as `empty` makes them.
 
@@ -103,8 +112,9 @@ def quantize_packed(
     if like.scheme != scheme or (len(like.data), like.columns) != weight.shape:
         raise ValueError(f"out is for {like.scheme}, not {scheme} of {weight.shape}")
     for part in row_chunks(rows, columns):
+        stored = like.scale.dtype.type
         codes = quantize_blockwise(
-            weight[part], scheme, scale_dtype=like.scale.dtype.type, first_row=part.start
+            weight[part], scheme, importance, scale_dtype=stored, first_row=part.start
         )
         _pack_into(codes, like.rows(part))
     return like

@@ -80,6 +80,11 @@ class Blockwise:
         """The zero point where none is stored."""
         return 1 << (self.bits - 1)
 
+    @property
+    def searched(self) -> bool:
+        """Whether scales are searched: in 8 bits nothing is gained."""
+        return self.symmetric and self.bits < 8
+
     def blocks(self, columns: int) -> int:
         """Return how many blocks a row of ``columns`` has."""
         return -(-columns // self.block)
