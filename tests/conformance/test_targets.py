@@ -2,7 +2,8 @@
 
 The cases and their tolerances are those of bench/conformance.py, which makes the table of
 docs/conformance.md. Here every family runs on the main targets in float32; a decoder and two
-encoders on every target with every scheme.
+encoders on every target with every scheme. They are compiled without llmopt's own proof, which
+every family passes in a test of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import conformance
 import pytest
 from conformance import Subject, UnusableError
-from families import MODELS, Model
+from families import DECODERS, ENCODERS, MODELS, Model
 
 import llmopt
 
@@ -59,6 +60,18 @@ def test_a_target_computes_what_the_source_computes(
 
     assert len(errors) == 3
     assert max(errors.values()) <= conformance.tolerance(MODELS[name], scheme), errors
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+def test_a_family_passes_the_proof_that_users_get(
+    subjects: dict[str, Subject], family: str, tmp_path: Path
+) -> None:
+    needed = ["attention=all", "norm=all"]
+
+    artifact = llmopt.compile(subjects[family].source, output=tmp_path / "out", require=needed)
+
+    assert artifact.manifest.verification["status"] == "passed"
+    assert artifact.manifest.verification["worst_error_rel"] <= conformance.TOLERANCES["fp32"]
 
 
 def test_targets_write_the_same_tokens(subjects: dict[str, Subject], tmp_path: Path) -> None:
