@@ -256,6 +256,9 @@ DECODING = {
     "gpt": replace(GPT, past=400, new=1, form=replace(GPT.form, left=150)),
     "odd": replace(ODD, new=1),
     "first": replace(SMOLLM, past=0, new=1, batch=1),
+    "half a head is no whole vectors": Step(
+        2, 9, 1, Attention(4, 2, 80, causal=True, cached=True), Turning(80, 80)
+    ),
 }
 
 

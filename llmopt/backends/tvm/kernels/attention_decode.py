@@ -34,7 +34,6 @@ from llmopt.backends.tvm.kernels.heads import turn
 from llmopt.backends.tvm.kernels.vectors import (
     Registers,
     across,
-    fitting,
     load,
     pair_sums,
     splat,
@@ -228,7 +227,8 @@ def _write(p: Joined, head: Any, first: Any, whole: Any) -> None:
 
 def attend(io: Places, new: Fresh, features: Features, batch: Any) -> None:
     """Compute all pieces and join them; the last one of a key head appends the new key."""
-    form, lanes = io.form, fitting(features, io.form.width)
+    form = io.form
+    lanes = new.lanes  # of stores: wider loads of queries in registers are miscompiled by LLVM 22
     group, ratio = form.kv_heads, form.ratio
     begin = variable(io.begin(0))
     pieces = variable(T.ceildiv(io.keys - begin, PIECE))
