@@ -61,7 +61,9 @@ class Tvm(Backend):
 
     @override
     def stored(self, scheme: Scheme) -> Scheme:
-        return dataclasses.replace(scheme, half=True) if isinstance(scheme, Blockwise) else scheme
+        if not isinstance(scheme, Blockwise):
+            return scheme
+        return dataclasses.replace(scheme, scale="float16")
 
     @override
     def check(self, program: Program) -> list[str]:

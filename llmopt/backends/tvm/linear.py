@@ -64,7 +64,7 @@ def _scheme(node: ir.Node) -> Any:
 
 def _kernel_scheme(weight: QuantizedWeight) -> Blockwise:
     """Return the scheme as far as kernels tell schemes apart."""
-    return dataclasses.replace(weight.scheme, positive=False, half=False)
+    return dataclasses.replace(weight.scheme, positive=False, scale="float32")
 
 
 def _weight(f: Function, node: ir.Node, packing: kernels.Packing) -> dict[str, Any]:
