@@ -226,14 +226,14 @@ def gelu_tanh(x: Array) -> Array:
 
 @pytest.mark.parametrize(("step", "function"), [("gelu", gelu), ("gelu_tanh", gelu_tanh)])
 @pytest.mark.parametrize("name", ["avx512vnni", "avx2"])
-def test_activations_are_within_a_millionth(
+def test_activations_are_within_some_millionths(
     name: str, step: str, function: Callable[[Array], Array]
 ) -> None:
     x = np.concatenate([np.linspace(-8, 8, 640), [0, 1e-20, -90, 90, 1e4, -1e4]])
     x = np.resize(x, (40, 17)).astype(np.float32)
     wanted = Linear(17, 17, None, "many", (step,), PROCESSORS[name][1])
     found = Product(wanted, name, np.eye(17, dtype=np.float32))(x)
-    np.testing.assert_allclose(found, function(x.astype(np.float64)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found, function(x.astype(np.float64)), rtol=1e-6, atol=1.5e-6)
 
 
 @pytest.mark.parametrize("scheme", [None, Blockwise(4, 32)], ids=str)
