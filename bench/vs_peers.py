@@ -1,7 +1,7 @@
 """TVM artifacts against llama.cpp, OpenVINO and onnxruntime-genai, beside the machine's limits.
 
     python bench/vs_peers.py --install --work DIR
-    python bench/vs_peers.py --work DIR [--blocks 4] [--json FILE] [--side S]... CASE ...
+    python bench/vs_peers.py --work DIR [--blocks 4] [--json FILE] [--side S]... [--avx2] CASE ...
 
 A case is ``smollm2``, ``llama-1.2b``, ``minilm`` or ``bert-base`` (1.2 B and base: random);
 ``--install`` makes an environment in DIR with the other tools, llama.cpp compiled for this very
@@ -56,6 +56,10 @@ NEEDED: Final = (
     "jsonschema",
     "psutil",
 )
+TOOLS: Final = "venv"
+TOOLS_AVX2: Final = "venv-avx2"
+"""Environments in the work folder: the other tools, and llama.cpp compiled for AVX2 and no more."""
+AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF"
 PREFILLS: Final = (128, 512)
 DECODE: Final = 64
 BATCHES: Final = (1, 8)
@@ -72,13 +76,13 @@ class Side:
         build: Makes what it runs from a checkpoint.
         run: Opens that.
         file: What its model is called in the work folder, after the case; empty for the checkpoint.
-        foreign: Whether it lives in the environment of the other tools.
+        foreign: The environment that it lives in, empty for the project's own.
     """
 
     build: Callable[[Path, Path], None] | None
     run: Callable[[Path, int], Any]
     file: str
-    foreign: bool = False
+    foreign: str = ""
 
 
 def llmopt(target: str, scheme: str) -> Side:
@@ -91,11 +95,21 @@ def decoders(group: int) -> dict[str, Side]:
     return {
         "tvm-cpu w4": llmopt("tvm-cpu", "w4"),
         "onnxruntime-cpu w4": llmopt("onnxruntime-cpu", "w4"),
-        "llama.cpp Q4_0": Side(peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=True),
+        "llama.cpp Q4_0": Side(peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=TOOLS),
         "OpenVINO int4": Side(
-            peers.build_openvino(group), peers.OpenVino, f"ov-int4-g{group}", foreign=True
+            peers.build_openvino(group), peers.OpenVino, f"ov-int4-g{group}", foreign=TOOLS
         ),
         "genai int4": Side(peers.build_genai("int4"), peers.Genai, "genai-int4"),
+    }
+
+
+def avx2_decoders() -> dict[str, Side]:
+    """Return the sides of a decoder where there are no vectors of 512 bits, and no VNNI."""
+    return {
+        "tvm-cpu w4 avx2": llmopt("tvm-cpu{mcpu=haswell}", "w4"),
+        "llama.cpp Q4_0 avx2": Side(
+            peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=TOOLS_AVX2
+        ),
     }
 
 
@@ -105,21 +119,21 @@ def encoders() -> dict[str, Side]:
         "tvm-cpu w8a8-dynamic": llmopt("tvm-cpu", "w8a8-dynamic"),
         "onnxruntime-cpu w8a8-dynamic": llmopt("onnxruntime-cpu", "w8a8-dynamic"),
         "OpenVINO int8": Side(
-            peers.build_openvino_encoder("int8"), peers.OpenVinoEncoder, "ov-i8", foreign=True
+            peers.build_openvino_encoder("int8"), peers.OpenVinoEncoder, "ov-i8", foreign=TOOLS
         ),
         "OpenVINO bf16": Side(
-            peers.build_openvino_encoder("fp32"), peers.OpenVinoHalf, "ov", foreign=True
+            peers.build_openvino_encoder("fp32"), peers.OpenVinoHalf, "ov", foreign=TOOLS
         ),
         "OpenVINO fp32": Side(
-            peers.build_openvino_encoder("fp32"), peers.OpenVinoEncoder, "ov", foreign=True
+            peers.build_openvino_encoder("fp32"), peers.OpenVinoEncoder, "ov", foreign=TOOLS
         ),
         "torch fp32": Side(None, peers.Torch, ""),
     }
 
 
 CASES: Final[Mapping[str, tuple[Callable[[Path], None], Mapping[str, Side]]]] = {
-    "smollm2": (shapes.smollm2, decoders(64)),
-    "llama-1.2b": (shapes.llama, decoders(128)),
+    "smollm2": (shapes.smollm2, decoders(64) | avx2_decoders()),
+    "llama-1.2b": (shapes.llama, decoders(128) | avx2_decoders()),
     "minilm": (families.write_minilm, encoders()),
     "bert-base": (partial(peers.write_bert, BERT), encoders()),
 }
@@ -194,34 +208,65 @@ def read_bytes_per_s(threads: int) -> float:
 
 
 def int8_per_s(threads: int) -> float:
-    """Return this machine's int8 multiply-adds per second, as its features say.
+    """Return this machine's int8 multiply-adds per second.
 
-    64 (AVX-512 VNNI) or 32 (AVX2) a cycle and unit, two units, at the clock that the kernel tells.
+    Measured, with a loop of nothing but its best instruction; of AMX it is 1024 a cycle at the
+    clock that the kernel tells.
     """
     info = Path("/proc/cpuinfo").read_text()
-    clock = max(float(x.split(":")[1]) for x in info.splitlines() if x.startswith("cpu MHz")) * 1e6
-    each = 1024 if "amx_int8" in info else 128 if "avx512_vnni" in info else 64
-    return threads * clock * each
+    if "amx_int8" in info:
+        lines = info.splitlines()
+        return threads * 1024e6 * max(float(x[11:]) for x in lines if x.startswith("cpu MHz\t\t:"))
+    os.environ["TVM_NUM_THREADS"] = str(threads)  # else it leaves every second core alone
+    import tvm_linear
+
+    run, operations = tvm_linear.multiplying(
+        tvm_linear.Bench(threads, 1, "host"), threads, integers=True
+    )
+    best = float("inf")
+    for _ in range(200):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return operations / 2 / best
 
 
-def work_of(source: Path) -> float:
-    """Return the multiply-adds of one token: the elements of all matrices, the head's included."""
+@dataclass(frozen=True)
+class Work:
+    """Elements of a model's matrices: multiply-adds of a token.
+
+    Args:
+        body: Of the layers, for every token.
+        head: Of the head, for the last token of a prompt and for each decoded one.
+    """
+
+    body: int
+    head: int
+
+
+def work_of(source: Path) -> Work:
+    """Return the work of a checkpoint; tables that are only looked up are none."""
     from safetensors import safe_open
 
-    total = 0
+    body = head = 0
     with safe_open(source / "model.safetensors", "np") as file:
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
             shape = file.get_slice(name).get_shape()
-            matrix = len(shape) == 2 and "position" not in name and "type" not in name
-            total += int(np.prod(shape)) if matrix else 0
-    return total
+            if len(shape) != 2 or "embeddings." in name:
+                continue
+            if "embed_tokens" in name:  # tied
+                head += int(np.prod(shape))
+            else:
+                body += int(np.prod(shape))
+    return Work(body, head)
 
 
-def roofline(workload: str, rate: float, work: float, machine: Mapping[str, float]) -> float:
+def roofline(workload: str, rate: float, work: Work, machine: Mapping[str, float]) -> float:
     """Return which fraction of the machine's limit a rate in tokens per second comes to."""
     if workload == "decode":
-        return rate * work * 4.5 / 8 / machine["read_bytes_per_s"]  # 4 bits, 16 of scale for 32
-    return rate * work / machine["int8_per_s"]
+        weights = work.body + work.head
+        return rate * weights * 4.5 / 8 / machine["read_bytes_per_s"]  # 16 bits of scale for 32
+    return rate * (work.body + work.head / tokens_of(workload)) / machine["int8_per_s"]
 
 
 # --- all of them --------------------------------------------------------------------------------
@@ -235,7 +280,7 @@ def prepare(case: str, chosen: argparse.Namespace) -> dict[str, Side]:
         make(source)
     ready = {}
     for name, side in sides.items():
-        if chosen.side and name not in chosen.side:
+        if (chosen.side and name not in chosen.side) or chosen.avx2 != name.endswith("avx2"):
             continue
         place = chosen.work / f"{case}-{side.file}"
         if side.build is not None and not place.exists():
@@ -250,7 +295,7 @@ def prepare(case: str, chosen: argparse.Namespace) -> dict[str, Side]:
 
 def interpreter(side: Side, work: Path) -> str:
     """Return the Python that has what a side needs."""
-    return str(work / "venv" / "bin" / "python") if side.foreign else sys.executable
+    return str(work / side.foreign / "bin" / "python") if side.foreign else sys.executable
 
 
 def compare(case: str, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -272,7 +317,7 @@ def compare(case: str, chosen: argparse.Namespace) -> dict[str, Any]:
     return {"case": case, "samples": {name: s for name, s in found.items() if s}}
 
 
-def report(result: dict[str, Any], work: float, machine: Mapping[str, float]) -> None:
+def report(result: dict[str, Any], work: Work, machine: Mapping[str, float]) -> None:
     """Print the rates, the ratios of ours to each side and the fractions of the roofline."""
     samples = result["samples"]
     ours = next(iter(samples))
@@ -306,16 +351,22 @@ def ratio_of(
 
 
 def install(work: Path) -> None:
-    """Make the environment of the other tools, which sees the project's own packages too."""
-    place = work / "venv"
+    """Make the environments of the other tools, which see the project's own packages too."""
+    pip = environment(work / TOOLS)
+    native = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+    subprocess.run([*pip, *PACKAGES, *NEEDED], check=True)
+    subprocess.run([*pip, "--no-deps", *UNBOUND], check=True, env=native)
+    pip = [*environment(work / TOOLS_AVX2), "--no-deps", "--no-cache-dir"]  # else the native one
+    subprocess.run([*pip, UNBOUND[-1]], check=True, env={**os.environ, "CMAKE_ARGS": AVX2})
+
+
+def environment(place: Path) -> list[str]:
+    """Make an environment and return the command that installs into it."""
     venv.create(place, with_pip=True)
     (folder,) = place.glob("lib/python*/site-packages")
     here = [path for path in sys.path if path.endswith("site-packages")]
     (folder / "project.pth").write_text("".join(f"{path}\n" for path in here))
-    pip = ["nice", "-n", "19", str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    native = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
-    subprocess.run([*pip, *PACKAGES, *NEEDED], check=True)
-    subprocess.run([*pip, "--no-deps", *UNBOUND], check=True, env=native)
+    return ["nice", "-n", "19", str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
 
 
 def arguments() -> argparse.Namespace:
@@ -325,6 +376,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="keeps models between runs")
     parser.add_argument("--install", action="store_true", help="make the environment of the peers")
     parser.add_argument("--side", action="append", help="only these; all if not given")
+    parser.add_argument("--avx2", action="store_true", help="code for AVX2 alone, on both sides")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path)
