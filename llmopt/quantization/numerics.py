@@ -7,12 +7,14 @@ largest value is then inside the range whatever the type. In 4 bits and fewer, s
 one is searched from there (`scale_search`).
 
 Work goes by chunks of rows that stay in a core's cache, so no temporary exceeds a few MB: a
-weight of 128256 x 2048 takes about a second on one core in 8 bits, packed or not.
+weight of 128256 x 2048 takes about a second on one core in 8 bits, three in 4, packed or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -166,12 +168,27 @@ def fake_quantize(
     ``out`` may be ``weight`` itself.
     """
     values = np.empty(weight.shape, np.float32) if out is None else out
-    for part in row_chunks(*weight.shape):
+
+    def work(part: slice) -> None:
         codes = quantize_blockwise(
             weight[part], scheme, importance, scale_dtype=scale_dtype, first_row=part.start
         )
         values[part] = dequantize(codes)
+
+    each_chunk(work, *weight.shape)
     return values
+
+
+def each_chunk(work: Callable[[slice], None], rows: int, columns: int) -> None:
+    """Call ``work`` with every slice of `row_chunks`, on as many threads as there are cores.
+
+    numpy lets threads compute side by side. The error that is raised is the first chunk's.
+    """
+    parts = list(row_chunks(rows, columns))
+    threads = min(len(parts) or 1, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, parts):
+            pass
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:

@@ -36,6 +36,7 @@ from llmopt.quantization.numerics import (
     Floats,
     Importance,
     Quantized,
+    each_chunk,
     quantize_blockwise,
     row_chunks,
 )
@@ -111,12 +112,15 @@ def quantize_packed(
     like = empty(rows, columns, scheme, scale_dtype) if out is None else out
     if like.scheme != scheme or (len(like.data), like.columns) != weight.shape:
         raise ValueError(f"out is for {like.scheme}, not {scheme} of {weight.shape}")
-    for part in row_chunks(rows, columns):
-        stored = like.scale.dtype.type
+    stored = like.scale.dtype.type
+
+    def work(part: slice) -> None:
         codes = quantize_blockwise(
             weight[part], scheme, importance, scale_dtype=stored, first_row=part.start
         )
         _pack_into(codes, like.rows(part))
+
+    each_chunk(work, rows, columns)
     return like
 
 

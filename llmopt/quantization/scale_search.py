@@ -34,7 +34,6 @@ TRIALS: Final = (17 / 16, 15 / 16, 7 / 8)
 """How much of the range of codes a trial lets the extreme take: 7/8 is code 7 of 8; beyond 1 it
 saturates. On normal values these leave 1.3 % more error than 34 trials do, of which scales of the
 other sign save 0.2 %."""
-_PART: Final = 1 << 15  # elements: five arrays of 128 KB, about a core's L2
 _CERTAIN: Final = 1e-5  # relative: errors in float32 are no more certain
 
 
@@ -54,17 +53,7 @@ def search_scales(
         scheme: Symmetric.
         importance: [n, block] float32, > 0: how much each column matters; None for all the same.
     """
-    found = near.copy()
-    step = _PART // scheme.block
-    for start in range(0, len(values), step):
-        part = slice(start, start + step)
-        weighed = None if importance is None else importance[part]
-        blocks = _Blocks(values[part], near[part].astype(np.float32), scheme, weighed)
-        found[part] = _best(blocks, near[part])
-    return found
-
-
-def _best(blocks: _Blocks, near: Scales) -> Scales:
+    blocks = _Blocks(values, near.astype(np.float32), scheme, importance)
     saved, ratio = blocks.fit(np.float32(1))
     for trial in TRIALS:
         more, fitting = blocks.fit(np.float32(trial))
@@ -79,7 +68,7 @@ def _best(blocks: _Blocks, near: Scales) -> Scales:
 
 
 class _Blocks:
-    """A few blocks in units of their usual scales, and memory to work in.
+    """Blocks in units of their usual scales, and memory to work in.
 
     Args:
         values: [n, block] float32.

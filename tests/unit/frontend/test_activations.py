@@ -14,6 +14,7 @@ from llmopt.frontend.activations import LEAST, mean_squares
 from llmopt.frontend.reference import Arrays, ModuleReference
 from llmopt.frontend.source import Source, SourceOptions, open_source
 from llmopt.ir import weights
+from llmopt.ir.feeds import Case
 from llmopt.passes.pipeline import Pipeline
 from llmopt.passes.quantize_weights import QuantizeWeights, candidates, importance, sources
 from llmopt.quantization.lazy import QuantizedPart
@@ -93,7 +94,7 @@ def test_what_is_known_is_not_measured_again(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = source.program.facts.activations
-    monkeypatch.setattr(calibration, "SEEDS", (3,))
+    monkeypatch.setattr(calibration, "CASE", Case(1, 5, seed=3))
     measure_activations(source)
     assert source.program.facts.activations is known
 
