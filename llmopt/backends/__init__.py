@@ -20,6 +20,7 @@ BACKENDS: Final[Mapping[str, str]] = {
     "tensorrt-rtx": "llmopt.backends.tensorrt:TensorRtRtx",
     "tvm-arm64": "llmopt.backends.tvm:TvmArm64",
     "tvm-cpu": "llmopt.backends.tvm:TvmCpu",
+    "tvm-cuda": "llmopt.backends.tvm.cuda:TvmCuda",
 }
 ALIASES: Final[Mapping[str, str]] = {
     "cpu": "onnxruntime-cpu",

@@ -31,6 +31,7 @@ ENGINES: Final[Mapping[str, str]] = {
     "tensorrt-rtx": "llmopt.runtime.engines.tensorrt:TensorRtSession",
     "tvm-arm64": "llmopt.runtime.engines.tvm:TvmSession",
     "tvm-cpu": "llmopt.runtime.engines.tvm:TvmSession",
+    "tvm-cuda": "llmopt.runtime.engines.tvm_cuda:TvmCudaSession",
 }
 """What opens an artifact, by the name of its target."""
 

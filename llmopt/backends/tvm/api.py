@@ -124,8 +124,8 @@ def call(
     return relax().call_tir_inplace(name, list(arguments), aliases, list(kinds))
 
 
-def compiled(module: Any, options: dict[str, object]) -> Any:
-    """Return a module of Relax compiled for a target, not linked yet.
+def fused(module: Any, options: dict[str, object]) -> Any:
+    """Return a module of Relax with kernels for a target, each scheduled if it is a GPU.
 
     Element-wise operators are fused; functions that nothing distinguishes are compiled once.
     """
@@ -138,6 +138,28 @@ def compiled(module: Any, options: dict[str, object]) -> Any:
         t.FuseOps(),
         t.FuseTIR(),
         t.DeadCodeElimination(),
+    ]
+    found = _run(passes, module, options)
+    return _scheduled(found, options) if options["kind"] == "cuda" else found
+
+
+def _scheduled(module: Any, options: dict[str, object]) -> Any:
+    """Return a module whose kernels have threads and blocks of a GPU.
+
+    Of one without matrix units: dlight's rule for those brings TVM 0.27 down, whatever the sizes.
+    """
+    from tvm.s_tir import dlight
+
+    gpu = dlight.gpu
+    rules = (gpu.Matmul, gpu.GEMV, gpu.Reduction, gpu.GeneralReduction, gpu.Fallback)
+    plain = {**options, "arch": "sm_60"}
+    return _run([dlight.ApplyDefaultSchedule(*(rule() for rule in rules))], module, plain)
+
+
+def compiled(module: Any, options: dict[str, object]) -> Any:
+    """Return a module of Relax compiled for a target, not linked yet."""
+    t = relax().transform
+    passes = [
         t.RewriteDataflowReshape(),
         t.ToNonDataflow(),
         t.RemovePurityChecking(),
@@ -150,7 +172,53 @@ def compiled(module: Any, options: dict[str, object]) -> Any:
         t.VMShapeLower(),
         t.AttachGlobalSymbol(),
     ]
+    lowered = _run(passes, fused(module, options), options)
     chosen = target(options)
     with chosen, tvm().transform.PassContext(opt_level=3):
-        lowered = tvm().transform.Sequential(passes)(module)
         return relax().build(lowered, target=chosen, relax_pipeline=None)
+
+
+def _run(passes: Sequence[Any], module: Any, options: dict[str, object]) -> Any:
+    with target(options), tvm().transform.PassContext(opt_level=3):
+        return tvm().transform.Sequential(list(passes))(module)
+
+
+def kernels(module: Any) -> dict[str, str]:
+    """Return the kernels of a module by name, as text."""
+    kind = tirx().PrimFunc
+    found = module.functions_items()
+    return {str(name.name_hint): f.script() for name, f in found if isinstance(f, kind)}
+
+
+def device_source(executable: Any) -> str:
+    """Return the CUDA source of what was compiled; empty if there is no kernel."""
+    waiting = [executable.mod]
+    while waiting:
+        module = waiting.pop()
+        if module.kind == "cuda":
+            return str(module.inspect_source())
+        waiting.extend(module.imports)
+    return ""
+
+
+def cuda_binary(source: str, compiler: str, options: dict[str, object]) -> bytes:
+    """Return CUDA source compiled for an architecture, and for those that come after it.
+
+    Args:
+        source: All kernels.
+        compiler: ``"nvcc"`` or ``"nvrtc"``.
+        options: The target.
+
+    Raises:
+        RuntimeError: It does not compile; the compiler says why.
+    """
+    from tvm.support import nvcc
+
+    number = str(options["arch"]).removeprefix("sm_")
+    with target(options):
+        if compiler == "nvcc":
+            both = f"arch=compute_{number},code=[sm_{number},compute_{number}]"
+            found = nvcc.compile_cuda(source, "fatbin", ["-gencode", both], compiler=compiler)
+        else:
+            found = nvcc.compile_cuda(source, "ptx", f"compute_{number}", compiler=compiler)
+    return bytes(found)

@@ -30,10 +30,10 @@ def build(module: Any, processor: Processor, library: Path) -> None:
         raise BackendUnavailableError("tvm", LINKER)
     executable = api.compiled(module, processor.target)
 
-    executable.export_library(str(library), fcompile=_link)
+    executable.export_library(str(library), fcompile=link)
 
 
-def _link(output: str, objects: Sequence[str], **_: Any) -> None:
+def link(output: str, objects: Sequence[str], **_: Any) -> None:
     """Join object files into a shared library for their machine, with no debug symbols.
 
     What they call of the C library is found when the library is opened: no library of the target

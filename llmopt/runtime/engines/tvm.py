@@ -101,8 +101,8 @@ class Library:
 
     def _opened(self, entry: Path) -> Any:
         try:
-            with _alias(entry) as alias:
-                machine = self._ffi.load_module(str(alias))["vm_load_executable"]()
+            with another_path(entry) as path:
+                machine = self._ffi.load_module(str(path))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
         except (*_FAILURES, OSError) as error:
             raise ArtifactError(entry, f"tvm cannot open it: {_last_line(error)}") from error
@@ -110,7 +110,7 @@ class Library:
 
 
 @contextlib.contextmanager
-def _alias(library: Path) -> Iterator[Path]:
+def another_path(library: Path) -> Iterator[Path]:
     """Yield another path of ``library`` that no library was opened by before.
 
     The dynamic linker gives back what it once opened by a path, whatever lies there now; by a new
