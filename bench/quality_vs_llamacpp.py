@@ -115,7 +115,7 @@ def compare(case: str, chosen: argparse.Namespace, scratch: Path) -> list[dict[s
     import llmopt
     from llmopt.quantization.evaluation import QualityMeter
 
-    names = argparse.Namespace(work=chosen.work, side=[PEER])
+    names = argparse.Namespace(work=chosen.work, side=[PEER], avx2=False)
     ready = vs_peers.prepare(case, names)
     source = chosen.work / case
     rows = windows(source, chosen.windows)
