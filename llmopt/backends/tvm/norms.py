@@ -67,5 +67,5 @@ def rotary(f: Function, node: ir.Node) -> Sequence[Any]:
     turning = Turning(width // heads, 2 * shape_of(cos)[-1])
     operands = {"x": f.rows(x), "cos": cos, "sin": sin, "position_ids": positions}
     shape = (shape_of(operands["x"]), "float32")
-    (y,) = f.call(f.module.made(rotary_kernel, turning, heads, 0, f.features), operands, [shape])
+    (y,) = f.call(f.module.made(rotary_kernel, turning, heads, f.features), operands, [shape])
     return [f.unrows(y, [batch, tokens])]

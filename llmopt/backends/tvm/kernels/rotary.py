@@ -13,28 +13,26 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.heads import Head, Turning, lanes_for, turn
 from llmopt.backends.tvm.kernels.kernel import Kernel
-from llmopt.backends.tvm.kernels.vectors import load, store
 
 
-def rotary(turning: Turning, heads: int, passed: int, features: Features) -> Kernel:
-    """Return the rotation of packed rows.
+def rotary(turning: Turning, heads: int, features: Features) -> Kernel:
+    """Return the rotation of rows of heads.
 
-    Inputs are ``x [M, (heads + passed)·D]``, ``cos, sin [positions, rotary/2]`` and
+    Inputs are ``x [M, heads·D]``, ``cos, sin [positions, rotary/2]`` and
     ``position_ids [B, S] int64``, M = B·S; the output is ``y`` of the shape of ``x``.
 
     Args:
         turning: Width, and how much of it is rotated; its norm is not applied.
-        heads: How many heads are rotated, the first ones of a row: H + G of packed Q, K and V.
-        passed: How many after those are copied.
+        heads: How many heads are in a row.
         features: Of the processor.
     """
     plain = Turning(turning.width, turning.rotary)
-    name = f"rotary_h{heads}_p{passed}_d{turning.width}_{plain.label}_{features.label}"
-    function = _rotary(plain, heads, passed, lanes_for(plain, features))
+    name = f"rotary_h{heads}_d{turning.width}_{plain.label}_{features.label}"
+    function = _rotary(plain, heads, lanes_for(plain, features))
     return Kernel(name, function, ("x", "cos", "sin", "position_ids"), ("y",))
 
 
-def _rotary(turning: Turning, heads: int, passed: int, lanes: int) -> Any:
+def _rotary(turning: Turning, heads: int, lanes: int) -> Any:
     width, half = turning.width, turning.rotary // 2
 
     @T.prim_func(s_tir=True)
@@ -43,19 +41,16 @@ def _rotary(turning: Turning, heads: int, passed: int, lanes: int) -> Any:
     ) -> None:
         T.func_attr({"tirx.noalias": True})
         rows, batch, length, angles = T.int64(), T.int64(), T.int64(), T.int64()
-        given = T.match_buffer(x, (rows, (heads + passed) * width), "float32")
+        given = T.match_buffer(x, (rows, heads * width), "float32")
         cosines = T.match_buffer(cos, (angles, half), "float32")
         sines = T.match_buffer(sin, (angles, half), "float32")
         positions = T.match_buffer(position_ids, (batch, length), "int64")
-        out = T.match_buffer(y, (rows, (heads + passed) * width), "float32")
+        out = T.match_buffer(y, (rows, heads * width), "float32")
         for m in T.parallel(rows):
             position = positions[m // length, m % length]
             for h in T.serial(heads):
                 place = T.meta_var((m, h * width))
                 tables = T.meta_var((cosines, sines, position))
                 turn(Head(turning, lanes, (given, place), (out, place), tables, None, 1.0))
-            for j in T.serial(passed * width // lanes):
-                kept = T.meta_var((m, heads * width))
-                store((out, kept), j * lanes, load(given, kept, j * lanes, lanes))
 
     return rotary
