@@ -19,8 +19,8 @@ from tiny_decoder import TEXT, VOCABULARY, tiny_decoder
 
 import llmopt
 from llmopt.backends import find_backend
-from llmopt.backends.base import Demand
-from llmopt.backends.tvm import api, cuda_build
+from llmopt.backends.base import TOLERANCE, Availability, Demand
+from llmopt.backends.tvm import api, cuda, cuda_build
 from llmopt.backends.tvm.cuda import TvmCuda, Unscheduled
 from llmopt.backends.tvm.cuda_module import CudaModule
 from llmopt.backends.tvm.entries import Bounds
@@ -207,6 +207,45 @@ def test_every_form_of_attention_is_written(name: str, tmp_path: Path) -> None:
     assert error_rel(found["logits"], wanted["logits"], real) <= 1e-5
 
 
+def test_sizes_additive_masks_and_partial_rotation_are_written(tmp_path: Path) -> None:
+    made = program(
+        """main (float[B,S,32] x, float[B,S,4] cos, float[B,S,4] sin, float[S,S] shown)
+        => (float[B,S,32] y, float[2] size, float[1] tokens, int64[B,S] places)
+        <int64 zero = {0}, int64 one = {1}, int64[1] first = {1}, int64[1] end = {2}>
+        { t = RotaryEmbedding <num_heads = 2, rotary_embedding_dim = 8> (x, cos, sin)
+          y = Attention <q_num_heads = 2, kv_num_heads = 2> (t, t, x, shown)
+          both = Shape <end = 2> (x)
+          size = Cast <to = 1> (both)
+          second = Slice (both, first, end)
+          tokens = Cast <to = 1> (second)
+          count = Gather (both, one)
+          row = Range (zero, count, one)
+          places = Expand (row, both) }"""
+    )
+    rng = np.random.default_rng(9)
+    shapes = {"x": (2, 5, 32), "cos": (2, 5, 4), "sin": (2, 5, 4)}
+    given = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    given["shown"] = np.where(np.tri(5) > 0, 0, -np.inf).astype(np.float32)
+
+    found, wanted = written(made, tmp_path).run(given), Evaluator(made.model).run(given)
+
+    assert found["size"].tolist() == [2.0, 5.0]
+    assert found["tokens"].tolist() == [5.0]
+    assert np.array_equal(found["places"], wanted["places"])
+    assert error_rel(found["y"], wanted["y"]) <= 1e-5
+
+
+def test_a_decoder_that_takes_no_mask_counts_its_tokens(tmp_path: Path) -> None:
+    text = TEXT.replace(" int64[B,T] attention_mask,", "").replace("v, real, past", "v, , past")
+    text = text.replace("   real2 = Cast <to = 9> (attention_mask)\n", "")
+    made = tiny_decoder(text=text.replace("   [padding_mask] real = Unsqueeze (real2, i12)\n", ""))
+    given = inputs(made, Case(2, 5, 4), VOCABULARY)
+
+    found, wanted = written(made, tmp_path).run(given), Evaluator(made.model).run(given)
+
+    assert error_rel(found["logits"], wanted["logits"]) <= 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_tiny_models_of_families_are_scheduled_and_right(family: str, tmp_path: Path) -> None:
@@ -290,11 +329,33 @@ def test_operators_without_a_rule_are_listed_together() -> None:
     { [heads] y = Attention (q, q, q)\n [odd] z = Relu (x) }"""
     )
     list(made.graph)[1].op_type = "NoSuchOperator"
+    turned = program(
+        """main (float[B,S,8] x, float[9,2] c, int64[B,S] p) => (float[B,S,8] y)
+    { [odd] y = RotaryEmbedding <num_heads = 2, interleaved = 1> (x, c, c, p) }"""
+    )
 
     assert TvmCuda().check(made) == [
         "Attention ('heads') reads heads of their own axis",
         "no kernel for NoSuchOperator ('odd')",
     ]
+    assert TvmCuda().check(turned) == ["RotaryEmbedding ('odd') is interleaved"]
+
+
+def test_what_was_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_build, "compiler", lambda: "nvcc")
+    monkeypatch.setattr(tvm_cuda, "lacking", lambda: "a GPU")
+    here = TvmCuda()
+    assert here.stand_in() == Unscheduled()
+    assert here.proven_by.endswith("no kernel was run")
+    assert here.available() == Availability(runs="a GPU")
+    assert here.settled(decoder(), None) == (here, ())
+    assert (here.tolerance("fp16"), here.tolerance(None)) == (2e-2, TOLERANCE)
+
+    monkeypatch.setattr(tvm_cuda, "lacking", lambda: "")
+    assert here.stand_in() is None
+    assert here.proven_by == ""
+    monkeypatch.setattr(cuda, "find_spec", lambda _: None)
+    assert "llmopt[cpu]" in here.available().builds
 
 
 def test_an_architecture_is_one_of_nvidias() -> None:
