@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ _TARGET: Final = "tvm-cuda"
 _DRIVER: Final = "libcuda.so.1"
 _INSTALL: Final = "pip install 'llmopt[runtime-tvm]'"
 _COMPILE: Final = "tvm_callback_cuda_compile"  # what TVM calls for kernels that it has no code of
+_COMPILER: Final = "tvm.support.nvcc"  # registers TVM's own
 _PASTS: Final = ("past_key", "past_value")
 _FAILURES: Final = (RuntimeError, ValueError, TypeError, AttributeError, OSError)
 
@@ -264,6 +266,7 @@ def _register(source: str, kernels: Path) -> None:
         raise ArtifactError(kernels, f"cannot be read ({_last_line(error)})") from error
     known = _known_kernels()
     if not known:
+        importlib.import_module(_COMPILER)  # before ours: what is registered twice is refused
         otherwise = get_global_func(_COMPILE, allow_missing=True)
 
         def compiled(code: str) -> Any:
