@@ -50,6 +50,7 @@ class QuantizeWeights(RoundingPass):
         symmetric: Whether the zero point is the middle code.
         positive: Whether scales are positive.
         scale: Type of the scales: float32, float16 or bfloat16.
+        head: Bits of the head and of the embedding tied to it; 0 for as many as the others.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -58,11 +59,12 @@ class QuantizeWeights(RoundingPass):
     symmetric: bool = True
     positive: bool = False
     scale: str = "float32"
+    head: int = 0
 
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
-        scheme = self._scheme
+        heads = _heads(program)
         made: dict[object, ir.Value] = {}
         for node, value, base in list(candidates(program)):
             if base.shape.numpy()[1] < SHORTEST:
@@ -70,6 +72,7 @@ class QuantizeWeights(RoundingPass):
                 continue
             key = weights.identity(base)
             if key not in made:
+                scheme = self._scheme.of(head=key in heads)
                 weight = QuantizedWeight(base, scheme, importance(program, base))
                 made[key] = _dequantized(program.graph, value, weight)
             rows = made[key]
@@ -87,25 +90,29 @@ class QuantizeWeights(RoundingPass):
     @override
     def rounding(self, program: Program, after: Rounding) -> Rounding:
         turned: dict[str, bool] = {}
-        matters: dict[str, Importance | None] = {}
+        how: dict[str, tuple[Blockwise, Importance | None]] = {}
+        heads = _heads(program)
         for _, _, base in candidates(program):
             if base.shape.numpy()[1] >= SHORTEST:
                 turned |= dict(leaf_turns(base, turned=False))
-                matters |= dict.fromkeys(sources(base), importance(program, base))
+                scheme = self._scheme.of(head=weights.identity(base) in heads)
+                how |= dict.fromkeys(sources(base), (scheme, importance(program, base)))
 
         def rounded(name: str, array: Array) -> Array:
             if name not in turned:
                 return after(name, array)
             # blocks lie along one row, so rounding a merged matrix is rounding its parts
             rows = np.ascontiguousarray(array.T if turned[name] else array)
-            values = fake_quantize(rows, self._scheme, matters[name])
+            values = fake_quantize(rows, *how[name])
             return values.T if turned[name] else values
 
         return rounded
 
     @property
     def _scheme(self) -> Blockwise:
-        return Blockwise(self.bits, self.block, self.symmetric, self.positive, self.scale)
+        return Blockwise(
+            self.bits, self.block, self.symmetric, self.positive, self.scale, self.head
+        )
 
 
 def leaf_turns(tensor: ir.TensorProtocol, *, turned: bool) -> Iterator[tuple[str, bool]]:
@@ -129,6 +136,16 @@ def importance(program: Program, base: ir.TensorProtocol) -> Importance | None:
     known = program.facts.activations
     found = next((known[name] for name in sources(base) if name in known), None)
     return found if found is not None and found.shape == (base.shape.numpy()[1],) else None
+
+
+def _heads(program: Program) -> set[object]:
+    """Return the identity of every weight that has a row for each token of the vocabulary."""
+    vocabulary = program.facts.model.vocabulary
+    return {
+        weights.identity(base)
+        for node, _, base in candidates(program)
+        if g.is_op(node, "MatMul") and base.shape.numpy()[0] == vocabulary
+    }
 
 
 def candidates(program: Program) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorProtocol]]:

@@ -17,8 +17,8 @@ def quantizers(scheme: Scheme | None, islands: str) -> tuple[Pass, ...]:
         islands: What ``convert-float`` keeps in float32.
     """
     match scheme:
-        case Blockwise(bits, block, symmetric, positive, scale):
-            return (QuantizeWeights(bits, block, symmetric, positive, scale),)
+        case Blockwise(bits, block, symmetric, positive, scale, head):
+            return (QuantizeWeights(bits, block, symmetric, positive, scale, head),)
         case DynamicInt8():
             return (QuantizeDynamic(),)
         case Cast(dtype):

@@ -7,7 +7,7 @@ the same on the command line, in precision plans and in manifests.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from typing_extensions import override
@@ -50,6 +50,8 @@ class Blockwise:
         positive: Whether the scale is positive, though a negative one may fit a block better.
         scale: Type of the scales: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are rounded
             to it before codes are chosen.
+        head: Bits of the projection to the vocabulary, and of the embedding where it is the same
+            table; 0 for as many as the others.
 
     Raises:
         UsageError: another width, block or type.
@@ -60,6 +62,7 @@ class Blockwise:
     symmetric: bool = True
     positive: bool = False
     scale: str = "float32"
+    head: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what no kernel has."""
@@ -69,6 +72,17 @@ class Blockwise:
             raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, BLOCKS))}")
         if self.scale not in SCALES:
             raise UsageError(f"scale={self.scale}: choose one of {', '.join(SCALES)}")
+        if self.head not in {0, *_BITS}:
+            raise UsageError(f"head={self.head}: a code has 4 or 8 bits")
+
+    def of(self, *, head: bool) -> Blockwise:
+        """Return the scheme of one weight: of the head, or of any other.
+
+        >>> scheme = Blockwise(bits=4, head=8)
+        >>> str(scheme), str(scheme.of(head=True)), str(scheme.of(head=False))
+        ('w4{head=8}', 'w8', 'w4')
+        """
+        return replace(self, bits=(self.head if head else 0) or self.bits, head=0)
 
     @property
     def levels(self) -> int:
@@ -106,6 +120,7 @@ class Blockwise:
         changed += [] if self.symmetric else ["symmetric=false"]
         changed += ["positive=true"] if self.positive else []
         changed += [f"scale={self.scale}"] if self.scale != default.scale else []
+        changed += [f"head={self.head}"] if self.head else []
         return f"w{self.bits}" + (f"{{{','.join(changed)}}}" if changed else "")
 
 
@@ -213,7 +228,7 @@ def parse_scheme(text: str) -> Scheme:
     """Return the scheme that ``text`` names.
 
     >>> parse_scheme("w4{block=64,symmetric=false}")
-    Blockwise(bits=4, block=64, symmetric=False, positive=False, scale='float32')
+    Blockwise(bits=4, block=64, symmetric=False, positive=False, scale='float32', head=0)
     >>> str(parse_scheme("w8{symmetric=true,block=128}"))
     'w8{block=128}'
 
@@ -243,26 +258,28 @@ def parse_scheme(text: str) -> Scheme:
 
 def _with_options(scheme: Blockwise, pairs: list[str]) -> Blockwise:
     block, symmetric = scheme.block, scheme.symmetric
-    positive, scale = scheme.positive, scheme.scale
+    positive, scale, head = scheme.positive, scheme.scale, scheme.head
     for pair in pairs:
         key, _, value = (part.strip() for part in pair.partition("="))
         if key == "block":
-            block = _integer(value)
+            block = _integer(value, f"block={value}: choose one of {', '.join(map(str, BLOCKS))}")
         elif key == "symmetric":
             symmetric = _boolean(value, key)
         elif key == "positive":
             positive = _boolean(value, key)
         elif key == "scale":
             scale = value
+        elif key == "head":
+            head = _integer(value, f"head={value}: write 4 or 8")
         else:
-            known = ("block", "symmetric", "positive", "scale")
+            known = ("block", "symmetric", "positive", "scale", "head")
             raise UnknownNameError(f"option of scheme w{scheme.bits}", key, known)
-    return Blockwise(scheme.bits, block, symmetric, positive, scale)
+    return Blockwise(scheme.bits, block, symmetric, positive, scale, head)
 
 
-def _integer(value: str) -> int:
+def _integer(value: str, otherwise: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise UsageError(f"block={value}: choose one of {', '.join(map(str, BLOCKS))}")
+        raise UsageError(otherwise)
     return int(value)
 
 

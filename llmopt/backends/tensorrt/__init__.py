@@ -124,6 +124,8 @@ class _TensorRt(Backend):
             return scheme
         if not scheme.symmetric:
             raise UsageError(f"{scheme}: TensorRT has no zero points; leave symmetric=false away")
+        if scheme.head not in {0, scheme.bits}:
+            raise UsageError(f"{scheme}: TensorRT's blocks have 4 bits; leave head away")
         return dataclasses.replace(scheme, positive=True, scale=self.dtype)
 
     @override
