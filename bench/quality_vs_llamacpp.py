@@ -120,7 +120,9 @@ def compare(case: str, chosen: argparse.Namespace, scratch: Path) -> list[dict[s
     source = chosen.work / case
     rows = windows(source, chosen.windows)
     sides = [side for side in chosen.side or SIDES if side]
-    weighed = {side: compiled(source, side, scratch / side) for side in sides}
+    weighed: dict[str, tuple[float | None, int]] = {
+        side: compiled(source, side, scratch / side) for side in sides
+    }
     runners = {side: llmopt.load(scratch / side) for side in sides}
     theirs = foreign(chosen.work, case, rows, scratch) if ready else None
     meters = {name: QualityMeter() for name in (*sides, *ready)}
@@ -133,14 +135,15 @@ def compare(case: str, chosen: argparse.Namespace, scratch: Path) -> list[dict[s
             meters[name].add(wanted[:-1], logits[:-1], row[1:])
     if ready:
         file = chosen.work / f"{case}-{ready[PEER].file}"
-        weighed[PEER] = (float("nan"), file.stat().st_size)
+        weighed[PEER] = (None, file.stat().st_size)
     return [row_of(name, meter, *weighed[name]) for name, meter in meters.items()]
 
 
-def row_of(name: str, meter: Any, seconds: float, size_bytes: int) -> dict[str, Any]:
+def row_of(name: str, meter: Any, seconds: float | None, size_bytes: int) -> dict[str, Any]:
     """Return what was measured of a side, as the report has it."""
     found: dict[str, Any] = json.loads(meter.result().to_json())
-    return {"side": name, "compile_s": round(seconds, 1), "weights_bytes": size_bytes} | found
+    spent = None if seconds is None else round(seconds, 1)
+    return {"side": name, "compile_s": spent, "weights_bytes": size_bytes} | found
 
 
 def report(case: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -155,7 +158,7 @@ def report(case: str, rows: Sequence[Mapping[str, Any]]) -> None:
         cells = [
             row["side"],
             f"{row['weights_bytes'] / 1e6:.1f}",
-            f"{row['compile_s']:.0f}",
+            "-" if row["compile_s"] is None else f"{row['compile_s']:.0f}",
             f"{mean['value']:.4g} ± {mean['error']:.1g}",
             "-" if tail is None else f"{tail['value']:.3g}",
             f"{100 * row['top1']['value']:.1f}",
