@@ -47,6 +47,13 @@ class Checkpoint(Protocol):
             SourceError: The file changed or cannot be read.
         """
 
+    def read_float32(self, name: str) -> np.ndarray:
+        """Return the same as float32.
+
+        Raises:
+            SourceError: The file changed or cannot be read.
+        """
+
 
 def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
     """Return the checkpoint at ``path``, its kind chosen by content and not by suffix.

@@ -38,7 +38,7 @@ def read_parameters(definition: Definition, checkpoint: Checkpoint) -> Read:
     recipes = definition.recipes()
 
     def read(name: str) -> npt.NDArray[Any]:
-        return recipes[name].apply(checkpoint.read).astype(np.float32, copy=False)
+        return recipes[name].apply(checkpoint.read_float32)
 
     return read
 

@@ -58,6 +58,10 @@ class GgufCheckpoint:
         kind = self.file.tensors[self._stored[name].source].kind
         return _PLAIN[kind].name if kind in _PLAIN else kind
 
+    def read_float32(self, name: str) -> np.ndarray:
+        """Return what `read` gives, as float32."""
+        return self.read(name).astype(np.float32, copy=False)
+
     def read(self, name: str) -> np.ndarray:
         """Return a fresh array: plain types as stored, quantized ones as float32.
 

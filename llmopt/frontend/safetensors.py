@@ -24,6 +24,7 @@ from llmopt.errors import LlmoptError, SourceError
 from llmopt.frontend.checkpoint import unreadable
 
 _AGAIN = "download or convert it again"
+_PART = 1 << 22  # elements converted at once
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own bound
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -104,16 +105,36 @@ class SafetensorsCheckpoint:
             SourceError: The file was changed since it was opened, or cannot be read.
         """
         tensor = self._tensors[name]
-        count = prod(tensor.shape)
+        return self._part(name, 0, prod(tensor.shape)).reshape(tensor.shape)
+
+    def read_float32(self, name: str) -> np.ndarray:
+        """Return the same as float32; the narrower type is never in memory as a whole.
+
+        Raises:
+            SourceError: The file was changed since it was opened, or cannot be read.
+        """
+        shape = self.shape(name)
+        if self._tensors[name].dtype == np.float32:
+            return self.read(name)
+        out = np.empty(prod(shape), np.float32)
+        for start in range(0, out.size, _PART):
+            part = out[start : start + _PART]
+            part[:] = self._part(name, start, part.size)
+        return out.reshape(shape)
+
+    def _part(self, name: str, start: int, count: int) -> np.ndarray:
+        """Return ``count`` elements from ``start`` on."""
+        tensor = self._tensors[name]
+        offset = tensor.offset + start * tensor.dtype.itemsize
         try:
             # a plain read, not a mapping: no page of the file stays resident in the process
-            flat = np.fromfile(tensor.file, tensor.dtype, count, offset=tensor.offset)
+            flat = np.fromfile(tensor.file, tensor.dtype, count, offset=offset)
         except OSError as error:
             raise unreadable(tensor.file, error) from error
         if flat.size != count:
-            problem = f"{name} ended after {flat.size} of {count} elements"
+            problem = f"{name} ended after {start + flat.size} of {prod(tensor.shape)} elements"
             raise SourceError(tensor.file, problem, "the file changed while it was in use")
-        return flat.reshape(tensor.shape)
+        return flat
 
 
 def check_promise(file: Path, promised: frozenset[str] | None, held: Collection[str]) -> None:

@@ -72,6 +72,10 @@ class TorchBinCheckpoint:
         """Return the name of a tensor's element type."""
         return self._entries[name].dtype
 
+    def read_float32(self, name: str) -> np.ndarray:
+        """Return what `read` gives, as float32."""
+        return self.read(name).astype(np.float32, copy=False)
+
     def read(self, name: str) -> np.ndarray:
         """Return a fresh array with the tensor.
 

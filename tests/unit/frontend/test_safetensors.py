@@ -247,3 +247,18 @@ def test_the_digest_covers_every_shard(tmp_path: Path) -> None:
     before = digest(tmp_path)
     save(tmp_path / "2.safetensors", {"t2": np.zeros(2, np.float32)})
     assert digest(tmp_path) != before
+
+
+def test_numbers_are_widened_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr("llmopt.frontend.safetensors._PART", 5)
+    made = {"narrow": torch.randn(3, 7).bfloat16(), "wide": torch.randn(4), "none": torch.empty(0)}
+    save_file(made, tmp_path / "model.safetensors")
+    opened = open_checkpoint(tmp_path / "model.safetensors")
+
+    for name, tensor in made.items():
+        found = opened.read_float32(name)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, tensor.float().numpy())
