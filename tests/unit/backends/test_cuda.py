@@ -249,7 +249,8 @@ def test_a_file_is_compiled_in_sixteen_bits(scheme: str, tmp_path: Path) -> None
     )
 
     manifest = Manifest.read(artifact.path)
-    assert manifest.precision == {"weights": scheme}
+    stored = "w8{scale=float16}" if scheme == "w8" else scheme
+    assert manifest.precision == {"weights": stored}
     assert manifest.verification["worst_error_rel"] < 1e-2
     assert manifest.verification["tolerance"] == (2e-2 if scheme == "bf16" else 5e-3)
     assert ("dtype=bfloat16" in manifest.target) is (scheme == "bf16")

@@ -198,7 +198,7 @@ def test_interrupting_several_targets_says_what_is_kept(
 def test_quality_past_its_bound_fails_and_leaves_nothing(
     llmopt: Any, bigram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmopt.evaluation.measure_quality", lambda *_: {"kl_mean": 0.5})
+    monkeypatch.setattr("llmopt.compiler.compilation.measure_quality", lambda *_: {"kl_mean": 0.5})
     line = ["compile", bigram, "--target", "cpu", "--quantize", "w8", "-o", tmp_path / "out"]
 
     result = llmopt(*line, "--max-kl", "0.01")
