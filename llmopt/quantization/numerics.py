@@ -101,7 +101,7 @@ def quantize_blockwise(  # noqa: PLR0913 - what goes in, and where it goes
 
     >>> one = quantize_blockwise(row, Blockwise(bits=4, block=16, positive=True))
     >>> one.scale.round(4).tolist(), one.codes[0, :5].tolist()
-    ([[1.1486999988555908]], [15, 9, 2, 10, 8])
+    ([[1.142899990081787]], [15, 9, 2, 10, 8])
 
     Asymmetric: ``scale = (max - min) / (2**bits - 1)`` over the block's values and 0, and
     ``zero_point = -min / scale`` rounded, so that 0 is exact and every error at most scale / 2.

@@ -96,8 +96,12 @@ class Blockwise:
 
     @property
     def searched(self) -> bool:
-        """Whether scales are searched: in 8 bits nothing is gained."""
-        return self.symmetric and self.bits < 8
+        """Whether scales are searched: in 8 bits nothing is gained.
+
+        Positive ones are not: TensorRT, whose they are, computes in 16 bits, and with the scales
+        found for SmolLM2 that rounding moves a token of the proof onto an attention sink.
+        """
+        return self.symmetric and self.bits < 8 and not self.positive
 
     def blocks(self, columns: int) -> int:
         """Return how many blocks a row of ``columns`` has."""
