@@ -172,10 +172,25 @@ def compiled(module: Any, options: dict[str, object]) -> Any:
         t.VMShapeLower(),
         t.AttachGlobalSymbol(),
     ]
-    lowered = _run(passes, fused(module, options), options)
+    lowered = _in_order(_run(passes, fused(module, options), options))
     chosen = target(options)
     with chosen, tvm().transform.PassContext(opt_level=3):
         return relax().build(lowered, target=chosen, relax_pipeline=None)
+
+
+def _in_order(module: Any) -> Any:
+    """Return a module whose functions of sizes write in the order of their slots.
+
+    TVM takes them from a set that is ordered by addresses, which differ from run to run.
+    """
+    for name, function in list(module.functions_items()):
+        if not str(name.name_hint).startswith("shape_func"):
+            continue
+        stores = getattr(function.body, "seq", None)
+        if stores is not None:
+            ordered = sorted(stores, key=lambda store: int(store.indices[0]))
+            module[name] = function.with_body(tirx().SeqStmt(ordered))
+    return module
 
 
 def _run(passes: Sequence[Any], module: Any, options: dict[str, object]) -> Any:
