@@ -109,7 +109,7 @@ EXACT += [(name, scheme) for name in ("avx512", "portable") for scheme in SCHEME
 @pytest.mark.parametrize(("name", "scheme"), EXACT, ids=str)
 def test_products_of_whole_numbers_are_exact(name: str, scheme: Blockwise) -> None:
     rng = np.random.default_rng(0)
-    n, k = 37, 150
+    n, k = 37, 250
     weight = random_codes(rng, n, k, scheme)
     numbers = dequantize(weight).astype(np.int64)
     for rows, sizes in (("one", (1,)), ("many", (1, 2, 17))):
@@ -137,13 +137,19 @@ def test_dynamic_int8_of_whole_numbers_is_exact(name: str, limit: int) -> None:
 
 
 def rounded(x: Floats, block: int) -> tuple[Array, Floats]:
-    """Return codes [M, blocks, block] and scales [M, blocks] as the kernels find them."""
+    """Return codes [M, blocks, block] and scales [M, blocks] as the kernels find them.
+
+    Blocks share a scale up to 128 columns, as many as divide the row.
+    """
     m, k = x.shape
-    values = np.pad(x, ((0, 0), (0, -k % block))).reshape(m, -1, block)
+    blocks = -(-k // block)
+    shared = max(count for count in range(1, 128 // block + 1) if blocks % count == 0)
+    values = np.pad(x, ((0, 0), (0, -k % block))).reshape(m, -1, shared * block)
     largest = np.abs(values).max(axis=2)
     inverse = np.where(largest > 1e-30, np.float32(127) / np.maximum(largest, 1e-30), 0)
     codes = np.rint(values * inverse[..., None].astype(np.float32))
-    return codes, (largest * np.float32(1 / 127)).astype(np.float32)
+    scale = np.repeat((largest * np.float32(1 / 127)).astype(np.float32), shared, axis=1)
+    return codes.reshape(m, blocks, block), scale
 
 
 def block_product(x: Floats, weight: Quantized) -> npt.NDArray[np.float64]:
@@ -165,15 +171,16 @@ def close(found: Floats, expected: Array, relative: float) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES[:2], ids=str)
 @pytest.mark.parametrize("rows", ["one", "many"])
-def test_rounded_activations_have_the_blocks_of_the_weights(rows: str, scheme: Blockwise) -> None:
+@pytest.mark.parametrize("k", [200, 370])
+def test_blocks_of_rounded_activations_share_scales(rows: str, scheme: Blockwise, k: int) -> None:
     rng = np.random.default_rng(2)
-    n, k = 37, 200
+    n = 37
     weight = quantize_blockwise(rng.standard_normal((n, k)).astype(np.float32), scheme)
     wanted = Linear(n, k, scheme, rows, (), PROCESSORS["avx2"][1])  # type: ignore[arg-type]
     product = Product(wanted, "avx2", weight)
     x = rng.standard_normal((1 if rows == "one" else 5, k)).astype(np.float32)
-    x[0, 64:128] = 0  # a block of zeros
-    x[0, 3] = 1000  # an outlier spoils its own block only
+    x[0, 128:256] = 0  # zeros
+    x[0, 3] = 1000  # an outlier spoils what shares its scale only
     close(product(x), block_product(x, weight), 1e-5)
 
 
@@ -420,7 +427,7 @@ def test_the_kernel_of_tiles_is_right_with_emulated_tiles(
 ) -> None:
     monkeypatch.setattr(linear_amx, "Intrinsics", EmulatedTiles)
     rng = np.random.default_rng(11)
-    n, k = 70, 150
+    n, k = 70, 250
     if isinstance(scheme, DynamicInt8):
         block, codes = k, rng.integers(-64, 65, (k, n)).astype(np.int8)
         weight: Any = Columns(codes, np.ones(n, np.float32))

@@ -215,8 +215,9 @@ class _Product:
         """Emit ``results += sums * scales`` for the rows that are there."""
         there, sums, results = scratch
         scales = [bind(self._scale(tile, block, at)) for at in (0, HALF)]
+        group = T.floordiv(block, self.storage.shared)
         with serial(there) as row:
-            factor = bind(splat(load(self.activations.scale, [first + row, block], 1), _LANES))
+            factor = bind(splat(load(self.activations.scale, [first + row, group], 1), _LANES))
             for at, scale in zip((0, HALF), scales, strict=True):
                 value = cast("float32", load(sums, [row, at], _LANES), _LANES) * (scale * factor)
                 if self.storage.blocks > 1:

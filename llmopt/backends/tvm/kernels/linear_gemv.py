@@ -1,6 +1,6 @@
 """One row times integer weights, for decoding: ``w4``, ``w8`` and ``w8a8-dynamic``.
 
-The row is rounded once, to int8 in the blocks of the weights; then threads share the tiles, each
+The row is rounded once, to int8; then threads share the tiles, each
 a run of neighbours::
 
     thread 0   tile 0 | tile 1 | ... | tile t/2 - 1        a tile: 32 outputs, read

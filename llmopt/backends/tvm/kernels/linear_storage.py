@@ -37,6 +37,8 @@ HALF: Final = 16
 """Gates in a tile of a gated product, and rows that they gate."""
 STEP: Final = 32
 """The padded length of a row of int8 codes is a multiple of it, of twice that for AMX."""
+SHARED: Final = 128
+"""Columns of activations that share a scale, at most, where a block is no longer than that."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Storage:
     def blocks(self) -> int:
         """How many scales a row has."""
         return self.columns // self.block
+
+    @property
+    def shared(self) -> int:
+        """How many blocks share a scale of activations: they divide the row, up to `SHARED`."""
+        most = max(1, SHARED // self.block)
+        return max(count for count in range(1, most + 1) if self.blocks % count == 0)
 
     @property
     def scheme(self) -> Blockwise | None:

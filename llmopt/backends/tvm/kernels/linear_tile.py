@@ -3,15 +3,18 @@
 For each block of columns the sums of integer products stay in registers, and the scales of the
 weights and of the activations are applied once::
 
-    for block:                                       x codes   int8 [rows, K']
-        sums = correction of the block               weights   [K'/8, 32] int32
-        for 8 (4 bits) or 4 (8 bits) columns:
-            weights -> vectors of four bytes
-            sums += weights * activations            one instruction for lanes * 4 products
-        result += float(sums) * (scale of weights * scale of activations)
+    for group of blocks whose activations share a scale:
+        for block:                                   x codes   int8 [rows, K']
+            sums = correction of the block           weights   [K'/8, 32] int32
+            for 8 (4 bits) or 4 (8 bits) columns:
+                weights -> vectors of four bytes
+                sums += weights * activations        one instruction for lanes * 4 products
+            part += float(sums) * scale of weights
+        result += part * scale of activations
 
-Registers: rows * vectors of sums and as many of results, the weights and a mask. With AVX-512 all
-32 outputs go at once, two vectors; with shorter vectors one half after the other.
+Registers: rows * vectors of sums and as many of parts, the weights and a mask; results wait in
+memory. With AVX-512 all 32 outputs go at once, two vectors; with shorter vectors one half after
+the other.
 """
 
 from __future__ import annotations
@@ -83,16 +86,37 @@ class _Run:
         self.chunk = min(of.products.straight, of.storage.block)
 
     def emit(self) -> Vectors:
-        """Emit the loop over blocks and return the vectors of each row."""
+        """Emit the loop over groups and return the vectors of each row."""
         storage = self.tile.storage
-        if storage.blocks == 1:
-            return self._scaled(0, self._sums(0))
-        results = [[Register(self.lanes) for _ in self.places] for _ in self.rows]
+        groups = storage.blocks // storage.shared
+        if groups == 1:
+            return self._times(0, self._group(0))
+        results = self._registers("float32")
         _each(results, lambda register, _: register.set(number(0, self.lanes)))
-        with serial(storage.blocks) as block:
-            values = self._scaled(block, self._sums(block))
-            _each(results, lambda register, at: register.set(register.get() + values[at[0]][at[1]]))
-        return [[register.get() for register in row] for row in results]
+        with serial(groups) as group:
+            _add(results, self._times(group, self._group(group)))
+        return _values(results)
+
+    def _group(self, group: Expr) -> Vectors:
+        """Emit the products of the blocks whose activations share a scale."""
+        shared = self.tile.storage.shared
+        if shared == 1:
+            return self._scaled(group, self._sums(group))
+        parts = self._registers("float32")
+        _each(parts, lambda register, _: register.set(number(0, self.lanes)))
+        with serial(shared) as index:
+            block = bind(group * shared + index)
+            _add(parts, self._scaled(block, self._sums(block)))
+        return _values(parts)
+
+    def _times(self, group: Expr, parts: Vectors) -> Vectors:
+        """Return the vectors of each row times the scale of its activations."""
+        scale = self.tile.activations.scale
+        factors = [bind(splat(load(scale, [row, group], 1), self.lanes)) for row in self.rows]
+        return [[x * f for x in row] for row, f in zip(parts, factors, strict=True)]
+
+    def _registers(self, dtype: str) -> list[list[Register]]:
+        return [[Register(self.lanes, dtype) for _ in self.places] for _ in self.rows]
 
     def _sums(self, block: Expr) -> Vectors:
         """Emit the integer sums of one block."""
@@ -100,13 +124,12 @@ class _Run:
         chunks = self.tile.storage.block // self.chunk
         if chunks == 1:
             return self._chunk(block, start)
-        sums = [[Register(self.lanes, "int32") for _ in self.places] for _ in self.rows]
+        sums = self._registers("int32")
         _each(sums, lambda register, at: register.set(start[at[0]][at[1]]))
         with serial(chunks) as index:
-            now = [[register.get() for register in row] for row in sums]
-            then = self._chunk(block * chunks + index, now)
+            then = self._chunk(block * chunks + index, _values(sums))
             _each(sums, lambda register, at: register.set(then[at[0]][at[1]]))
-        return [[register.get() for register in row] for row in sums]
+        return _values(sums)
 
     def _start(self, row: Expr, block: Expr) -> Expr:
         correction = self.tile.activations.correction
@@ -151,18 +174,17 @@ class _Run:
         return words & integer(0x0F0F0F0F, self.lanes)
 
     def _scaled(self, block: Expr, sums: Vectors) -> Vectors:
-        """Return the sums of a block as numbers."""
+        """Return the sums of a block as numbers, but for the scale of the activations."""
         activations = self.tile.activations
         scales = [bind(self._scale(at, block)) for at in self.places]
         zeros = self._zeros(block)
         result = []
         for row, values in zip(self.rows, sums, strict=True):
-            factor = bind(splat(load(activations.scale, [row, block], 1), self.lanes))
             numbers = [cast("float32", value, self.lanes) for value in values]
             if zeros:
                 total = bind(splat(load(activations.correction, [row, block], 1), self.lanes))
                 numbers = [x - zero * total for x, zero in zip(numbers, zeros, strict=True)]
-            result.append([x * (s * factor) for x, s in zip(numbers, scales, strict=True)])
+            result.append([x * s for x, s in zip(numbers, scales, strict=True)])
         return result
 
     def _scale(self, at: int, block: Expr) -> Expr:
@@ -176,6 +198,14 @@ class _Run:
         points = self.tile.buffers["zero_point"]
         loaded = [load(points, [self.number, block, at], self.lanes) for at in self.places]
         return [bind(cast("float32", cast("int32", p, self.lanes), self.lanes)) for p in loaded]
+
+
+def _values(registers: list[list[Register]]) -> Vectors:
+    return [[register.get() for register in row] for row in registers]
+
+
+def _add(registers: list[list[Register]], values: Vectors) -> None:
+    _each(registers, lambda register, at: register.set(register.get() + values[at[0]][at[1]]))
 
 
 def _each(registers: list[list[Register]], do: Callable[[Register, tuple[int, int]], None]) -> None:
