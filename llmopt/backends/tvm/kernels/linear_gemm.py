@@ -1,7 +1,7 @@
 """Many rows times integer weights, for prefill and encoders: ``w4``, ``w8``, ``w8a8-dynamic``.
 
 Rows are rounded to int8 by all threads; then threads share pieces of the result, a piece being a
-tile of 32 outputs times some 256 rows::
+tile of 32 outputs times some 128 rows::
 
              32 outputs                A tile's weights, 32 * K / 2 bytes in 4 bits, stay in the
            ┌────────────┐              nearest cache while its rows pass, a few at a time; they
@@ -32,8 +32,8 @@ from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tile
 from llmopt.backends.tvm.kernels.linear_tile import Tile
 
 Step = Callable[[Expr], None]
-ROWS: Final = 256
-"""Rows of a piece, about: their codes, 256 * K bytes, fit the second cache for K up to some
+ROWS: Final = 128
+"""Rows of a piece, about: their codes, 128 * K bytes, fit the second cache for K up to some
 thousands."""
 _SHAPES: Final = {
     (16, 32): (4, TILE),
