@@ -136,14 +136,15 @@ def test_dynamic_int8_of_whole_numbers_is_exact(name: str, limit: int) -> None:
             np.testing.assert_array_equal(product(x), x.astype(np.int64) @ codes.astype(np.int64))
 
 
-def rounded(x: Floats, block: int) -> tuple[Array, Floats]:
+def rounded(x: Floats, bits: int, block: int) -> tuple[Array, Floats]:
     """Return codes [M, blocks, block] and scales [M, blocks] as the kernels find them.
 
-    Blocks share a scale up to 128 columns, as many as divide the row.
+    Blocks of 4 bits share a scale up to 128 columns, as many as divide the row.
     """
     m, k = x.shape
     blocks = -(-k // block)
-    shared = max(count for count in range(1, 128 // block + 1) if blocks % count == 0)
+    most = 128 // block if bits == 4 else 1
+    shared = max(count for count in range(1, most + 1) if blocks % count == 0)
     values = np.pad(x, ((0, 0), (0, -k % block))).reshape(m, -1, shared * block)
     largest = np.abs(values).max(axis=2)
     inverse = np.where(largest > 1e-30, np.float32(127) / np.maximum(largest, 1e-30), 0)
@@ -155,7 +156,7 @@ def rounded(x: Floats, block: int) -> tuple[Array, Floats]:
 def block_product(x: Floats, weight: Quantized) -> npt.NDArray[np.float64]:
     """Return the product with rounded activations, sums of blocks exact, in float64."""
     n, block = len(weight.codes), weight.scheme.block
-    codes, scale = rounded(x, block)
+    codes, scale = rounded(x, weight.scheme.bits, block)
     points = weight.scheme.middle if weight.zero_point is None else weight.zero_point[..., None]
     numbers = weight.codes.reshape(n, -1, block).astype(np.float64) - points
     halved = weight.scale.astype(np.float16).astype(np.float64)

@@ -38,7 +38,7 @@ HALF: Final = 16
 STEP: Final = 32
 """The padded length of a row of int8 codes is a multiple of it, of twice that for AMX."""
 SHARED: Final = 128
-"""Columns of activations that share a scale, at most, where a block is no longer than that."""
+"""Columns of activations that share a scale, at most, where weights have 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,12 @@ class Storage:
 
     @property
     def shared(self) -> int:
-        """How many blocks share a scale of activations: they divide the row, up to `SHARED`."""
-        most = max(1, SHARED // self.block)
+        """How many blocks share a scale of activations: they divide the row, up to `SHARED`.
+
+        Only beside weights of 4 bits, whose own error hides the difference: the KL divergence of
+        SmolLM2 in 8 bits would rise from 0.007 to 0.018.
+        """
+        most = max(1, SHARED // self.block) if self.bits <= 4 else 1
         return max(count for count in range(1, most + 1) if self.blocks % count == 0)
 
     @property
