@@ -38,7 +38,7 @@ SHAPES: Final = {
     "1.2 B down": (2048, 8192),
     "1.2 B head": (128256, 2048),
 }
-DECODE: Final = (Blockwise(4, 32), Blockwise(4, 128), Blockwise(8, 32), None)
+DECODE: Final = (Blockwise(4, 32), Blockwise(4, 128), Blockwise(6, 32), Blockwise(8, 32), None)
 PREFILL: Final = (Blockwise(4, 32), Blockwise(4, 128), Blockwise(8, 32), DynamicInt8(), None)
 COLD: Final = 256_000_000  # bytes that are read before a weight is read again
 ROWS: Final = 128

@@ -38,7 +38,9 @@ class Reference(Backend):
 
     name: ClassVar[str] = "reference"
     summary: ClassVar[str] = "the Program itself, run operator by operator in numpy; slow"
-    schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic", "fp16", "bf16"})
+    schemes: ClassVar[frozenset[str]] = frozenset(
+        {"w4", "w6", "w8", "w8a8-dynamic", "fp16", "bf16"}
+    )
 
     @override
     def tolerance(self, scheme: str | None) -> float:

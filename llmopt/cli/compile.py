@@ -44,7 +44,9 @@ SCHEMA = 1
     help="The function that makes the module a state_dict belongs to.",
 )
 @click.option(
-    "--quantize", metavar="SCHEME", help="w8, w4, w8a8-dynamic; options in braces: w4{block=64}."
+    "--quantize",
+    metavar="SCHEME",
+    help="w8, w6, w4, w8a8-dynamic; options in braces: w4{block=64}.",
 )
 @click.option(
     "--block", type=int, metavar="N", help="Weights that share a scale, as w4{block=N} says."

@@ -38,14 +38,15 @@ class QuantizeWeights(RoundingPass):
     """Round the weights of projections and of the token embedding to the nearest code.
 
     Numerics: each weight in the range of its block's codes moves by at most half a scale, one
-    beyond takes the code at the end; in 4 bits scales are those with the least error, weighted by
-    the activations that were measured. What that does to the outputs is measured, not bounded.
+    beyond takes the code at the end; in 4 and 6 bits scales are those with the least error,
+    weighted by the activations that were measured. What that does to the outputs is measured, not
+    bounded.
     Scope: MatMul with a matrix of weights; Gather of the token embedding.
     Leaves: other tables, vectors, and matrices with fewer than 16 inputs.
     Source: the layout of ONNX DequantizeLinear with ``block_size``, opset 21.
 
     Args:
-        bits: Width of a code: 4 or 8.
+        bits: Width of a code: 4, 6 or 8.
         block: Weights that share a scale: 16 to 256.
         symmetric: Whether the zero point is the middle code.
         positive: Whether scales are positive.

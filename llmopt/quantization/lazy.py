@@ -18,9 +18,10 @@ Array = npt.NDArray[Any]
 _CODES: Final = {
     2: ir.DataType.UINT2,
     4: ir.DataType.UINT4,
+    6: ir.DataType.UINT8,  # the narrowest that ONNX has
     8: ir.DataType.UINT8,
 }
-_UNPACKED: Final = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
+_UNPACKED: Final = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 6: np.uint8, 8: np.uint8}
 
 
 class QuantizedWeight:

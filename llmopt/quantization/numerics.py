@@ -3,11 +3,11 @@
 Codes are the nearest for the scale as stored, found in float32; rounding is half to even, and a
 value outside the range takes the code at its end. The usual scale is found in float64 from the
 extremes of its block and rounded *away from zero* to the type it is stored in: the block's
-largest value is then inside the range whatever the type. In 4 bits and fewer, symmetric, a better
+largest value is then inside the range whatever the type. In 6 bits and fewer, symmetric, a better
 one is searched from there (`scale_search`).
 
 Work goes by chunks of rows that stay in a core's cache, so no temporary exceeds a few MB: a
-weight of 128256 x 2048 takes about a second on one core in 8 bits, three in 4, packed or not.
+weight of 128256 x 2048 takes about a second on one core in 8 bits, three in 4 or 6, packed or not.
 """
 
 from __future__ import annotations
@@ -85,11 +85,12 @@ def quantize_blockwise(  # noqa: PLR0913 - what goes in, and where it goes
     Symmetric: the usual scale is ``-extreme / 2**(bits - 1)``, where ``extreme`` is the value of
     largest magnitude with its sign. It gets code 0, the one code whose magnitude has no opposite,
     and is exact (as in ggml's Q4_0); a value opposite to it and nearly as large saturates at 7/8
-    of it. 8 bits keep that scale; 4 begin a search from it, which may let the extreme saturate
-    for the good of the others. The more usual ``max|x| / 7`` leaves code 0 unused. Measured on
-    10**6 values and every block (``test_negative_scales_beat_the_usual_ones`` does it again), its
-    mean squared error in 4 bits is 1.39 to 1.46 times this one's for normal values, 1.37 to 1.43
-    times for Laplace's, 1.16 to 1.42 times for uniform ones; in 8 bits 1.003 to 1.02 times.
+    of it. 8 bits keep that scale; 4 and 6 begin a search from it, which may let the extreme
+    saturate for the good of the others. The more usual ``max|x| / 7`` leaves code 0 unused.
+    Measured on 10**6 values and every block (``test_negative_scales_beat_the_usual_ones`` does it
+    again), its mean squared error in 4 bits is 1.39 to 1.46 times this one's for normal values,
+    1.37 to 1.43 times for Laplace's, 1.16 to 1.42 times for uniform ones; in 8 bits 1.003 to 1.02
+    times.
 
     >>> row = np.zeros((1, 16), np.float32)
     >>> row[0, :4] = [8.0, 1.0, -7.0, 2.0]

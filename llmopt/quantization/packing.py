@@ -9,7 +9,8 @@ One row of a weight [N, K] in 4 bits, blocks of 16, K = 40, so 3 blocks, the las
     scale       s0                       s1           s2
     zero point  [z1z0] [0 z2]                                            same order, per row
 
-In 8 bits a byte is a code, in 2 bits it holds four, lowest bits first. As arrays:
+In 8 bits a byte is a code, in 2 bits it holds four, lowest bits first. In 6 bits three bytes hold
+four, lowest bits first: onnxruntime has no kernel for those. As arrays:
 
 ========== ============================== ==========================
 data       [N, K/block, block*bits/8]     uint8, ``B`` of MatMulNBits
@@ -160,6 +161,8 @@ def _pack_into(quantized: Quantized, out: Packed) -> None:
 
 def _squeeze(codes: Codes, bits: int) -> Codes:
     """Return codes [N, W] as bytes [N, ceil(W * bits / 8)], lowest bits first, zero bits last."""
+    if bits == 6:
+        return _squeeze_six(codes)
     while bits < 8:
         if codes.shape[1] % 2:
             codes = np.pad(codes, ((0, 0), (0, 1)))
@@ -172,6 +175,37 @@ def _spread(data: Codes, bits: int, width: int) -> Codes:
     """Return bytes [N, W] as codes [N, width], one byte each."""
     if bits == 8:
         return data[:, :width]
+    if bits == 6:
+        return _spread_six(data, width)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (data[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return codes.reshape(len(data), -1)[:, :width]
+
+
+def _squeeze_six(codes: Codes) -> Codes:
+    """Return codes [N, W] of 6 bits as bytes [N, ceil(W * 6 / 8)]: four codes in three bytes.
+
+    >>> _squeeze_six(np.array([[1, 2, 3, 63]], np.uint8)).tolist()
+    [[129, 48, 252]]
+    """
+    rows, width = codes.shape
+    padded = np.pad(codes, ((0, 0), (0, -width % 4)))
+    fours = np.ascontiguousarray(padded).view("<u4")  # four codes at once, 8 bits apart
+    close = np.zeros_like(fours)
+    for place in range(4):
+        close |= (fours >> (2 * place)) & np.uint32(63 << (6 * place))
+    threes = close.view(np.uint8).reshape(rows, -1, 4)[..., :3]
+    return threes.reshape(rows, -1)[:, : -(-width * 6 // 8)]
+
+
+def _spread_six(data: Codes, width: int) -> Codes:
+    """Return bytes [N, W] as codes [N, width] of 6 bits: the inverse of `_squeeze_six`."""
+    rows = len(data)
+    fours = np.zeros((rows, -(-data.shape[1] // 3), 4), np.uint8)
+    padded = np.pad(data, ((0, 0), (0, -data.shape[1] % 3)))
+    fours[..., :3] = padded.reshape(rows, -1, 3)
+    close = fours.reshape(rows, -1).view("<u4")
+    apart = np.zeros_like(close)
+    for place in range(4):
+        apart |= (close & np.uint32(63 << (6 * place))) << (2 * place)
+    return apart.view(np.uint8)[:, :width]

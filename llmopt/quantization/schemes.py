@@ -16,7 +16,7 @@ from llmopt.errors import UnknownNameError, UsageError
 
 BLOCKS: Final = (16, 32, 64, 128, 256)
 SCALES: Final = ("float32", "float16", "bfloat16")
-_BITS: Final = (2, 4, 8)
+_BITS: Final = (2, 4, 6, 8)
 _TEXT: Final = re.compile(r"(?P<name>[^{}]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
@@ -44,7 +44,7 @@ class Blockwise:
     (4, 128)
 
     Args:
-        bits: Width of a code: 4 or 8; 2 is for experiments and has no name in `SCHEMES`.
+        bits: Width of a code: 4, 6 or 8; 2 is for experiments and has no name in `SCHEMES`.
         block: Columns that share a scale: 16, 32, 64, 128 or 256.
         symmetric: Whether the zero point is the middle code instead of one stored per block.
         positive: Whether the scale is positive, though a negative one may fit a block better.
@@ -67,13 +67,13 @@ class Blockwise:
     def __post_init__(self) -> None:
         """Refuse what no kernel has."""
         if self.bits not in _BITS:
-            raise UsageError(f"bits={self.bits}: a code has 2, 4 or 8 bits")
+            raise UsageError(f"bits={self.bits}: a code has 2, 4, 6 or 8 bits")
         if self.block not in BLOCKS:
             raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, BLOCKS))}")
         if self.scale not in SCALES:
             raise UsageError(f"scale={self.scale}: choose one of {', '.join(SCALES)}")
         if self.head not in {0, *_BITS}:
-            raise UsageError(f"head={self.head}: a code has 4 or 8 bits")
+            raise UsageError(f"head={self.head}: a code has 4, 6 or 8 bits")
 
     def of(self, *, head: bool) -> Blockwise:
         """Return the scheme of one weight: of the head, or of any other.
@@ -209,6 +209,7 @@ Scheme = Blockwise | DynamicInt8 | Cast | Static
 
 _NAMED: Final[dict[str, Scheme]] = {
     "w8": Blockwise(bits=8),
+    "w6": Blockwise(bits=6),
     "w4": Blockwise(bits=4),
     "w8a8-dynamic": DynamicInt8(),
     "fp16": Cast("float16"),
@@ -219,6 +220,7 @@ _NAMED: Final[dict[str, Scheme]] = {
 
 SCHEMES: Final[dict[str, str]] = {
     "w8": "weights in 8 bits, a scale per block of 32 columns; activations stay float",
+    "w6": "weights in 6 bits, a scale per block of 32 columns; activations stay float",
     "w4": "weights in 4 bits, a scale per block of 32 columns; activations stay float",
     "w8a8-dynamic": "int8 weights per output channel, int8 activations scaled per token; encoders",
     "fp16": "weights and activations in IEEE half precision",
@@ -274,7 +276,7 @@ def _with_options(scheme: Blockwise, pairs: list[str]) -> Blockwise:
         elif key == "scale":
             scale = value
         elif key == "head":
-            head = _integer(value, f"head={value}: write 4 or 8")
+            head = _integer(value, f"head={value}: write 4, 6 or 8")
         else:
             known = ("block", "symmetric", "positive", "scale", "head")
             raise UnknownNameError(f"option of scheme w{scheme.bits}", key, known)

@@ -17,7 +17,7 @@ from llmopt.quantization.schemes import Blockwise, parse_scheme
 Matrix = NDArray[np.float32]
 
 schemes = st.builds(
-    Blockwise, st.sampled_from([2, 4, 8]), st.sampled_from([16, 32, 64]), st.booleans()
+    Blockwise, st.sampled_from([2, 4, 6, 8]), st.sampled_from([16, 32, 64]), st.booleans()
 )
 scale_types = st.sampled_from([np.float32, np.float16])
 values = st.floats(-60000, 60000, width=32) | st.sampled_from([0.0, 1.0, -1.0, 1e-30, 1e-7])

@@ -45,7 +45,7 @@ class Tvm(Backend):
             LLVM's names: ``avx512f+amx-tile``.
     """
 
-    schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic"})
+    schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w6", "w8", "w8a8-dynamic"})
     mcpu: str = HOST
     without: str = ""
 

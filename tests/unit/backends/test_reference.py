@@ -98,6 +98,7 @@ def test_it_writes_the_tokens_that_onnxruntime_writes(both: list[llmopt.Artifact
 
 SCHEMES = {
     "w8": 0.0,
+    "w6": 0.0,
     "w4{block=16}": 0.0,
     "w8a8-dynamic": 5e-2,
     "fp16": 5e-3,
@@ -129,6 +130,7 @@ def test_activations_are_rounded_unless_they_are_to_be_exact(scheme: str, tmp_pa
 
 QUANTIZERS = {
     "w8": "quantize-weights{bits=8}",
+    "w6": "quantize-weights{bits=6}",
     "w4{block=16}": "quantize-weights{bits=4,block=16}",
     "w8a8-dynamic": "quantize-dynamic",
     "fp16": "convert-float",

@@ -64,7 +64,7 @@ def test_the_option_goes_from_text_to_the_pass() -> None:
     assert str(scheme) == "w4{block=64,head=8}"
     assert quantizers(scheme, "sums") == (QuantizeWeights(4, 64, head=8),)
     for text in ("w4{head=3}", "w4{head=w8}", "w4{head=}"):
-        with pytest.raises(UsageError, match=r"head=.*4 or 8"):
+        with pytest.raises(UsageError, match=r"head=.*4, 6 or 8"):
             parse_scheme(text)
 
 

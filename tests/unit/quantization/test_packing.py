@@ -93,13 +93,28 @@ def test_weights_are_packed_low_nibble_first() -> None:
     assert (packed.zero_point[:, -1] >> 4 == 0).all()  # 3 blocks: half a byte is unused
 
 
+@pytest.mark.parametrize("columns", [16, 40, 100])
+def test_three_bytes_hold_four_codes_of_six_bits_lowest_bits_first(columns: int) -> None:
+    packed = packed_weight(6, 16, columns, symmetric=False)
+    found = unpack(packed)
+    for row, codes in zip(packed.table, found.codes, strict=True):
+        number = sum(int(code) << (6 * place) for place, code in enumerate(codes))
+        assert int.from_bytes(row.tobytes(), "little") == number
+    assert packed.zero_point is not None
+    assert found.zero_point is not None
+    for row, points in zip(packed.zero_point, found.zero_point, strict=True):
+        number = sum(int(point) << (6 * place) for place, point in enumerate(points))
+        assert int.from_bytes(row.tobytes(), "little") == number
+
+
 @pytest.mark.parametrize("scale_dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 6])
 def test_packing_chunk_by_chunk_equals_packing_the_whole(
-    scale_dtype: type, *, symmetric: bool
+    bits: int, scale_dtype: type, *, symmetric: bool
 ) -> None:
     weight = np.random.default_rng(5).standard_normal((3000, 100), dtype=np.float32)
-    scheme = Blockwise(4, 16, symmetric)
+    scheme = Blockwise(bits, 16, symmetric)
     out = empty(3000, 100, scheme, scale_dtype)
     assert quantize_packed(weight, scheme, out=out) is out
     whole = pack(quantize_blockwise(weight, scheme, scale_dtype=scale_dtype))

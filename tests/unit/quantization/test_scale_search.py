@@ -164,6 +164,7 @@ def test_the_smallest_and_the_largest_numbers_stay_what_they_are(size: float) ->
 
 
 def test_eight_bits_and_zero_points_keep_the_usual_scale() -> None:
+    assert Blockwise(6).searched
     assert not Blockwise(8).searched
     assert not Blockwise(4, symmetric=False).searched
     assert not Blockwise(4, positive=True).searched

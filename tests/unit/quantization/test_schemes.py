@@ -18,7 +18,9 @@ from llmopt.quantization.schemes import (
     ("text", "scheme"),
     [
         ("w8", Blockwise(8, 32)),
+        ("w6", Blockwise(6, 32)),
         ("w4", Blockwise(4, 32)),
+        ("w4{head=6}", Blockwise(4, 32, head=6)),
         (" w4{} ", Blockwise(4, 32)),
         ("w4{block=64,symmetric=false}", Blockwise(4, 64, symmetric=False)),
         ("w8{ symmetric = true , block = 256 }", Blockwise(8, 256)),
@@ -82,6 +84,7 @@ def test_sizes_are_those_of_the_stored_arrays() -> None:
     for scheme in (
         Blockwise(4, 16),
         Blockwise(4, 32, symmetric=False),
+        Blockwise(6, 16, symmetric=False),
         Blockwise(8, 64, symmetric=False),
     ):
         like = packing.empty(7, 100, scheme)

@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
 
+from llmopt.backends.tvm.kernels.linear_codes import four_codes
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear_gemm import Step, each_piece
 from llmopt.backends.tvm.kernels.linear_quantize import Activations, allocate, quantize_row
@@ -151,24 +152,25 @@ class _Product:
         """Emit the weights as signed bytes and return them, [K'/4, 32] int32."""
         storage = self.storage
         panel = T.alloc_buffer((storage.columns // 4, TILE), "int32")
-        words = storage.block * storage.bits // 32
+        units = storage.block // storage.unit
         with serial(storage.blocks) as block:
             zeros = [bind(self._zero(tile, block, at)) for at in (0, HALF)]
-            with serial(words) as word:
+            with serial(units) as unit:
                 for at, zero in zip((0, HALF), zeros, strict=True):
-                    source = load(self.buffers["codes"], [tile, block * words + word, at], _LANES)
-                    self._unpack_word(panel, (block * words + word, at), bind(source), zero)
+                    self._unpack_unit(panel, (tile, bind(block * units + unit), at), zero)
         return panel
 
-    def _unpack_word(self, panel: Any, place: tuple[Expr, int], source: Expr, zero: Expr) -> None:
-        word, at = place
-        if self.storage.bits == 8:
-            store(panel, [word, at], _minus(source, zero), _LANES)
-            return
-        mask = integer(0x0F0F0F0F, _LANES)
-        store(panel, [2 * word, at], _minus(source & mask, zero), _LANES)
-        high = (source >> integer(4, _LANES)) & mask
-        store(panel, [2 * word + 1, at], _minus(high, zero), _LANES)
+    def _unpack_unit(self, panel: Any, place: tuple[Expr, Expr, int], zero: Expr) -> None:
+        storage, codes = self.storage, self.buffers["codes"]
+        tile, unit, at = place
+        words = [
+            bind(load(codes, [tile, unit * storage.words + i, at], _LANES))
+            for i in range(storage.words)
+        ]
+        quads = storage.unit // 4
+        for quad in range(quads):
+            value = four_codes(storage, quad, words.__getitem__, _LANES)
+            store(panel, [unit * quads + quad, at], _minus(value, zero), _LANES)
 
     def _zero(self, tile: Expr, block: Expr, at: int) -> Expr:
         """Return the zero of 16 rows, in each of four bytes."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from llmopt.backends.tvm.kernels.linear_codes import four_codes
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear_gemm import Step, each_piece
 from llmopt.backends.tvm.kernels.linear_script import (
@@ -74,7 +75,7 @@ class _Half:
         self.tile, first = part
         self.lanes = lanes
         self.places = range(first, first + HALF, lanes)
-        self.each = 32 // storage.bits  # columns in a lane
+        self.each = storage.unit
 
     def sums(self, rows: Sequence[Expr], k: int) -> list[list[Expr]]:
         """Emit the sums over columns and return the vectors of each row."""
@@ -94,23 +95,23 @@ class _Half:
     ) -> None:
         scales = [bind(self._float("scale", block, at)) for at in self.places]
         zeros = [bind(self._zero(block, at)) for at in self.places]
-        words, spare = divmod(width, self.each)
+        units, spare = divmod(width, self.each)
 
-        def emit_word(word: Expr, columns: int) -> None:
-            at_word = block * (self.storage.block // self.each) + word
-            codes = [bind(self._codes(at_word, at)) for at in self.places]
+        def emit_unit(unit: Expr, columns: int) -> None:
+            at_unit = block * (self.storage.block // self.each) + unit
+            lanes = [self._lanes(at_unit, at) for at in self.places]
             for column in range(columns):
                 numbers = [
-                    bind((self._number(code, column) - zero) * scale)
-                    for code, zero, scale in zip(codes, zeros, scales, strict=True)
+                    bind((self._number(words, column) - zero) * scale)
+                    for words, zero, scale in zip(lanes, zeros, scales, strict=True)
                 ]
-                self._add(at_word * self.each + column, numbers, rows, registers)
+                self._add(at_unit * self.each + column, numbers, rows, registers)
 
-        if words:
-            with serial(words) as word:
-                emit_word(word, self.each)
+        if units:
+            with serial(units) as unit:
+                emit_unit(unit, self.each)
         if spare:
-            emit_word(words, spare)
+            emit_unit(units, spare)
 
     def _add(
         self,
@@ -124,19 +125,19 @@ class _Half:
             for register, value in zip(vectors, numbers, strict=True):
                 register.set(register.get() + x * value)
 
-    def _codes(self, word: Expr, at: int) -> Expr:
-        return load(self.buffers["codes"], [self.tile, word, at], self.lanes)
+    def _lanes(self, unit: Expr, at: int) -> list[Expr]:
+        first, codes = unit * self.storage.words, self.buffers["codes"]
+        places = [[self.tile, first + i, at] for i in range(self.storage.words)]
+        return [bind(load(codes, place, self.lanes)) for place in places]
 
-    def _number(self, codes: Expr, column: int) -> Expr:
-        """Return the code of one column as a number."""
-        if self.storage.bits == 4:
-            shift = 8 * (column % 4) + 4 * (column // 4)
-            code = (codes >> integer(shift, self.lanes)) & integer(15, self.lanes)
-        elif self.storage.signed:
-            left = codes << integer(24 - 8 * column, self.lanes)
-            code = left >> integer(24, self.lanes)
+    def _number(self, words: Sequence[Expr], column: int) -> Expr:
+        """Return the code of one column of a unit as a number."""
+        quad, byte = divmod(column, 4)
+        codes = four_codes(self.storage, quad, words.__getitem__, self.lanes)
+        if self.storage.signed:
+            code = (codes << integer(24 - 8 * byte, self.lanes)) >> integer(24, self.lanes)
         else:
-            code = (codes >> integer(8 * column, self.lanes)) & integer(255, self.lanes)
+            code = (codes >> integer(8 * byte, self.lanes)) & integer(255, self.lanes)
         return cast("float32", code, self.lanes)
 
     def _zero(self, block: Expr, at: int) -> Expr:

@@ -129,10 +129,21 @@ def _fill(
     if points is not None:
         stored = points ^ np.uint8(128) if storage.signed else points
         arrays["zero_point"][part] = _by_lane(stored).view(arrays["zero_point"].dtype)
-    if storage.bits == 4:
-        words = np.ascontiguousarray(codes).view(np.uint32)
-        codes = np.ascontiguousarray(words[:, ::2] | words[:, 1::2] << 4).view(np.uint8)
-    _write(arrays, part, codes, scale)
+    _write(arrays, part, _words(codes, storage.bits), scale)
+
+
+def _words(codes: Array, bits: int) -> Array:
+    """Return codes [N, K'] as bytes [N, K' * bits / 8], in the order of `linear_storage`."""
+    if bits == 8:
+        return codes
+    quads = np.ascontiguousarray(codes).view(np.uint32)
+    low = quads & np.uint32(0x0F0F0F0F)
+    words = low[:, ::2] | low[:, 1::2] << 4
+    if bits == 6:
+        high = quads >> 4 & np.uint32(0x03030303)
+        top = high[:, ::4] | high[:, 1::4] << 2 | high[:, 2::4] << 4 | high[:, 3::4] << 6
+        words = np.stack([words[:, ::2], words[:, 1::2], top], axis=2).reshape(len(codes), -1)
+    return np.ascontiguousarray(words).view(np.uint8)
 
 
 def _write(arrays: dict[str, Array], part: slice, codes: Array, scale: Array) -> None:

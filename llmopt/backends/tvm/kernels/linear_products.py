@@ -19,9 +19,9 @@ dotprod (arm64)     4     sdot                                         signed
 none                4     four times shift, multiply, add              signed
 =================== ===== ============================================ ======================
 
-All are exact: no sum of 16 bits can saturate, because weights of few bits are 0 … 15 (depth 8:
-8 * 2 * 15 * 127 < 2**15) or 0 … 128 (depth 1: 2 * 128 * 127 < 2**15), and the magnitudes of
-signed ones at most 128.
+All are exact: no sum of 16 bits can saturate. Weights of 4 bits are 0 … 15, and 8 sums of two
+products stay below 2**15: 8 * 2 * 15 * 127; those of 6 bits are 0 … 63, depth 2; int8 codes
+0 … 128, or signed with magnitudes up to 128, depth 1.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def products(features: Features, *, largest: int, signed: bool) -> Products:
 
     Args:
         features: What the processor can do.
-        largest: The largest stored code of a weight: 15, 128 or 255.
+        largest: The largest stored code of a weight: 15, 63, 128 or 255.
         signed: Whether codes are stored signed, as `linear_storage` decides.
     """
     if signed and features.dotprod:
@@ -81,12 +81,21 @@ def products(features: Features, *, largest: int, signed: bool) -> Products:
     if features.avx2:
         lanes, registers = (16, 32) if features.avx512 else (8, 16)
         step = _signed_pairs(lanes) if signed else _pairs(lanes)
-        depth = 8 if largest <= 15 else 1
+        depth = _most_sums(128 if signed else largest)
         return Products(lanes, registers, 32, depth, _nothing, step, _widen(lanes))
     if features.dotprod:
         return Products(4, 32, 32, 8, _same, _sdot, _last)
     registers = 32 if features.neon else 16
     return Products(4, registers, 8, 8, _same, _multiply(signed=signed), _last)
+
+
+def _most_sums(largest: int) -> int:
+    """Return how many sums of two products with int8 activations fit 16 bits.
+
+    >>> _most_sums(15), _most_sums(63), _most_sums(128)
+    (8, 2, 1)
+    """
+    return 32767 // (2 * 127 * largest)
 
 
 def _same(total: Expr) -> Expr:

@@ -9,16 +9,22 @@ rows that they gate. Rows that fill the last tile are zeros. For T tiles::
     w4        codes   [T, K'/8, 32] int32         a lane is 8 codes of one row:
                 bits  31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
                 k     8j+7  8j+3  8j+6  8j+2  8j+5  8j+1  8j+4  8j+0
+    w6        codes   [T, K'*3/16, 32] int32      three lanes are 16 codes of one row:
+                0, 1  their lowest 4 bits, 16j … 16j+7 and 16j+8 … 16j+15, as in w4
+                2     their highest 2 bits; k = 16j + those of its four bytes:
+                bits  7-6 5-4 3-2 1-0 of byte b
+                k     12+b 8+b 4+b b
     w8, int8  codes   [T, K'/4, 32] int32         a lane is 4 codes of one row, k = 4j first
 
     scale      [T, K'/block, 32]                  float16 or float32; int8: [T, 1, 32] float32
     zero_point [T, K'/block, 32] uint8 or int8    only where the scheme stores one
 
 ``codes & 0x0f0f0f0f`` are the four bytes k = 8j … 8j+3 of 32 rows, ``codes >> 4 & 0x0f0f0f0f``
-the next four, which is what products of four bytes take, and a row of a tile of AMX. A row of an
-embedding tied to a head can be gathered from the same arrays, 128 bytes apart.
+the next four: a *quad*, which is what products of four bytes take, and a row of a tile of AMX. In 6
+bits two bits are added from the third lane; `Storage.quad` says which bits of which lanes. A row of
+an embedding tied to a head can be gathered from the same arrays, 128 bytes apart.
 
-Codes of 4 bits are stored as they are. Codes of 8 bits are stored as what multiplies exactly:
+Codes of 4 and 6 bits are stored as they are. Codes of 8 bits are stored as what multiplies exactly:
 unsigned for VNNI, signed for the others; int8 codes of -64 … 64 as 0 … 128 for AVX2. `middle` is
 the stored code that means zero.
 """
@@ -26,7 +32,7 @@ the stored code that means zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from llmopt.backends.tvm.features import Features
 from llmopt.quantization.schemes import Blockwise
@@ -41,12 +47,23 @@ SHARED: Final = 128
 """Columns of activations that share a scale, at most, where weights have 4 bits."""
 
 
+class Piece(NamedTuple):
+    """Bits of a lane: moved to the right, the others masked out."""
+
+    word: int
+    """Which lane of its unit."""
+    right: int
+    """How far; to the left if negative."""
+    mask: int
+    """Which bits then count; -1 for all."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """How the codes of a weight are stored.
 
     Args:
-        bits: Width of a code: 4 or 8.
+        bits: Width of a code: 4, 6 or 8.
         block: Columns that share a scale; the whole padded row where a row has one scale.
         columns: Length of a padded row, K'.
         middle: The stored code of zero, where no zero point is stored.
@@ -86,6 +103,23 @@ class Storage:
         if self.channels:
             return None
         return Blockwise(self.bits, self.block, not self.zero_points)
+
+    @property
+    def unit(self) -> int:
+        """How many columns fill whole lanes of 32 bits; it divides every block."""
+        return {4: 8, 6: 16, 8: 4}[self.bits]
+
+    @property
+    def words(self) -> int:
+        """How many lanes `unit` columns fill."""
+        return self.unit * self.bits // 32
+
+    def quad(self, index: int) -> tuple[Piece, ...]:
+        """Return which bits of a unit's lanes make quad ``index`` of it."""
+        if self.bits == 8:
+            return (Piece(index, 0, -1),)
+        low = Piece(index // 2, 4 * (index % 2), 0x0F0F0F0F)
+        return (low,) if self.bits == 4 else (low, Piece(2, 2 * index - 4, 0x30303030))
 
     @property
     def largest(self) -> int:

@@ -6,7 +6,7 @@ weights and of the activations are applied once::
     for group of blocks whose activations share a scale:
         for block:                                   x codes   int8 [rows, K']
             sums = correction of the block           weights   [K'/8, 32] int32
-            for 8 (4 bits) or 4 (8 bits) columns:
+            for 4 columns:
                 weights -> vectors of four bytes
                 sums += weights * activations        one instruction for lanes * 4 products
             part += float(sums) * scale of weights
@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmopt.backends.tvm.kernels.linear_codes import four_codes
 from llmopt.backends.tvm.kernels.linear_products import Products
 from llmopt.backends.tvm.kernels.linear_quantize import Activations
 from llmopt.backends.tvm.kernels.linear_script import (
@@ -83,7 +84,7 @@ class _Run:
         self.number = tile
         self.lanes = of.products.lanes
         self.places = outputs[:: self.lanes]
-        self.chunk = min(of.products.straight, of.storage.block)
+        self.chunk = min(max(of.products.straight, of.storage.unit), of.storage.block)
 
     def emit(self) -> Vectors:
         """Emit the loop over groups and return the vectors of each row."""
@@ -165,13 +166,14 @@ class _Run:
 
     def _weights(self, at: int, chunk: Expr, quad: int) -> Expr:
         """Return four bytes a lane: the codes of four columns."""
-        codes = self.tile.buffers["codes"]
-        if self.tile.storage.bits == 8:
-            return load(codes, [self.number, chunk * (self.chunk // 4) + quad, at], self.lanes)
-        words = load(codes, [self.number, chunk * (self.chunk // 8) + quad // 2, at], self.lanes)
-        if quad % 2:
-            words = words >> integer(4, self.lanes)
-        return words & integer(0x0F0F0F0F, self.lanes)
+        storage = self.tile.storage
+        unit, quad = divmod(quad, storage.unit // 4)
+        first = (chunk * (self.chunk // storage.unit) + unit) * storage.words
+
+        def word(index: int) -> Expr:
+            return load(self.tile.buffers["codes"], [self.number, first + index, at], self.lanes)
+
+        return four_codes(storage, quad, word, self.lanes)
 
     def _scaled(self, block: Expr, sums: Vectors) -> Vectors:
         """Return the sums of a block as numbers, but for the scale of the activations."""

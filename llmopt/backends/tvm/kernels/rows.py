@@ -62,12 +62,20 @@ def _number(buffers: Mapping[str, Any], row: Any, k: Any, storage: Storage | Non
 
 def _code(codes: Any, row: Any, k: Any, storage: Storage) -> Any:
     """Return the stored code k of a row, int32."""
-    if storage.bits == 4:
-        word = codes[row // TILE, k // 8, row % TILE]
-        place = k % 4 * 8 + k % 8 // 4 * 4
-        return T.bitwise_and(T.shift_right(word, T.cast(place, "int32")), T.int32(15))
-    word = codes[row // TILE, k // 4, row % TILE]
+    at = k // storage.unit * storage.words
+    if storage.bits < 8:
+        low = codes[row // TILE, at + k % storage.unit // 8, row % TILE]
+        code = _bits(low, k % 4 * 8 + k % 8 // 4 * 4, 15)
+        if storage.bits == 4:
+            return code
+        high = codes[row // TILE, at + 2, row % TILE]
+        return T.bitwise_or(code, T.shift_left(_bits(high, k % 4 * 8 + k % 16 // 4 * 2, 3), 4))
+    word = codes[row // TILE, at, row % TILE]
     up = T.shift_left(word, T.cast(24 - k % 4 * 8, "int32"))
     if storage.signed:
         return T.shift_right(up, T.int32(24))
     return T.bitwise_and(T.shift_right(up, T.int32(24)), T.int32(255))
+
+
+def _bits(word: Any, place: Any, mask: int) -> Any:
+    return T.bitwise_and(T.shift_right(word, T.cast(place, "int32")), T.int32(mask))
