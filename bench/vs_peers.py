@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -59,6 +60,7 @@ NEEDED: Final = (
 TOOLS: Final = "venv"
 TOOLS_AVX2: Final = "venv-avx2"
 """Environments in the work folder: the other tools, and llama.cpp compiled for AVX2 and no more."""
+NATIVE: Final = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
 AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF"
 PREFILLS: Final = (128, 512)
 DECODE: Final = 64
@@ -353,11 +355,28 @@ def ratio_of(
 def install(work: Path) -> None:
     """Make the environments of the other tools, which see the project's own packages too."""
     pip = environment(work / TOOLS)
-    native = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+    native = {**os.environ, **compiler(), "CMAKE_ARGS": NATIVE}
     subprocess.run([*pip, *PACKAGES, *NEEDED], check=True)
     subprocess.run([*pip, "--no-deps", *UNBOUND], check=True, env=native)
     pip = [*environment(work / TOOLS_AVX2), "--no-deps", "--no-cache-dir"]  # else the native one
     subprocess.run([*pip, *UNBOUND[-2:]], check=True, env={**os.environ, "CMAKE_ARGS": AVX2})
+
+
+def compiler() -> dict[str, str]:
+    """Return the environment that chooses the compiler of llama.cpp.
+
+    What gcc 12 makes of its code for AMX dies of an illegal instruction: it takes the 64 bytes that
+    `_tile_loadconfig` reads for fewer, and drops stores to them. clang (with its libomp) does not.
+
+    Raises:
+        RuntimeError: The processor has AMX and there is no clang.
+    """
+    if "amx_int8" not in Path("/proc/cpuinfo").read_text():
+        return {}
+    for version in ("", *(f"-{number}" for number in range(22, 15, -1))):
+        if shutil.which(f"clang++{version}"):
+            return {"CC": f"clang{version}", "CXX": f"clang++{version}"}
+    raise RuntimeError("llama.cpp needs clang 16 or newer for AMX: apt install clang-16 libomp-16-dev")
 
 
 def environment(place: Path) -> list[str]:

@@ -1,24 +1,28 @@
 """Many rows times integer weights on AMX's tiles of 16 x 64 bytes.
 
-A thread unpacks a tile of 32 weights' rows to bytes once and multiplies up to 256 rows of
-activations with it, 32 at a time: four sums of 16 x 16, two tiles of activations, two of weights::
+A thread takes a tile of 32 weights' rows and up to 512 rows of activations. Some 512 columns of the
+weights at a time are unpacked to bytes (`linear_panel`), which stay in the first cache while all
+rows pass, 32 at a time: four sums of 16 x 16, two tiles of activations, two of weights::
 
-                      weights  [K'/4, 32] int32, four bytes a lane, minus their zero
+                      weights  [64 columns, 32] bytes less their zero
                       ┌──────┬──────┐
-                      │ 6    │ 7    │  16 lanes of 4 columns: 64 columns deep, or one block
+                      │ 6    │ 7    │  a tile's row: 16 outputs, four columns each
           activations ├──────┼──────┤
            ┌──────┐   │ 0    │ 1    │  int32 [32, 32]
            │ 4    │   ├──────┼──────┤
            │ 5    │   │ 2    │ 3    │
            └──────┘   └──────┴──────┘
 
-At the end of each block the sums are stored, turned into numbers, scaled and added up in memory
-that stays in the first cache. Blocks of 8 bits with zero points do not fit a byte, and blocks of
-16 leave three quarters of a tile empty: both use vectors instead.
+Sums leave their tiles when the scales change: then they are stored, turned into numbers, scaled and
+added up in memory. Scales of activations are one for all columns of a panel, and weights of 4 bits
+get one scale a row on the way into it, so that is once a panel. Blocks of 6 and 8 bits keep their
+scales, and sums leave the tiles after each. Blocks of 8 bits with zero points do not fit a byte, and
+blocks of 16 leave three quarters of a tile empty: both use vectors instead.
 
-Roofline: tiles multiply 64 columns of 32 x 32 results in 64 cycles. Scaling them takes 64 vectors
-of three instructions and as many stores, some 100 cycles, once a block: so blocks of 128 come
-nearer to the peak than those of 32, and int8 with one scale a row nearest.
+Roofline: tiles multiply 64 columns of 32 x 32 results in 64 cycles, 512 columns in 512. Storing sums
+takes 140 cycles more, scaling them as many; unpacking 512 columns takes 1,900, shared by all rows. That
+is 40 % of the peak for 128 rows and 60 % for 512, and what is stored has to come from memory
+first.
 
 A process must ask Linux for tiles once, before it starts threads:
 ``syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)``, which on x86-64 is
@@ -29,19 +33,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, Final, Protocol
 
-from llmopt.backends.tvm.kernels.linear_codes import four_codes
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
-from llmopt.backends.tvm.kernels.linear_gemm import Step, each_piece
-from llmopt.backends.tvm.kernels.linear_quantize import Activations, allocate, quantize_row
+from llmopt.backends.tvm.kernels.linear_gemm import pieces
+from llmopt.backends.tvm.kernels.linear_panel import HIGH, LANES, Form, Panel
+from llmopt.backends.tvm.kernels.linear_quantize import Activations, allocate_tiles, quantize_row
 from llmopt.backends.tvm.kernels.linear_script import (
     Expr,
     T,
     bind,
-    bits,
     cast,
-    integer,
     load,
     number,
     parallel,
@@ -51,9 +53,12 @@ from llmopt.backends.tvm.kernels.linear_script import (
 )
 from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tiles
 
-_LANES: Final = 16
-_DEEP: Final = 64  # columns in a tile
+_STRIDE: Final = 64  # bytes
+_AT_ONCE: Final = 32
 _PALETTE: Final = 1
+_FEW, _MANY = 128, 512
+_NEAR: Final = 1 << 20
+"""Bytes of rows that every tile of weights reads again: half of the second cache."""
 
 
 class Tiles(Protocol):
@@ -124,118 +129,117 @@ def fits(storage: Storage) -> bool:
 
 
 @dataclass(frozen=True)
-class _Product:
-    """What one piece of the result is computed from.
+class _Piece:
+    """A tile of weights times some rows.
 
     Args:
-        buffers: The kernel's, by name.
-        storage: How the weight is stored.
+        panel: Its weights.
         activations: The rounded rows, padded to a multiple of 32.
-        tiles: The processor's.
+        unit: The processor's tiles.
         epilogue: What follows.
+        first: The first row.
+        steps: How many times 32 rows.
+        sums: [32, 32] int32, of one step.
+        results: [rows, 32] float32, what earlier runs summed up.
     """
 
-    buffers: Mapping[str, Any]
-    storage: Storage
+    panel: Panel
     activations: Activations
-    tiles: Tiles
+    unit: Tiles
     epilogue: Epilogue
+    first: Expr
+    steps: Expr
+    sums: Any
+    results: Any
 
-    AT_ONCE: ClassVar[int] = 32
+    def emit(self) -> None:
+        """Emit all panels and rows."""
+        form = self.panel.form
+        self.unit.configure(form.depth)
+        if form.count > 1:
+            with serial(form.count - 1) as index:
+                self._panel(index, last=False)
+        self._panel(form.count - 1, last=True)
+        self.unit.release()
 
-    @property
-    def depth(self) -> int:
-        """Columns in a tile."""
-        return min(_DEEP, self.storage.block)
+    def _panel(self, index: Expr, *, last: bool) -> None:
+        self.panel.unpack(index)
+        with serial(self.steps) as step:
+            self._rows(index, bind(step * _AT_ONCE), last=last)
 
-    def unpack(self, tile: Expr) -> Any:
-        """Emit the weights as signed bytes and return them, [K'/4, 32] int32."""
-        storage = self.storage
-        panel = T.alloc_buffer((storage.columns // 4, TILE), "int32")
-        units = storage.block // storage.unit
-        with serial(storage.blocks) as block:
-            zeros = [bind(self._zero(tile, block, at)) for at in (0, HALF)]
-            with serial(units) as unit:
-                for at, zero in zip((0, HALF), zeros, strict=True):
-                    self._unpack_unit(panel, (tile, bind(block * units + unit), at), zero)
-        return panel
+    def _rows(self, index: Expr, step: Expr, *, last: bool) -> None:
+        """Emit 32 rows of the result, or what there is of them, for the columns of a panel."""
+        form, row = self.panel.form, bind(self.first + step)
+        there = bind(T.min(self.epilogue.buffers["x"].shape[0] - row, T.int64(_AT_ONCE)))
+        if last:
+            with serial(there) as at:
+                self.epilogue.fetch(row + at, self.panel.tile)
+        if form.kept:
+            self._run(index, 0, (row, there, step), last=last)
+            return
+        with serial(form.there(index) // form.storage.block) as run:
+            self._run(index, run, (row, there, step), last=False)
+        if last:
+            with serial(there) as at:
+                vectors = [load(self.results, [step + at, place], LANES) for place in (0, HALF)]
+                self.epilogue.write(row + at, self.panel.tile, vectors)
 
-    def _unpack_unit(self, panel: Any, place: tuple[Expr, Expr, int], zero: Expr) -> None:
-        storage, codes = self.storage, self.buffers["codes"]
-        tile, unit, at = place
-        words = [
-            bind(load(codes, [tile, unit * storage.words + i, at], _LANES))
-            for i in range(storage.words)
-        ]
-        quads = storage.unit // 4
-        for quad in range(quads):
-            value = four_codes(storage, quad, words.__getitem__, _LANES)
-            store(panel, [unit * quads + quad, at], _minus(value, zero), _LANES)
+    def _run(
+        self, index: Expr, run: Expr, rows: tuple[Expr, Expr, Expr], *, last: bool
+    ) -> None:
+        """Emit the sums of columns that share their scales."""
+        form, (row, there, step) = self.panel.form, rows
+        before = run * form.storage.block if not form.kept else 0
+        self._multiply(index, before, row)
+        start = bind(index * form.columns + before)
+        scales = self.panel.scales(T.floordiv(start, form.storage.block))
+        group = bind(T.floordiv(start, form.group))
+        with serial(there) as at:
+            factor = bind(splat(load(self.activations.scale, [row + at, group], 1), LANES))
+            vectors = [self._scaled(at, place, factor, scale) for place, scale in zip((0, HALF), scales, strict=True)]
+            if form.count > 1 or not form.kept:
+                vectors = [self._added(value, start, [step + at, place]) for place, value in zip((0, HALF), vectors, strict=True)]
+            if last:
+                vectors = [value * end for value, end in zip(vectors, self.panel.ends, strict=True)]
+                self.epilogue.write(row + at, self.panel.tile, vectors)
+                return
+            for place, value in zip((0, HALF), vectors, strict=True):
+                store(self.results, [step + at, place], value, LANES)
 
-    def _zero(self, tile: Expr, block: Expr, at: int) -> Expr:
-        """Return the zero of 16 rows, in each of four bytes."""
-        four = integer(0x01010101, _LANES)
-        if not self.storage.zero_points:
-            return integer(self.storage.middle, _LANES) * four
-        points = load(self.buffers["zero_point"], [tile, block, at], _LANES)
-        return cast("int32", points, _LANES) * four
+    def _scaled(self, row: Expr, place: int, factor: Expr, scale: Expr | None) -> Expr:
+        value = cast("float32", load(self.sums, [row, place], LANES), LANES)
+        return value * (factor if scale is None else factor * scale)
 
-    def rows(self, first: Expr, tile: Expr, panel: Any, scratch: tuple[Any, Any]) -> None:
-        """Emit 32 rows of the result, or what there is of them."""
-        sums, results = scratch
-        there = bind(T.min(self.buffers["x"].shape[0] - first, T.int64(self.AT_ONCE)))
-        with serial(self.storage.blocks) as block:
-            self._multiply(first, block, panel, sums)
-            self._add_scaled(first, tile, block, (there, sums, results))
-        with serial(there) as row:
-            vectors = [load(results, [row, at], _LANES) for at in (0, HALF)]
-            self.epilogue.write(first + row, tile, vectors)
+    def _added(self, value: Expr, start: Expr, place: list[Expr]) -> Expr:
+        """Return a value and what earlier columns summed up."""
+        return value + T.Select(start > 0, load(self.results, place, LANES), number(0, LANES))
 
-    def _multiply(self, first: Expr, block: Expr, panel: Any, sums: Any) -> None:
-        """Emit the sums of one block."""
-        unit = self.tiles
+    def _multiply(self, index: Expr, before: Expr, row: Expr) -> None:
+        """Emit the integer sums of columns from one of a panel on."""
+        unit, panel, form = self.unit, self.panel, self.panel.form
         for tile in range(4):
             unit.zero(tile)
-        steps = self.storage.block // self.depth
-        with serial(steps) as step:
-            column = bind((block * steps + step) * (self.depth // 4))
-            codes, apart = self.activations.codes, self.storage.columns
-            unit.load(4, codes, (first, column), apart)
-            unit.load(6, panel, (column, 0), 4 * TILE)
+        columns = form.there(index) if form.kept else form.storage.block
+        with serial(-(-columns // form.depth)) as step:
+            column = before + step * form.depth
+            codes = self._codes_at(row, index * form.columns + column)
+            weights = panel.place(column)
+            unit.load(4, self.activations.codes, codes, _STRIDE)
+            unit.load(6, panel.bytes, weights, _STRIDE)
             unit.multiply(0, 4, 6)
-            unit.load(7, panel, (column, HALF), 4 * TILE)
+            unit.load(7, panel.bytes, (weights[0] + HIGH, 0), _STRIDE)
             unit.multiply(1, 4, 7)
-            unit.load(5, codes, (first + 16, column), apart)
+            below = (codes[0] + self.activations.tiles * HIGH, codes[1])
+            unit.load(5, self.activations.codes, below, _STRIDE)
             unit.multiply(2, 5, 6)
             unit.multiply(3, 5, 7)
         for tile in range(4):
-            unit.store(tile, sums, (16 * (tile // 2), 16 * (tile % 2)), 4 * TILE)
+            unit.store(tile, self.sums, (HIGH * (tile // 2), LANES * (tile % 2)), 4 * TILE)
 
-    def _add_scaled(
-        self, first: Expr, tile: Expr, block: Expr, scratch: tuple[Expr, Any, Any]
-    ) -> None:
-        """Emit ``results += sums * scales`` for the rows that are there."""
-        there, sums, results = scratch
-        scales = [bind(self._scale(tile, block, at)) for at in (0, HALF)]
-        group = T.floordiv(block, self.storage.shared)
-        with serial(there) as row:
-            factor = bind(splat(load(self.activations.scale, [first + row, group], 1), _LANES))
-            for at, scale in zip((0, HALF), scales, strict=True):
-                value = cast("float32", load(sums, [row, at], _LANES), _LANES) * (scale * factor)
-                if self.storage.blocks > 1:
-                    old = load(results, [row, at], _LANES)
-                    value = value + T.Select(block > 0, old, number(0, _LANES))
-                store(results, [row, at], value, _LANES)
-
-    def _scale(self, tile: Expr, block: Expr, at: int) -> Expr:
-        value = load(self.buffers["scale"], [tile, block, at], _LANES)
-        return value if self.storage.scale == "float32" else cast("float32", value, _LANES)
-
-
-def _minus(codes: Expr, zero: Expr) -> Expr:
-    """Return four differences of bytes in each lane."""
-    left, right = (bits("int8", value, 4 * _LANES) for value in (codes, zero))
-    return bits("int32", left - right, _LANES)
+    def _codes_at(self, row: Expr, column: Expr) -> tuple[Expr, Expr]:
+        """Return where the tile of a first row's codes begins."""
+        line, word = self.activations.place(row, T.floordiv(column, 4))
+        return bind(line), word
 
 
 def emit(
@@ -250,19 +254,18 @@ def emit(
         storage: How the weight is stored; see `fits`.
         unit: The processor's tiles.
     """
-    m = buffers["x"].shape[0]
-    at_once = _Product.AT_ONCE
-    activations = allocate(T.floordiv(m + at_once - 1, at_once) * at_once, storage)
+    m, form = buffers["x"].shape[0], Form.of(storage)
+    padded = T.floordiv(m + _AT_ONCE - 1, _AT_ONCE) * _AT_ONCE
+    activations = allocate_tiles(padded, storage.columns, form.group)
     with parallel(m) as row:
         quantize_row(buffers["x"], row, k, storage, activations)
-    product = _Product(buffers, storage, activations, unit, epilogue)
+    rows = max(_FEW, min(_MANY, _NEAR // storage.columns // _AT_ONCE * _AT_ONCE))
 
-    def begin(tile: Expr) -> Step:
-        sums = T.alloc_buffer((at_once, TILE), "int32")
-        results = T.alloc_buffer((at_once, TILE), "float32")
-        panel = product.unpack(tile)
-        unit.configure(product.depth)
-        return lambda first: product.rows(first, tile, panel, (sums, results))
+    def piece(tile: Expr, first: Expr, steps: Expr) -> None:
+        sums = T.alloc_buffer((_AT_ONCE, TILE), "int32")
+        results = T.alloc_buffer((rows + _AT_ONCE, TILE), "float32")
+        panel = Panel(form, buffers, tile)
+        _Piece(panel, activations, unit, epilogue, first, steps, sums, results).emit()
 
     count = tiles(epilogue.n, paired=epilogue.paired)
-    each_piece(m, count, at_once, begin, unit.release)
+    pieces(m, count, (_AT_ONCE, rows), piece)

@@ -83,14 +83,8 @@ def _shape(storage: Storage, products: Products) -> tuple[int, int]:
     return rows, width
 
 
-def each_piece(
-    m: Expr,
-    count: int,
-    at_once: int,
-    begin: Callable[[Expr], Step],
-    end: Callable[[], None] = lambda: None,
-) -> None:
-    """Emit the loops over pieces of the result.
+def each_piece(m: Expr, count: int, at_once: int, begin: Callable[[Expr], Step]) -> None:
+    """Emit the loops over pieces of the result, and over the rows of each.
 
     Args:
         m: How many rows there are.
@@ -98,15 +92,32 @@ def each_piece(
         at_once: How many rows a step computes.
         begin: Emits what a piece of a tile begins with; what it returns emits the rows from a
             first one on.
-        end: Emits what a piece ends with.
     """
-    chunks = bind(T.floordiv(m + ROWS - 1, T.int64(ROWS)))
+
+    def piece(tile: Expr, first: Expr, steps: Expr) -> None:
+        step = begin(tile)
+        with serial(steps) as i:
+            step(bind(first + i * at_once))
+
+    pieces(m, count, (at_once, ROWS), piece)
+
+
+def pieces(
+    m: Expr, count: int, sizes: tuple[int, int], emit_piece: Callable[[Expr, Expr, Expr], None]
+) -> None:
+    """Emit the loop over pieces of the result, which threads share.
+
+    Args:
+        m: How many rows there are.
+        count: How many tiles there are.
+        sizes: How many rows a step computes, and how many a piece has, about.
+        emit_piece: Emits a tile's rows, from a first one on, so many steps.
+    """
+    at_once, rows = sizes
+    chunks = bind(T.floordiv(m + rows - 1, T.int64(rows)))
     steps = T.floordiv(T.floordiv(m + chunks - 1, chunks) + at_once - 1, at_once)
     size = bind(steps * at_once)  # as even as can be: threads get the same number of pieces
     with parallel(chunks * count) as index:
         tile, chunk = bind(T.floormod(index, count)), bind(T.floordiv(index, count))
-        rows = bind(T.min(m - chunk * size, size))
-        step = begin(tile)
-        with serial(T.floordiv(rows + at_once - 1, at_once)) as i:
-            step(bind(chunk * size + i * at_once))
-        end()
+        there = bind(T.min(m - chunk * size, size))
+        emit_piece(tile, bind(chunk * size), bind(T.floordiv(there + at_once - 1, at_once)))
