@@ -22,7 +22,7 @@ from llmopt.runtime.processor import tiles_allowed
 
 tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
-from llmopt.backends.tvm.kernels import linear_amx  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels import amx  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.linear_script import T, load, serial  # noqa: E402 - needs TVM
 
 Array = npt.NDArray[Any]
@@ -432,7 +432,7 @@ TILED = [
 def test_the_kernel_of_tiles_is_right_with_emulated_tiles(
     scheme: Blockwise | DynamicInt8, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_amx, "Intrinsics", EmulatedTiles)
+    monkeypatch.setattr(amx, "Intrinsics", EmulatedTiles)
     rng = np.random.default_rng(11)
     n, k = 70, 250
     if isinstance(scheme, DynamicInt8):
@@ -453,7 +453,7 @@ def test_the_kernel_of_tiles_is_right_with_emulated_tiles(
 
 
 def test_the_kernel_of_tiles_finishes_with_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_amx, "Intrinsics", EmulatedTiles)
+    monkeypatch.setattr(amx, "Intrinsics", EmulatedTiles)
     rng = np.random.default_rng(12)
     n, k, m, scheme = 64, 64, 40, Blockwise(4, 32)
     weight = quantize_blockwise(rng.standard_normal((n, k)).astype(np.float32), scheme)

@@ -27,6 +27,7 @@ from typing import Any
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm.kernels import amx, attention_tiles
 from llmopt.backends.tvm.kernels.activations import exp2
 from llmopt.backends.tvm.kernels.attention_form import UNSEEN, Attention
 from llmopt.backends.tvm.kernels.attention_numbers import Floats, Numbers, Pairs
@@ -53,6 +54,7 @@ class Blocks:
         deep: Channels that do: the most up to ``tile`` that divide the width of a head.
         square: Lanes of a vector of channels; divides the width of a head and ``lanes``.
         numbers: What products are made of.
+        unit: AMX's tiles, where they multiply; `attention_tiles` then has the products.
         keys: Keys in a block; a multiple of ``tile``.
     """
 
@@ -62,6 +64,7 @@ class Blocks:
     deep: int
     square: int
     numbers: Numbers
+    unit: amx.Tiles | None = None
     keys: int = 64
 
     @property
@@ -77,6 +80,9 @@ class Blocks:
         pairs = form.rounded and features.avx512bf16 and form.width % 16 == 0
         numbers = Pairs() if pairs else Floats()
         square = fitting(features, form.width // numbers.per)
+        if pairs and features.amx_bf16 and form.width % attention_tiles.STEP == 0:
+            step = attention_tiles.STEP
+            return cls(features.lanes, 4, step, deep, square, numbers, amx.Intrinsics())
         return cls(features.lanes, 4, tile, deep, square, numbers)
 
 
@@ -306,6 +312,8 @@ def _finish(w: Work) -> None:
 def _attend(w: Work, row: Any) -> None:
     """Compute the block of rows from ``row`` on."""
     _start(w, row)
+    if w.n.unit is not None:
+        w.n.unit.configure()
     begin = variable(w.io.begin(row))
     end = variable(w.io.end(row + w.n.rows - 1))
     with T.serial(T.ceildiv(end - begin, w.n.keys)) as j:
@@ -313,10 +321,18 @@ def _attend(w: Work, row: Any) -> None:
         # whole tiles: what is past the end is hidden, and weighs nothing
         count = variable(T.min(T.ceildiv(end - origin, w.n.tile) * w.n.tile, w.n.keys))
         _hold_keys(w, origin, count)
-        _score(w, origin, count)
-        _weigh(w, count)
-        _hold_values(w, origin, count)
-        _add_values(w, count)
+        if w.n.unit is not None:
+            attention_tiles.score(w, w.n.unit, origin, count)
+            _weigh(w, count)
+            attention_tiles.hold_values(w, origin, count)
+            attention_tiles.add_values(w, w.n.unit, count)
+        else:
+            _score(w, origin, count)
+            _weigh(w, count)
+            _hold_values(w, origin, count)
+            _add_values(w, count)
+    if w.n.unit is not None:
+        w.n.unit.release()
     _finish(w)
 
 

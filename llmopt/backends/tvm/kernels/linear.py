@@ -203,6 +203,7 @@ def _kernel(wanted: Linear, packing: Packing) -> Kernel:
 def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
     """Return what emits the kernel's code."""
     from llmopt.backends.tvm.kernels import (
+        amx,
         linear_amx,
         linear_exact,
         linear_float,
@@ -223,7 +224,7 @@ def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
         elif wanted.exact:
             linear_exact.emit(buffers, epilogue, k, storage, features.lanes)
         elif not one and features.amx_int8 and linear_amx.fits(storage):
-            linear_amx.emit(buffers, epilogue, k, storage, linear_amx.Intrinsics())
+            linear_amx.emit(buffers, epilogue, k, storage, amx.Intrinsics())
         else:
             unit = products(features, largest=storage.largest, signed=storage.signed)
             (linear_gemv if one else linear_gemm).emit(buffers, epilogue, k, storage, unit)

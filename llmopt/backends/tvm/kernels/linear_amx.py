@@ -23,21 +23,17 @@ Roofline: tiles multiply 64 columns of 32 x 32 results in 64 cycles, 512 columns
 takes 140 cycles more, scaling them as many; unpacking 512 columns takes 1,900, shared by all rows. That
 is 40 % of the peak for 128 rows and 60 % for 512, and what is stored has to come from memory
 first.
-
-A process must ask Linux for tiles once, before it starts threads:
-``syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)``, which on x86-64 is
-``syscall(158, 0x1023, 18)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear_gemm import pieces
-from llmopt.backends.tvm.kernels.linear_panel import HIGH, LANES, Form, Panel
+from llmopt.backends.tvm.kernels.linear_panel import LANES, Form, Panel
 from llmopt.backends.tvm.kernels.linear_quantize import Activations, allocate_tiles, quantize_row
 from llmopt.backends.tvm.kernels.linear_script import (
     Expr,
@@ -52,75 +48,13 @@ from llmopt.backends.tvm.kernels.linear_script import (
     store,
 )
 from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tiles
+from llmopt.backends.tvm.kernels.amx import HIGH, Tiles, four_products
 
 _STRIDE: Final = 64  # bytes
 _AT_ONCE: Final = 32
-_PALETTE: Final = 1
 _FEW, _MANY = 128, 512
 _NEAR: Final = 1 << 20
 """Bytes of rows that every tile of weights reads again: half of the second cache."""
-
-
-class Tiles(Protocol):
-    """Eight tiles: 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights."""
-
-    def configure(self, depth: int) -> None:
-        """Set the sizes of the tiles for ``depth`` columns."""
-
-    def zero(self, tile: int) -> None:
-        """Set sums to zero."""
-
-    def load(self, tile: int, buffer: Any, index: tuple[Expr, Expr], stride: int) -> None:
-        """Read a tile whose rows are ``stride`` bytes apart."""
-
-    def multiply(self, sums: int, activations: int, weights: int) -> None:
-        """Add the products of signed bytes to sums."""
-
-    def store(self, tile: int, buffer: Any, index: tuple[Expr, Expr], stride: int) -> None:
-        """Write sums."""
-
-    def release(self) -> None:
-        """Leave the processor as it was, so that others need not save the tiles."""
-
-
-class Intrinsics:
-    """The tiles of the processor."""
-
-    def configure(self, depth: int) -> None:
-        """Set the sizes of the tiles for ``depth`` columns."""
-        setup = T.alloc_buffer((64,), "uint8")
-        with serial(64) as byte:
-            T.buffer_store(setup, T.uint8(0), [byte])
-        T.buffer_store(setup, T.uint8(_PALETTE), [0])
-        for tile in range(8):
-            columns = depth if tile in (4, 5) else 64
-            T.buffer_store(setup, T.uint8(columns), [16 + 2 * tile])
-            T.buffer_store(setup, T.uint8(depth // 4 if tile > 5 else 16), [48 + tile])
-        _emit("ldtilecfg", T.address_of(setup[0]))
-
-    def zero(self, tile: int) -> None:
-        """Set sums to zero."""
-        _emit("tilezero", T.int8(tile))
-
-    def load(self, tile: int, buffer: Any, index: tuple[Expr, Expr], stride: int) -> None:
-        """Read a tile whose rows are ``stride`` bytes apart."""
-        _emit("tileloadd64", T.int8(tile), T.address_of(buffer[index]), T.int64(stride))
-
-    def multiply(self, sums: int, activations: int, weights: int) -> None:
-        """Add the products of signed bytes to sums."""
-        _emit("tdpbssd", T.int8(sums), T.int8(activations), T.int8(weights))
-
-    def store(self, tile: int, buffer: Any, index: tuple[Expr, Expr], stride: int) -> None:
-        """Write sums."""
-        _emit("tilestored64", T.int8(tile), T.address_of(buffer[index]), T.int64(stride))
-
-    def release(self) -> None:
-        """Leave the processor as it was, so that others need not save the tiles."""
-        _emit("tilerelease")
-
-
-def _emit(name: str, *operands: Expr) -> None:
-    T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *operands))
 
 
 def fits(storage: Storage) -> bool:
@@ -225,14 +159,11 @@ class _Piece:
             codes = self._codes_at(row, index * form.columns + column)
             weights = panel.place(column)
             unit.load(4, self.activations.codes, codes, _STRIDE)
-            unit.load(6, panel.bytes, weights, _STRIDE)
-            unit.multiply(0, 4, 6)
-            unit.load(7, panel.bytes, (weights[0] + HIGH, 0), _STRIDE)
-            unit.multiply(1, 4, 7)
             below = (codes[0] + self.activations.tiles * HIGH, codes[1])
             unit.load(5, self.activations.codes, below, _STRIDE)
-            unit.multiply(2, 5, 6)
-            unit.multiply(3, 5, 7)
+            unit.load(6, panel.bytes, weights, _STRIDE)
+            unit.load(7, panel.bytes, (weights[0] + HIGH, 0), _STRIDE)
+            four_products(unit, halves=False)
         for tile in range(4):
             unit.store(tile, self.sums, (HIGH * (tile // 2), LANES * (tile % 2)), 4 * TILE)
 

@@ -41,13 +41,12 @@ from llmopt.backends.tvm.kernels.linear_script import (
     store,
     typed,
 )
-from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage
+from llmopt.backends.tvm.kernels.linear_storage import HALF, Storage
+from llmopt.backends.tvm.kernels.amx import HIGH
 
 LANES: Final = 16
 DEEP: Final = 64
 """Columns in a tile."""
-HIGH: Final = 16
-"""Rows in a tile."""
 _MOST: Final = 10  # tiles of 64 columns in a panel: two thirds of the first cache
 _FINE: Final = 11  # bits of a ratio behind the point
 
