@@ -27,13 +27,13 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear_gemm import pieces
-from llmopt.backends.tvm.kernels.linear_panel import LANES, Form, Panel
+from llmopt.backends.tvm.kernels.linear_panel import DEEP, FETCHING, LANES, Form, Panel
 from llmopt.backends.tvm.kernels.linear_quantize import Activations, allocate_tiles, quantize_row
 from llmopt.backends.tvm.kernels.linear_script import (
     Expr,
@@ -97,34 +97,53 @@ class _Piece:
         self.unit.release()
 
     def _panel(self, index: Expr, *, last: bool) -> None:
+        """Emit a panel times all rows; while the first pass, the next panel is asked for."""
         self.panel.unpack(index)
-        with serial(self.steps) as step:
-            self._rows(index, bind(step * _AT_ONCE), last=last)
+        ahead = bind(T.min(self.steps, T.int64(FETCHING)))
+        with serial(ahead) as step:
+            self._rows(index, step, last=last, fetch=True)
+        with serial(self.steps - ahead) as step:
+            self._rows(index, ahead + step, last=last, fetch=False)
 
-    def _rows(self, index: Expr, step: Expr, *, last: bool) -> None:
+    def _rows(self, index: Expr, step: Expr, *, last: bool, fetch: bool) -> None:
         """Emit 32 rows of the result, or what there is of them, for the columns of a panel."""
-        form, row = self.panel.form, bind(self.first + step)
+        form, start = self.panel.form, bind(step * _AT_ONCE)
+        row = bind(self.first + start)
         there = bind(T.min(self.epilogue.buffers["x"].shape[0] - row, T.int64(_AT_ONCE)))
-        if last:
-            with serial(there) as at:
-                self.epilogue.fetch(row + at, self.panel.tile)
+
+        def ahead(column: Expr) -> None:
+            """Ask for what is needed next, a part for each 64 columns."""
+            part = T.floordiv(column, DEEP)
+            if fetch:
+                self.panel.fetch(index, bind(step * form.high + part))
+            if last:
+                each = -(-_AT_ONCE // form.high)
+                for i in range(each):
+                    self.epilogue.fetch(T.min(row + part * each + i, row + there - 1), self.panel.tile)
+
+        rows = (row, there, start)
         if form.kept:
-            self._run(index, 0, (row, there, step), last=last)
+            self._run((index, 0), rows, ahead, last=last)
             return
         with serial(form.there(index) // form.storage.block) as run:
-            self._run(index, run, (row, there, step), last=False)
+            self._run((index, run), rows, ahead, last=False)
         if last:
             with serial(there) as at:
-                vectors = [load(self.results, [step + at, place], LANES) for place in (0, HALF)]
+                vectors = [load(self.results, [start + at, place], LANES) for place in (0, HALF)]
                 self.epilogue.write(row + at, self.panel.tile, vectors)
 
     def _run(
-        self, index: Expr, run: Expr, rows: tuple[Expr, Expr, Expr], *, last: bool
+        self,
+        run: tuple[Expr, Expr],
+        rows: tuple[Expr, Expr, Expr],
+        ahead: Callable[[Expr], None],
+        *,
+        last: bool,
     ) -> None:
         """Emit the sums of columns that share their scales."""
-        form, (row, there, step) = self.panel.form, rows
-        before = run * form.storage.block if not form.kept else 0
-        self._multiply(index, before, row)
+        form, (row, there, step), (index, number_of) = self.panel.form, rows, run
+        before = number_of * form.storage.block if not form.kept else 0
+        self._multiply((index, before), row, ahead)
         start = bind(index * form.columns + before)
         scales = self.panel.scales(T.floordiv(start, form.storage.block))
         group = bind(T.floordiv(start, form.group))
@@ -148,9 +167,11 @@ class _Piece:
         """Return a value and what earlier columns summed up."""
         return value + T.Select(start > 0, load(self.results, place, LANES), number(0, LANES))
 
-    def _multiply(self, index: Expr, before: Expr, row: Expr) -> None:
+    def _multiply(
+        self, start: tuple[Expr, Expr], row: Expr, ahead: Callable[[Expr], None]
+    ) -> None:
         """Emit the integer sums of columns from one of a panel on."""
-        unit, panel, form = self.unit, self.panel, self.panel.form
+        unit, panel, form, (index, before) = self.unit, self.panel, self.panel.form, start
         for tile in range(4):
             unit.zero(tile)
         columns = form.there(index) if form.kept else form.storage.block
@@ -164,6 +185,7 @@ class _Piece:
             unit.load(6, panel.bytes, weights, _STRIDE)
             unit.load(7, panel.bytes, (weights[0] + HIGH, 0), _STRIDE)
             four_products(unit, halves=False)
+            ahead(column)
         for tile in range(4):
             unit.store(tile, self.sums, (HIGH * (tile // 2), LANES * (tile % 2)), 4 * TILE)
 

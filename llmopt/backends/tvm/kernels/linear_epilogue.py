@@ -21,6 +21,7 @@ from llmopt.backends.tvm.kernels.linear_script import (
     intrinsic,
     load,
     number,
+    prefetch,
     serial,
     store,
     typed,
@@ -29,7 +30,6 @@ from llmopt.backends.tvm.kernels.linear_script import (
 from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE
 
 _WIDE: Final = 16  # lanes that only AVX-512 has
-_WRITE, _NEAREST, _DATA = 1, 3, 1  # operands of LLVM's prefetch
 _LOG2_E: Final = 1.4426950408889634
 _LN2_HIGH: Final = 0.693359375  # 9 bits, so that its product with an exponent is exact
 _LN2_LOW: Final = -2.12194440054690583e-4
@@ -138,9 +138,7 @@ class Epilogue:
         last = -(-self.columns // HALF) * HALF - HALF
         for at in range(0, wide, HALF):
             column = T.min(tile * wide + at, T.int64(last))
-            address = T.address_of(self.buffers["y"][row, column])
-            operands = (address, T.int32(_WRITE), T.int32(_NEAREST), T.int32(_DATA))
-            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", *operands))
+            prefetch(self.buffers["y"], (row, column), write=True)
 
     def write(self, row: Expr, tile: Expr, vectors: Sequence[Expr]) -> None:
         """Store one row of a tile, whose 32 outputs are ``vectors``."""

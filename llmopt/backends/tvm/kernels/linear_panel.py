@@ -36,17 +36,21 @@ from llmopt.backends.tvm.kernels.linear_script import (
     intrinsic,
     load,
     number,
+    prefetch,
     serial,
     splat,
     store,
     typed,
 )
-from llmopt.backends.tvm.kernels.linear_storage import HALF, Storage
+from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage
 from llmopt.backends.tvm.kernels.amx import HIGH
 
 LANES: Final = 16
 DEEP: Final = 64
 """Columns in a tile."""
+FETCHING: Final = 4
+"""Times 32 rows while which the next panel is asked for."""
+_LINE: Final = 64  # bytes
 _MOST: Final = 10  # tiles of 64 columns in a panel: two thirds of the first cache
 _FINE: Final = 11  # bits of a ratio behind the point
 
@@ -157,6 +161,35 @@ class Panel:
                 word = bind(T.floordiv(source, storage.unit) * storage.words)
                 for half in (0, 1):
                     self._unpack_unit(word, column, half, (zeros[half], ratios[half]))
+
+    def fetch(self, panel: Expr, part: Expr) -> None:
+        """Ask for a part of what the next panel is made from: behind what this one is.
+
+        Args:
+            panel: This one.
+            part: Which, of `FETCHING` times as many as a panel has tiles.
+        """
+        storage, parts = self.form.storage, FETCHING * self.form.high
+        words = self.form.columns * storage.bits // 32
+        lines = -(-words * 2 // parts)
+        for i in range(lines):
+            line = part * lines + i
+            word = (panel + 1) * words + T.floordiv(line, 2)
+            prefetch(self.buffers["codes"], (self.tile, word, T.floormod(line, 2) * HALF), near=2)
+        if storage.channels:
+            return
+        # all scales of the next tile are looked at before its first panel
+        some = -(-self.form.columns // storage.block * self._scale_bytes // _LINE // parts)
+        for i in range(max(1, some)):
+            block = panel * (self.form.columns // storage.block)
+            line = part * max(1, some) + i
+            place = (self.tile + 1, block + T.floordiv(line * _LINE, self._scale_bytes), 0)
+            prefetch(self.buffers["scale"], place, near=2)
+
+    @property
+    def _scale_bytes(self) -> int:
+        """Bytes of a block's scales."""
+        return 2 * TILE if self.form.storage.scale == "float16" else 4 * TILE
 
     def _unpack_unit(
         self, word: Expr, column: Expr, half: int, scaling: tuple[Expr, Expr | None]

@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "number",
     "parallel",
+    "prefetch",
     "serial",
     "splat",
     "store",
@@ -88,6 +89,21 @@ def bind(value: Expr) -> Expr:
 def intrinsic(name: str, dtype: str, *operands: Expr) -> Expr:
     """Return LLVM's intrinsic ``name``, which reads nothing but its operands."""
     return T.call_llvm_pure_intrin(dtype, name, *operands)
+
+
+def prefetch(buffer: Any, index: Sequence[Expr], *, write: bool = False, near: int = 3) -> None:
+    """Ask for the line of memory that an element lies in.
+
+    Args:
+        buffer: Of which.
+        index: The element; behind the buffer's end nothing happens.
+        write: Whether it will be written.
+        near: 3 for the first cache, 2 for the second.
+    """
+    operands = (T.int32(int(write)), T.int32(near), T.int32(1))  # 1: data, not code
+    T.evaluate(
+        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[tuple(index)]), *operands)
+    )
 
 
 def serial(extent: Expr) -> Any:
