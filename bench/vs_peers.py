@@ -376,7 +376,9 @@ def compiler() -> dict[str, str]:
     for version in ("", *(f"-{number}" for number in range(22, 15, -1))):
         if shutil.which(f"clang++{version}"):
             return {"CC": f"clang{version}", "CXX": f"clang++{version}"}
-    raise RuntimeError("llama.cpp needs clang 16 or newer for AMX: apt install clang-16 libomp-16-dev")
+    raise RuntimeError(
+        "llama.cpp needs clang 16 or newer for AMX: apt install clang-16 libomp-16-dev"
+    )
 
 
 def environment(place: Path) -> list[str]:
@@ -396,7 +398,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--install", action="store_true", help="make the environment of the peers")
     parser.add_argument("--side", action="append", help="only these; all if not given")
     parser.add_argument("--avx2", action="store_true", help="code for AVX2 alone, on both sides")
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=5, help="0 makes the models and no more")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--build", help=argparse.SUPPRESS)
@@ -429,7 +431,8 @@ def main() -> None:
     results = []
     for name in chosen.cases:
         results.append(compare(name, chosen))
-        report(results[-1], work_of(chosen.work / name), machine)
+        if chosen.blocks:
+            report(results[-1], work_of(chosen.work / name), machine)
     if chosen.json is not None:
         load = os.getloadavg()[0]
         everything = {"machine": machine, "load_average": load, "results": results}

@@ -10,10 +10,13 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from emulated_tiles import EmulatedTiles
 from kernel_calls import AVX2, Array, call, error, floats, host, narrow
 
 from llmopt.backends.tvm.features import Features
+from llmopt.backends.tvm.kernels import amx
 from llmopt.backends.tvm.kernels.attention import Attention, Turning, append, attention, decode
+from llmopt.runtime.processor import tiles_allowed
 
 CLOSE = 3e-6
 """Of the largest magnitude; the most that was seen is 1.4e-6."""
@@ -90,6 +93,35 @@ ROUNDED = 1e-2
 @pytest.mark.parametrize("width", [32, 48, 24], ids=["d32", "d48", "d24-in-float32"])
 def test_rounded_products_are_close(width: int, rng: np.random.Generator) -> None:
     form = Attention(4, 2, width, causal=True, packed=True, rounded=True)
+    check_packed(form, (2, 75), rng, close=ROUNDED)
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"),
+    [
+        (Attention(6, 2, 64, causal=True, packed=True, rounded=True), (2, 133)),
+        (Attention(4, 4, 32, left=40, softcap=2.0, packed=True, rounded=True), (1, 77)),
+    ],
+    ids=["causal", "window-and-softcap"],
+)
+def test_tiles_multiply_what_is_rounded(
+    form: Attention,
+    sizes: tuple[int, int],
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not host().avx512bf16:
+        pytest.skip("this processor has no avx512_bf16")
+    monkeypatch.setattr(amx, "Intrinsics", EmulatedTiles)
+    features = replace(host(), amx_bf16=True)
+    check_packed(form, sizes, rng, (features, "host"), close=ROUNDED)
+
+
+def test_tiles_of_amx_multiply_what_is_rounded(rng: np.random.Generator) -> None:
+    if not host().amx_bf16:
+        pytest.skip("this processor has no amx_bf16")
+    assert tiles_allowed()
+    form = Attention(4, 2, 64, causal=True, packed=True, rounded=True)
     check_packed(form, (2, 75), rng, close=ROUNDED)
 
 

@@ -16,13 +16,14 @@ rows pass, 32 at a time: four sums of 16 x 16, two tiles of activations, two of 
 Sums leave their tiles when the scales change: then they are stored, turned into numbers, scaled and
 added up in memory. Scales of activations are one for all columns of a panel, and weights of 4 bits
 get one scale a row on the way into it, so that is once a panel. Blocks of 6 and 8 bits keep their
-scales, and sums leave the tiles after each. Blocks of 8 bits with zero points do not fit a byte, and
-blocks of 16 leave three quarters of a tile empty: both use vectors instead.
+scales, and sums leave the tiles after each. Blocks of 8 bits with zero points do not fit a byte,
+and blocks of 16 leave three quarters of a tile empty: both use vectors instead.
 
-Roofline: tiles multiply 64 columns of 32 x 32 results in 64 cycles, 512 columns in 512. Storing sums
-takes 140 cycles more, scaling them as many; unpacking 512 columns takes 1,900, shared by all rows. That
-is 40 % of the peak for 128 rows and 60 % for 512, and what is stored has to come from memory
-first.
+Roofline: tiles multiply 64 columns of 32 x 32 results in 64 cycles, 512 columns in 512. Storing the
+sums takes 140 cycles more, scaling them as many; unpacking 512 columns takes 1,900, shared by all
+rows. Vectors and tiles do not overlap here as they could: that is 40 % of the peak for 128 rows and
+60 % for 512, less what waits for memory. So results are asked for before they are written, and what
+the next panel is made from while this one's first rows pass.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from llmopt.backends.tvm.kernels.amx import HIGH, Tiles, four_products
 from llmopt.backends.tvm.kernels.linear_epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear_gemm import pieces
 from llmopt.backends.tvm.kernels.linear_panel import DEEP, FETCHING, LANES, Form, Panel
@@ -48,7 +50,6 @@ from llmopt.backends.tvm.kernels.linear_script import (
     store,
 )
 from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage, tiles
-from llmopt.backends.tvm.kernels.amx import HIGH, Tiles, four_products
 
 _STRIDE: Final = 64  # bytes
 _AT_ONCE: Final = 32
@@ -119,7 +120,9 @@ class _Piece:
             if last:
                 each = -(-_AT_ONCE // form.high)
                 for i in range(each):
-                    self.epilogue.fetch(T.min(row + part * each + i, row + there - 1), self.panel.tile)
+                    self.epilogue.fetch(
+                        T.min(row + part * each + i, row + there - 1), self.panel.tile
+                    )
 
         rows = (row, there, start)
         if form.kept:
@@ -149,9 +152,15 @@ class _Piece:
         group = bind(T.floordiv(start, form.group))
         with serial(there) as at:
             factor = bind(splat(load(self.activations.scale, [row + at, group], 1), LANES))
-            vectors = [self._scaled(at, place, factor, scale) for place, scale in zip((0, HALF), scales, strict=True)]
+            vectors = [
+                self._scaled(at, place, factor, scale)
+                for place, scale in zip((0, HALF), scales, strict=True)
+            ]
             if form.count > 1 or not form.kept:
-                vectors = [self._added(value, start, [step + at, place]) for place, value in zip((0, HALF), vectors, strict=True)]
+                vectors = [
+                    self._added(value, start, [step + at, place])
+                    for place, value in zip((0, HALF), vectors, strict=True)
+                ]
             if last:
                 vectors = [value * end for value, end in zip(vectors, self.panel.ends, strict=True)]
                 self.epilogue.write(row + at, self.panel.tile, vectors)
@@ -167,9 +176,7 @@ class _Piece:
         """Return a value and what earlier columns summed up."""
         return value + T.Select(start > 0, load(self.results, place, LANES), number(0, LANES))
 
-    def _multiply(
-        self, start: tuple[Expr, Expr], row: Expr, ahead: Callable[[Expr], None]
-    ) -> None:
+    def _multiply(self, start: tuple[Expr, Expr], row: Expr, ahead: Callable[[Expr], None]) -> None:
         """Emit the integer sums of columns from one of a panel on."""
         unit, panel, form, (index, before) = self.unit, self.panel, self.panel.form, start
         for tile in range(4):

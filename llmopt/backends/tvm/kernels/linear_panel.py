@@ -1,4 +1,4 @@
-"""Some columns of a tile of weights as signed bytes, in AMX's tiles: what many rows are multiplied with.
+"""Some columns of a tile of weights as signed bytes, as AMX's tiles take them.
 
 A panel is [columns / 64, 2 halves, 16 quads, 16 outputs] int32: tiles of 64 columns and 16 outputs,
 1 KB each, a lane four columns of one output.
@@ -8,9 +8,9 @@ A panel is [columns / 64, 2 halves, 16 quads, 16 outputs] int32: tiles of 64 col
     byte = round((code - zero) * ratio)    ratio = scale of the block * 15 / largest of the row
                                            result = sums * largest of the row / 15
 
-(8 instead of 15 where blocks have zero points: either way a byte is at most 120.) A block whose scale
-is the row's largest is exact, in others a code is off by half of 1/15 of the largest scale, at
-most, where 4 bits are off by half of their own scale. It is done in 16 bits, two vectors for the
+(8 instead of 15 where blocks have zero points: either way a byte is at most 120.) A block whose
+scale is the row's largest is exact; in others a code is off by half of 1/15 of the largest scale,
+at most, where 4 bits are off by half of their own scale. It is done in 16 bits, two vectors for the
 even and two for the odd columns of eight::
 
     code << 4  -  zero << 4   multiplied by ratio * 2**11, highest 16 bits, rounded (vpmulhrsw)
@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from llmopt.backends.tvm.kernels.amx import HIGH
 from llmopt.backends.tvm.kernels.linear_codes import four_codes
 from llmopt.backends.tvm.kernels.linear_script import (
     Expr,
@@ -43,7 +44,6 @@ from llmopt.backends.tvm.kernels.linear_script import (
     typed,
 )
 from llmopt.backends.tvm.kernels.linear_storage import HALF, TILE, Storage
-from llmopt.backends.tvm.kernels.amx import HIGH
 
 LANES: Final = 16
 DEEP: Final = 64
@@ -209,7 +209,7 @@ class Panel:
             store(self.bytes, [line + half * HIGH, lane], value, LANES)
 
     def _zero(self, block: Expr, at: int) -> Expr:
-        """Return the zero of 16 rows: in four bytes of a lane, or 16 times it in both its halves."""
+        """Return the zero of 16 rows: in four bytes of a lane, or 16 times it in two halves."""
         storage = self.form.storage
         factor = 0x00100010 if self.form.rescaled else 0x01010101
         if not storage.zero_points:
@@ -222,9 +222,7 @@ class Panel:
         inverse = self._inverse[at // HALF]
         if inverse is None:
             return None
-        value = intrinsic(
-            "llvm.rint", typed("float32", LANES), self._scale(block, at) * inverse
-        )
+        value = intrinsic("llvm.rint", typed("float32", LANES), self._scale(block, at) * inverse)
         ratio = bind(cast("int32", value, LANES))
         return bind((ratio << integer(16, LANES)) | (ratio & integer(0xFFFF, LANES)))
 

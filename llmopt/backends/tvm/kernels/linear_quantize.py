@@ -158,7 +158,9 @@ def _quantize(group: _Run, index: Expr, storage: Storage, into: Activations) -> 
         width = min(storage.block, group.width - start)
         block = _Run(group.x, group.row, group.start + start, width)
         total = _store_codes(block, inverse, storage.block, into)
-        known = cast("float32", total, 1) if storage.zero_points else total * integer(-storage.middle)
+        known = (
+            cast("float32", total, 1) if storage.zero_points else total * integer(-storage.middle)
+        )
         store(into.correction, [group.row, index * shared + at], known, 1)
 
 
