@@ -74,21 +74,35 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     return compile_source(source, [target], place, options, reading, progress)[0]
 
 
-def load(artifact: str | Path | Artifact, *, threads: int | None = None) -> Runner:
+def load(
+    artifact: str | Path | Artifact,
+    *,
+    threads: int | None = None,
+    key: str | Path | None = None,
+    certificate_chain: Sequence[str | Path] = (),
+    signature: str | Path | None = None,
+) -> Runner:
     """Return a runner for an artifact.
 
     Args:
-        artifact: What ``compile`` returned, or its directory.
+        artifact: What ``compile`` returned, or its directory; or a bundle, of which the variant
+            that suits this machine is taken.
         threads: Threads inside one operator; the cores this process may use if not given.
+        key: A public key: the bundle has to be signed with its private one.
+        certificate_chain: Certificates that the signer's own has to lead to; or a key.
+        signature: Of the bundle; the one beside it if not given.
 
     Raises:
-        ArtifactError: the directory is not an artifact, or is damaged.
-        BackendUnavailableError: what runs it is not installed.
+        ArtifactError: it is not an artifact, or is damaged.
+        BackendUnavailableError: what runs it is not installed, or nothing in a bundle runs here.
+        SignatureError: the bundle is not signed by whom it should be.
     """
-    from llmopt.runtime import load as load_folder
+    from llmopt.runtime import load as load_path
 
-    folder = artifact if isinstance(artifact, str | Path) else artifact.path
-    return load_folder(folder, threads=threads)
+    path = artifact if isinstance(artifact, str | Path) else artifact.path
+    return load_path(
+        path, threads=threads, key=key, certificate_chain=certificate_chain, signature=signature
+    )
 
 
 def trace(

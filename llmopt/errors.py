@@ -14,8 +14,11 @@
     ├── AccuracyError              exit 1   outputs moved past the tolerance or the quality bound
     ├── PassError                  exit 1   a pass left the Program invalid: our bug
     ├── ArtifactError              exit 1   an artifact is damaged, or from a newer llmopt
+    │   └── BundleError                     a bundle is, or is not what it claims
+    │       └── SignatureError              a bundle is not what was signed, or nothing was
     ├── StorageError               exit 1   the output could not be written
     └── BackendUnavailableError    exit 3   the library, device or feature is not here
+        └── NoVariantError                  no variant of a bundle suits this machine
 
 The command line prints ``str(error)`` on one line and exits with ``exit_code``. Each message
 says what is wrong, where, and what to do next.
@@ -255,6 +258,22 @@ class ArtifactError(LlmoptError):
         return f"{self.path}: {self.problem}; compile it again, or update llmopt if it is newer"
 
 
+class BundleError(ArtifactError):
+    """A bundle is damaged, or is not what it claims to be."""
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; get it again from where it came from"
+
+
+class SignatureError(BundleError):
+    """A bundle has no signature, or not that of the key or certificate that was given."""
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; do not use it before its sender has explained that"
+
+
 class StorageError(LlmoptError):
     """The output could not be written.
 
@@ -291,3 +310,24 @@ class BackendUnavailableError(LlmoptError):
     @override
     def __str__(self) -> str:
         return f"backend {self.backend!r} cannot run here: {self.reason}"
+
+
+class NoVariantError(BackendUnavailableError):
+    """No variant of a bundle suits this machine.
+
+    Args:
+        path: The bundle.
+        reasons: ``variant: reason`` for each.
+    """
+
+    def __init__(self, path: str | Path, reasons: Iterable[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__(str(path), "; ".join(self.reasons))
+        self.path = Path(path)
+
+    @override
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: no variant suits this machine: {self.reason}; bundle one that does "
+            "with `llmopt bundle create`"
+        )

@@ -59,6 +59,13 @@ class Fields:
             raise self.bad(key, "a list of whole numbers")
         return tuple(values)
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return the strings at ``key``, none where it is absent."""
+        values = self._list(key)
+        if not all(isinstance(value, str) for value in values):
+            raise self.bad(key, "a list of strings")
+        return tuple(values)
+
     def dimensions(self, key: str) -> tuple[str | int, ...]:
         """Return the shape at ``key``: whole numbers and names."""
         values = self._list(key)

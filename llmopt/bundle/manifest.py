@@ -182,10 +182,20 @@ class FileRecord:
     @classmethod
     def read(cls, data: Fields) -> Self:
         """Return the record written as ``data``; a path that leaves the artifact is refused."""
-        path = PurePosixPath(data.text("path"))
-        if path.is_absolute() or ".." in path.parts or "\\" in str(path):
-            raise data.bad("path", f"a path inside the artifact, not {str(path)!r}")
-        return cls(str(path), data.number("size_bytes"), data.text("sha256"))
+        return cls(inside(data, "path"), data.number("size_bytes"), data.text("sha256"))
+
+
+def inside(data: Fields, key: str) -> str:
+    """Return the path at ``key``.
+
+    Raises:
+        ArtifactError: It leaves the folder that it is relative to, or no file can have it.
+    """
+    path = PurePosixPath(data.text(key))
+    leaves = path.is_absolute() or ".." in path.parts or "\\" in str(path)
+    if leaves or not path.parts or any(ord(letter) < ord(" ") for letter in str(path)):
+        raise data.bad(key, f"a path inside the artifact, not {str(path)!r}")
+    return str(path)
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,7 @@ class Manifest:
         versions: Of llmopt, the backend and the opset that made it.
         source: What it was made from.
         pipeline: The passes as text.
+        recipe: The command that makes it again, paths left out; empty where none is known.
         precision: The precision plan.
         signature: What the model takes and gives.
         model: What a runner has to know of it.
@@ -215,6 +226,7 @@ class Manifest:
     versions: Mapping[str, str | int] = field(default_factory=dict)
     source: SourceRecord = SourceRecord()
     pipeline: str = ""
+    recipe: str = ""
     precision: Mapping[str, Any] = field(default_factory=dict)
     signature: Signature = Signature()
     model: ModelFacts = ModelFacts()
@@ -235,20 +247,18 @@ class Manifest:
         Raises:
             ArtifactError: It is not JSON, lacks a key, or has a schema we do not know.
         """
-        try:
-            data = Fields(json.loads(text), where)
-        except json.JSONDecodeError as error:
-            raise ArtifactError(where, f"not JSON ({error})") from error
+        data = Fields(parsed(text, where), where)
         schema = data.number("schema")
         if schema != SCHEMA:
             raise ArtifactError(where, f"schema {schema}, and this llmopt reads {SCHEMA}")
         return cls(
             target=data.text("target"),
-            entry=data.text("entry"),
+            entry=inside(data, "entry"),
             task=data.text("task"),
             versions=data.mapping("versions"),
             source=SourceRecord.read(data.child("source")),
             pipeline=data.text("pipeline", ""),
+            recipe=data.text("recipe", ""),
             precision=data.mapping("precision"),
             signature=Signature.read(data.child("signature")),
             model=ModelFacts.read(data.child("model")),
@@ -305,6 +315,18 @@ class Manifest:
             ArtifactError: A file is missing, or has another length or digest.
         """
         _raise_first(folder, (_problem(folder, record) for record in self.files))
+
+
+def parsed(text: str, where: Path) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ArtifactError: It is none, or one that is made to be hard to read.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(where, f"not JSON ({error})") from error
 
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:

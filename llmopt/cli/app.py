@@ -20,6 +20,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "bench": "llmopt.cli.bench:bench_command",
     "evaluate": "llmopt.cli.evaluate:evaluate_command",
     "inspect": "llmopt.cli.inspect:inspect_command",
+    "bundle": "llmopt.cli.bundle:bundle_group",
     "opt": "llmopt.cli.opt:opt_command",
     "targets": "llmopt.cli.catalog:targets_command",
     "passes": "llmopt.cli.catalog:passes_command",

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
 
 from llmopt.errors import SourceNotFoundError
 
+if TYPE_CHECKING:
+    from llmopt.bundle.signing import Trust
+
 MANIFEST: Final = "manifest.json"
-_HINT: Final = "give an artifact, a directory that `llmopt compile` wrote"
+BUNDLE: Final = ".llmopt"
+_HINT: Final = "give an artifact, a directory that `llmopt compile` wrote, or a bundle"
+_TRUST: Final = ("key", "certificate_chain", "signature")
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def require_there(*paths: Path) -> None:
@@ -24,4 +33,58 @@ def require_there(*paths: Path) -> None:
 
 def is_artifact(path: Path) -> bool:
     """Whether ``path`` is an artifact, perhaps a damaged one, rather than a source."""
-    return (path / MANIFEST).is_file()
+    return (path / MANIFEST).is_file() or is_bundle(path)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether ``path`` is a bundle, perhaps a damaged one."""
+    return path.suffix == BUNDLE and path.is_file()
+
+
+def trust_options(command: Command) -> Command:
+    """Give a command the options that say whose signature a bundle has to have."""
+    path = click.Path(path_type=Path)
+    for option in (
+        click.option(
+            "--signature",
+            type=path,
+            metavar="FILE",
+            help="The bundle's signature.  [default: BUNDLE.sig]",
+        ),
+        click.option(
+            "--certificate-chain",
+            type=path,
+            multiple=True,
+            metavar="FILE",
+            help="Certificates that the signer's leads to, the root's among them. Repeatable.",
+        ),
+        click.option(
+            "--key",
+            type=path,
+            metavar="FILE",
+            help="A public key: refuse a bundle that is not signed with its private one.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def trust(options: dict[str, Any]) -> Trust | None:
+    """Take those options out of the others and return what they say."""
+    from llmopt.bundle.signing import trust_of
+
+    return trust_of(*(options.pop(name) for name in _TRUST))
+
+
+def opened(path: Path, options: dict[str, Any]) -> Path:
+    """Return the folder of an artifact, or of the variant of a bundle that suits this machine.
+
+    Raises:
+        SourceNotFoundError: Nothing is there.
+        LlmoptError: As `llmopt.runtime.opening.artifact_of` does.
+    """
+    require_there(path)
+    asked = trust(options)
+    from llmopt.runtime.opening import artifact_of
+
+    return artifact_of(path, asked)

@@ -82,9 +82,10 @@ def bench_command(
 def _plan(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Plan:
     from llmopt.benchmark import Plan, default_workload, parse_workload
     from llmopt.bundle.manifest import Manifest
+    from llmopt.runtime.opening import artifact_of
 
     if options["workload"] is None:
-        manifest = Manifest.read(artifacts[0])
+        manifest = Manifest.read(artifact_of(artifacts[0]))
         workload = default_workload(manifest.task, manifest.model.max_length)
     else:
         workload = parse_workload(options["workload"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from llmopt.cli.artifacts import is_artifact, require_there
+from llmopt.cli.artifacts import is_artifact, opened, trust_options
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json, table
 from llmopt.errors import SourceError, SourceNotFoundError
@@ -43,16 +43,23 @@ _WORDS: Final = {
     help="Text to compare on.  [default: what the artifact writes itself]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def evaluate_command(artifact: Path, reference: str, text: Path | None, as_json: bool) -> None:  # noqa: FBT001 - click
+@trust_options
+def evaluate_command(
+    artifact: Path,
+    reference: str,
+    text: Path | None,
+    as_json: bool,  # noqa: FBT001 - click
+    **trusted: Any,
+) -> None:
     """Measure what an artifact lost against its source.
 
     For a language model: KL divergence, agreement on the most likely token, and perplexity,
     each with its standard error. For any other: the cosine of its vectors to the reference's.
     """
-    require_there(artifact)
+    folder = opened(artifact, trusted)
     content = None if text is None else _read(text)
     with Progress() as progress:
-        result = _evaluate(artifact, reference, content, progress)
+        result = _evaluate(folder, reference, content, progress)
     values = dataclasses.asdict(result.found)
     about = {"artifact": str(artifact), "reference": reference, "text": result.text}
     if as_json:

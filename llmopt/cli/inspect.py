@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
-from llmopt.cli.artifacts import is_artifact
+from llmopt.cli.artifacts import is_artifact, is_bundle
 from llmopt.cli.text import digits, echo_json, fields, size, table
 from llmopt.errors import SourceError, SourceNotFoundError
 
 SCHEMA = 1
-_KINDS = "give an artifact, an .onnx file, a .gguf file, .safetensors, or a Hugging Face folder"
+_KINDS = (
+    "give an artifact, a bundle, an .onnx file, a .gguf file, .safetensors, "
+    "or a Hugging Face folder"
+)
 
 
 @click.command("inspect")
@@ -21,11 +24,15 @@ _KINDS = "give an artifact, an .onnx file, a .gguf file, .safetensors, or a Hugg
 def inspect_command(path: Path, as_json: bool) -> None:  # noqa: FBT001 - click
     """Show what PATH holds, without reading its weights.
 
-    PATH is an artifact, an .onnx or .gguf file, or a Hugging Face folder.
+    PATH is an artifact, a bundle, an .onnx or .gguf file, or a Hugging Face folder.
     """
     if not path.exists():
         raise SourceNotFoundError(path, _KINDS)
-    if is_artifact(path):
+    if is_bundle(path):
+        from llmopt.cli.bundle import show
+
+        show(path, as_json=as_json)
+    elif is_artifact(path):
         _artifact(path, as_json=as_json)
     elif path.suffix == ".onnx":
         _onnx(path, as_json=as_json)

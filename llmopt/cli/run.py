@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from llmopt.cli.artifacts import require_there
+from llmopt.cli.artifacts import opened, trust_options
 from llmopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ _SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--threads", type=int, metavar="N", help="Threads.  [default: every usable core]")
+@trust_options
 def run_command(artifact: Path, more: tuple[str, ...], **options: Any) -> None:
-    """Run ARTIFACT on a prompt, on sentences, or on arrays.
+    """Run ARTIFACT, or what suits this machine of a bundle, on a prompt, sentences or arrays.
 
     \b
     --prompt prints the continuation as it is made,
@@ -53,7 +54,7 @@ def run_command(artifact: Path, more: tuple[str, ...], **options: Any) -> None:
     --inputs writes every output into another .npz file.
     """  # noqa: D301 - \b keeps click from joining the lines
     asked = _mode(more, options)
-    require_there(artifact)
+    artifact = opened(artifact, options)
     from llmopt.runtime import load
 
     if asked == "inputs":

@@ -92,7 +92,7 @@ def optimize(
     report = fusion_report(opened.program, ran)
     require(report, options.require)
     _check_dialect(opened.program)
-    return Optimized(opened, str(pipeline), ran, report)
+    return Optimized(opened, str(pipeline), ran, report, reading)
 
 
 def _check_distinct(backends: Sequence[Backend]) -> None:

@@ -19,9 +19,10 @@ from llmopt.bundle.writer import staged_folder
 from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
+from llmopt.compiler.recipe import recipe
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
-from llmopt.frontend.source import Source
+from llmopt.frontend.source import Source, SourceOptions
 from llmopt.fusion import Fused
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
@@ -41,12 +42,14 @@ class Optimized:
         pipeline: Those passes, as text.
         ran: What each did.
         fusion: What was expected and what was fused.
+        reading: How it was read.
     """
 
     source: Source
     pipeline: str
     ran: Sequence[Ran]
     fusion: Mapping[str, Fused]
+    reading: SourceOptions
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ class Compilation:
             versions={"llmopt": llmopt.__version__, **lowered.versions},
             source=program.facts.source,
             pipeline=pipeline,
+            recipe=self._recipe(program.facts.source.name),
             precision={} if self.scheme is None else {"weights": str(self.scheme)},
             signature=program.signature,
             model=program.facts.model,
@@ -192,6 +196,10 @@ class Compilation:
             quality=quality,
             requires=lowered.requires,
         )
+
+    def _recipe(self, source: str) -> str:
+        """Return the command that makes the artifact again."""
+        return recipe(source, self.backend.target, self.options, self.optimized.reading)
 
     def _finish(self, folder: Path, manifest: Manifest) -> None:
         with self.clock("writing"):

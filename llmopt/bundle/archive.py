@@ -1,0 +1,281 @@
+"""The archive that a bundle is: tar in one zstd frame, in one form only, and its own digest.
+
+The same members are the same bytes: they have the order they are given in, one owner, one mode,
+one time. At the end stands a zstd frame of the kind that decompressors skip, with the sha256 of
+all before it; ``tar --zstd -x`` reads the archive as it is.
+
+A reader knows from the first member, the manifest, what every byte of tar that follows must be but
+the contents themselves. It compares, and so needs no rules about links, devices, paths or names
+that come twice: none of them is what is expected. Nothing is decompressed past the sizes that the
+manifest states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from llmopt.bundle.manifest import FileRecord
+from llmopt.bundle.zstd import (
+    CompressionParameter,
+    DecompressionParameter,
+    ZstdCompressor,
+    ZstdDecompressor,
+    ZstdError,
+)
+from llmopt.errors import BundleError
+
+CHUNK: Final = 1 << 20
+LONGEST_NAME: Final = 100
+"""Bytes of a name in a header of tar."""
+
+_BLOCK: Final = 512
+_MODE: Final = 0o644
+_END: Final = bytes(2 * _BLOCK)
+_LEVEL: Final = 3  # weights gain a tenth at any
+_WINDOW: Final = 22  # log2 of the bytes that decompressing keeps
+_TRAILER: Final = struct.Struct("<II16s32s")
+_SKIPPABLE: Final = 0x184D2A5C  # RFC 8878, section 3.1.2
+_TAG: Final = b"llmopt bundle 1\n"
+_SIZE: Final = 48
+_KINDS: Final = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a pipe",
+    tarfile.DIRTYPE: "a folder",
+    tarfile.REGTYPE: "a file",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A member to be written.
+
+    Args:
+        record: Its name, size and digest.
+        source: The file that holds it, or the bytes themselves.
+    """
+
+    record: FileRecord
+    source: Path | bytes
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> Entry:
+        """Return the entry of some bytes."""
+        digest = hashlib.sha256(content).hexdigest()
+        return cls(FileRecord(name, len(content), digest), content)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield its content.
+
+        Raises:
+            BundleError: It is no longer what the record says.
+        """
+        digest, size = hashlib.sha256(), 0
+        for chunk in [self.source] if isinstance(self.source, bytes) else _read(self.source):
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+        if (size, digest.hexdigest()) != (self.record.size_bytes, self.record.sha256):
+            raise BundleError(str(self.source), "changed while it was read")
+
+
+def write_archive(stream: BinaryIO, entries: Iterable[Entry]) -> str:
+    """Write an archive and return the digest that its trailer holds, in hex."""
+    parameters = CompressionParameter
+    options: dict[int, int] = {
+        parameters.compression_level: _LEVEL,
+        parameters.window_log: _WINDOW,
+    }
+    compressor, digest = ZstdCompressor(options=options), hashlib.sha256()
+
+    def write(data: bytes) -> None:
+        digest.update(data)
+        stream.write(data)
+
+    for entry in entries:
+        write(compressor.compress(_header(entry.record.path, entry.record.size_bytes)))
+        for chunk in entry.chunks():
+            write(compressor.compress(chunk))
+        write(compressor.compress(_padding(entry.record.size_bytes)))
+    write(compressor.compress(_END, mode=ZstdCompressor.FLUSH_FRAME))
+    stream.write(_TRAILER.pack(_SKIPPABLE, _SIZE, _TAG, digest.digest()))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What the end of an archive says of the rest.
+
+    Args:
+        body_bytes: How many bytes it is the digest of.
+        sha256: The digest, in hex.
+    """
+
+    body_bytes: int
+    sha256: str
+
+    @classmethod
+    def read(cls, stream: BinaryIO, path: Path) -> Seal:
+        """Return the seal of an archive, without a look at the rest.
+
+        Raises:
+            BundleError: There is none: it is cut short, or no bundle.
+        """
+        stream.seek(0, 2)
+        body = stream.tell() - _TRAILER.size
+        if body < 0:
+            raise BundleError(path, "not a bundle: it is too short")
+        stream.seek(body)
+        magic, size, tag, digest = _TRAILER.unpack(stream.read(_TRAILER.size))
+        if (magic, size, tag) != (_SKIPPABLE, _SIZE, _TAG):
+            raise BundleError(path, "not a bundle, or one that is damaged: its end is not a seal")
+        return cls(body, digest.hex())
+
+
+def digests(stream: BinaryIO, body_bytes: int) -> tuple[str, str]:
+    """Return the sha256 of the first ``body_bytes`` of a file and that of all of it, in hex."""
+    stream.seek(0)
+    digest = hashlib.sha256()
+    for chunk in _limited(stream, body_bytes):
+        digest.update(chunk)
+    body = digest.copy()
+    digest.update(stream.read())
+    return body.hexdigest(), digest.hexdigest()
+
+
+class Archive:
+    """An archive that is being read, from its first member to its last.
+
+    Args:
+        stream: The file.
+        seal: What its end says.
+        path: Its path, for messages.
+    """
+
+    def __init__(self, stream: BinaryIO, seal: Seal, path: Path) -> None:
+        self.path = path
+        self._seal = seal
+        self._compressed = _limited(stream, seal.body_bytes)
+        self._digest = hashlib.sha256()
+        limit: dict[int, int] = {DecompressionParameter.window_log_max: _WINDOW}
+        self._zstd = ZstdDecompressor(options=limit)
+        stream.seek(0)
+
+    def first(self, name: str, most: int) -> bytes:
+        """Return the first member, which has to have this name and at most so many bytes.
+
+        Raises:
+            BundleError: It is another one, or damaged.
+        """
+        block = self._exactly(_BLOCK)
+        size = _parsed(block, self.path).size
+        if size > most:
+            raise BundleError(self.path, f"its first member has {size} bytes; {most} are allowed")
+        self._expect(block, name, size)
+        return self._exactly(size + len(_padding(size)))[:size]
+
+    def chunks(self, record: FileRecord) -> Iterator[bytes]:
+        """Yield the content of the next member, which has to be the recorded one.
+
+        Raises:
+            BundleError: It is another one, or damaged. What was yielded is then worth nothing.
+        """
+        self._expect(self._exactly(_BLOCK), record.path, record.size_bytes)
+        digest, left = hashlib.sha256(), record.size_bytes
+        while left:
+            chunk = self._some(min(left, CHUNK))
+            left -= len(chunk)
+            digest.update(chunk)
+            yield chunk
+        self._exactly(len(_padding(record.size_bytes)))
+        if digest.hexdigest() != record.sha256:
+            raise BundleError(self.path, f"{record.path!r} does not have the digest it should")
+
+    def finish(self) -> None:
+        """Read the end.
+
+        Raises:
+            BundleError: More follows, or the whole is not what the seal says.
+        """
+        ended = self._exactly(len(_END)) == _END and not self._more(1)
+        if not ended or self._zstd.unused_data or next(self._compressed, b""):
+            raise BundleError(self.path, "more follows its last member")
+        if self._digest.hexdigest() != self._seal.sha256:
+            raise BundleError(self.path, "its sha256 is not the one at its end")
+
+    def _expect(self, block: bytes, name: str, size: int) -> None:
+        if block == _header(name, size):
+            return
+        found = _parsed(block, self.path)
+        kind = _KINDS.get(found.type, "a member of another kind")
+        if found.name != name or found.type != tarfile.REGTYPE:
+            problem = f"{found.name!r}, {kind}, stands where {name!r} should"
+        elif found.size != size:
+            problem = f"{name!r} has {found.size} bytes, its manifest says {size}"
+        else:
+            problem = f"{name!r} has an owner, a mode or a time"
+        raise BundleError(self.path, problem)
+
+    def _exactly(self, count: int) -> bytes:
+        pieces = []
+        while count:
+            pieces.append(self._some(count))
+            count -= len(pieces[-1])
+        return b"".join(pieces)
+
+    def _some(self, most: int) -> bytes:
+        data = self._more(most)
+        if not data:
+            raise BundleError(self.path, "it ends in the middle")
+        return data
+
+    def _more(self, most: int) -> bytes:
+        """Return up to ``most`` decompressed bytes; none at the end."""
+        try:
+            while not self._zstd.eof:
+                compressed = b""
+                if self._zstd.needs_input and not (compressed := next(self._compressed, b"")):
+                    break
+                self._digest.update(compressed)
+                if found := self._zstd.decompress(compressed, most):
+                    return found
+        except ZstdError as error:
+            raise BundleError(self.path, f"cannot be decompressed ({error})") from error
+        return b""
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, _MODE
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % _BLOCK)
+
+
+def _parsed(block: bytes, path: Path) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+    except tarfile.HeaderError as error:
+        raise BundleError(path, f"not the archive of a bundle ({error})") from error
+
+
+def _read(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _limited(stream: BinaryIO, count: int) -> Iterator[bytes]:
+    while count and (chunk := stream.read(min(count, CHUNK))):
+        count -= len(chunk)
+        yield chunk

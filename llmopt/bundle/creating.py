@@ -1,0 +1,153 @@
+"""Making a bundle of artifacts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from llmopt.bundle.archive import Entry, write_archive
+from llmopt.bundle.bom import bill_of_materials
+from llmopt.bundle.contents import BOM, CONTENTS, LICENSES, Contents, Variant, too_long
+from llmopt.bundle.manifest import MANIFEST, FileRecord, Manifest, sha256
+from llmopt.bundle.needs import needs_of
+from llmopt.bundle.writer import check_destination, staged_file
+from llmopt.bundle.zstd import zstd_version
+from llmopt.errors import UsageError
+
+_SPDX: Final = re.compile(r"[A-Za-z0-9.+() -]+")
+_UNFIT: Final = re.compile(r"[^A-Za-z0-9.+]+")
+_VARIANT: Final = 40
+
+
+@dataclass(frozen=True)
+class Licensing:
+    """Under what a model may be used.
+
+    Args:
+        names: As SPDX names licences, or expressions of them: ``"Apache-2.0"``.
+        files: Their texts, and notices.
+    """
+
+    names: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that names are names and files are there, under different names."""
+        for name in self.names:
+            if _SPDX.fullmatch(name) is None:
+                raise UsageError(f"license {name!r}: give its name in SPDX, as Apache-2.0")
+        for path in self.files:
+            if not path.is_file():
+                raise UsageError(f"{path}: no such file; give the text of a licence")
+        if len({path.name for path in self.files}) != len(self.files):
+            raise UsageError("two texts of licences have the same file name; rename one")
+
+
+def create(
+    artifacts: Sequence[Path],
+    output: Path,
+    licensing: Licensing | None = None,
+    *,
+    version: str,
+    force: bool = False,
+) -> Contents:
+    """Write a bundle of artifacts and return what it holds.
+
+    The same artifacts in the same order are the same bytes, if zstd is the same. Files that several
+    artifacts have are stored once. Files that an artifact's manifest does not list are left out.
+
+    Args:
+        artifacts: In the order in which they are preferred, where several suit a machine.
+        output: Where it goes.
+        licensing: Of the model.
+        version: Of llmopt.
+        force: Replace what is there.
+
+    Raises:
+        ArtifactError: One is not an artifact, or damaged.
+        OutputExistsError: Something is at ``output``, and ``force`` is off.
+        StorageError: It could not be written.
+        UsageError: There is no artifact, or one whose paths are too long.
+    """
+    if not artifacts:
+        raise UsageError("no artifact to bundle")
+    check_destination(output, force=force)
+    licensing = licensing or Licensing()
+    manifests = [Manifest.read(folder) for folder in artifacts]
+    for folder, manifest in zip(artifacts, manifests, strict=True):
+        manifest.verify_files(folder)
+    entries, variants = _variants(artifacts, manifests)
+    texts = [Entry.of(f"{LICENSES}/{path.name}", path.read_bytes()) for path in licensing.files]
+    name = manifests[0].source.name or artifacts[0].name
+    parts = list(zip(variants, manifests, strict=True))
+    bom = Entry.of(BOM, bill_of_materials(name, parts, licensing.names, version))
+    entries = [bom, *sorted(texts, key=_path), *sorted(entries, key=_path)]
+    contents = Contents(
+        name=name,
+        variants=variants,
+        members=tuple(entry.record for entry in entries),
+        licenses=licensing.names,
+        versions={"llmopt": version, "zstd": zstd_version},
+    )
+    first = Entry.of(CONTENTS, contents.to_json())
+    with staged_file(output, force=force) as staging, staging.open("xb") as file:
+        write_archive(file, [first, *entries])
+    return contents
+
+
+def _variants(
+    artifacts: Sequence[Path], manifests: Sequence[Manifest]
+) -> tuple[list[Entry], tuple[Variant, ...]]:
+    """Return every file once, and the variants that are made of them."""
+    stored: dict[str, Entry] = {}
+    variants: list[Variant] = []
+    for folder, manifest in zip(artifacts, manifests, strict=True):
+        name = _name(manifest, [each.name for each in variants])
+        files = {}
+        for record in (_own_record(folder), *manifest.files):
+            member = FileRecord(f"{name}/{record.path}", record.size_bytes, record.sha256)
+            if too_long(member.path):
+                raise UsageError(f"{folder}: {member.path!r} is too long a path for a bundle")
+            entry = stored.setdefault(record.sha256, Entry(member, folder / record.path))
+            files[record.path] = entry.record.path
+        needs, recipe = needs_of(manifest), _recipe(manifest)
+        variants.append(Variant(name, manifest.target, manifest.task, needs, files, recipe))
+    return list(stored.values()), tuple(variants)
+
+
+def _own_record(folder: Path) -> FileRecord:
+    """Return the record of an artifact's manifest, which does not list itself."""
+    path = folder / MANIFEST
+    return FileRecord(MANIFEST, path.stat().st_size, sha256(path))
+
+
+def _name(manifest: Manifest, taken: Sequence[str]) -> str:
+    """Return a name for a variant: its target, spelled as a folder's name.
+
+    >>> _name(Manifest("tvm-cpu{mcpu=znver4}", "", ""), [])
+    'tvm-cpu-mcpu-znver4'
+    >>> _name(Manifest("cpu", "", "", precision={"weights": "w4"}), ["cpu-w4"])
+    'cpu-w4-2'
+    """
+    words = f"{manifest.target} {manifest.precision.get('weights', '')}"
+    name = _UNFIT.sub("-", words).strip("-.")[:_VARIANT].strip("-.")
+    same = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 2))]
+    return next(each for each in same if each not in taken)
+
+
+def _recipe(manifest: Manifest) -> Mapping[str, Any]:
+    """Return what an artifact was made from and how."""
+    source = manifest.source
+    return {
+        "command": manifest.recipe,
+        "source": {"name": source.name, "kind": source.kind, "sha256": source.digest},
+        "pipeline": manifest.pipeline,
+        "versions": dict(manifest.versions),
+    }
+
+
+def _path(entry: Entry) -> str:
+    return entry.record.path
