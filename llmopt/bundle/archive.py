@@ -180,7 +180,9 @@ class Archive:
         if size > most:
             raise BundleError(self.path, f"its first member has {size} bytes; {most} are allowed")
         self._expect(block, name, size)
-        return self._exactly(size + len(_padding(size)))[:size]
+        content = self._exactly(size)
+        self._pad(name, size)
+        return content
 
     def chunks(self, record: FileRecord) -> Iterator[bytes]:
         """Yield the content of the next member, which has to be the recorded one.
@@ -195,7 +197,7 @@ class Archive:
             left -= len(chunk)
             digest.update(chunk)
             yield chunk
-        self._exactly(len(_padding(record.size_bytes)))
+        self._pad(record.path, record.size_bytes)
         if digest.hexdigest() != record.sha256:
             raise BundleError(self.path, f"{record.path!r} does not have the digest it should")
 
@@ -223,6 +225,12 @@ class Archive:
         else:
             problem = f"{name!r} has an owner, a mode or a time"
         raise BundleError(self.path, problem)
+
+    def _pad(self, name: str, size: int) -> None:
+        """Read what fills up the last block of a member."""
+        padding = _padding(size)
+        if self._exactly(len(padding)) != padding:
+            raise BundleError(self.path, f"something is hidden behind {name!r}")
 
     def _exactly(self, count: int) -> bytes:
         pieces = []

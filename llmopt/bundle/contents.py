@@ -62,14 +62,16 @@ class Needs:
 
     Args:
         runtime: The package that runs it.
+        plugins: Packages that the runtime needs beside it.
         machines: Processors it runs on, the one it was made for first; empty for any.
         cpu_features: What it uses of the processor, as Linux names it.
         device: ``"cuda"``, or empty.
-        memory_bytes: Memory it takes, estimated: weights as often as the runtime holds them,
-            and what the runtime takes itself.
+        memory_bytes: Memory it takes at most, estimated: weights as often as the runtime may
+            hold them, and what the runtime takes itself.
     """
 
     runtime: Runtime = Runtime()
+    plugins: tuple[str, ...] = ()
     machines: tuple[str, ...] = ()
     cpu_features: tuple[str, ...] = ()
     device: str = ""
@@ -80,6 +82,7 @@ class Needs:
         """Return the needs written as ``data``."""
         return cls(
             runtime=Runtime.read(data.child("runtime")),
+            plugins=data.texts("plugins"),
             machines=data.texts("machines"),
             cpu_features=data.texts("cpu_features"),
             device=data.text("device", ""),

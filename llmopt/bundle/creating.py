@@ -81,7 +81,7 @@ def create(
         manifest.verify_files(folder)
     entries, variants = _variants(artifacts, manifests)
     texts = [Entry.of(f"{LICENSES}/{path.name}", path.read_bytes()) for path in licensing.files]
-    name = manifests[0].source.name or artifacts[0].name
+    name = manifests[0].source.name or variants[0].name
     parts = list(zip(variants, manifests, strict=True))
     bom = Entry.of(BOM, bill_of_materials(name, parts, licensing.names, version))
     entries = [bom, *sorted(texts, key=_path), *sorted(entries, key=_path)]

@@ -375,4 +375,7 @@ def _why_not_an_artifact(folder: Path) -> str:
         return "not found"
     if folder.is_dir():
         return f"not an artifact: it has no {MANIFEST}"
-    return "not an artifact: an artifact is a directory that `llmopt compile` wrote"
+    return (
+        "not an artifact, a directory that `llmopt compile` wrote, nor a bundle, a file that ends "
+        "in .llmopt"
+    )

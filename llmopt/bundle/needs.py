@@ -16,6 +16,7 @@ ARM: Final = "aarch64"
 RUNTIME_BYTES: Final = 120_000_000
 """What Python, numpy and a runtime take, model apart; the tests hold them to it."""
 
+_OPENVINO: Final = "onnxruntime-ep-openvino"
 _TEXT: Final = frozenset({".json", ".txt", ".jinja"})
 
 
@@ -60,7 +61,8 @@ def needs_of(manifest: Manifest) -> Needs:
     """
     requires = manifest.requires
     kind = _KINDS.get(manifest.target.partition("{")[0], _Kind("", "", "newer"))
-    machine = requires.get("machine")
+    openvino = requires.get("ep") == "openvino"
+    machine = X86 if openvino else requires.get("machine")
     weights = sum(
         record.size_bytes
         for record in manifest.files
@@ -68,6 +70,7 @@ def needs_of(manifest: Manifest) -> Needs:
     )
     return Needs(
         runtime=_runtime(kind, str(manifest.versions.get(kind.version, ""))),
+        plugins=(_OPENVINO,) if openvino else (),
         machines=kind.machines if machine is None else (str(machine),),
         cpu_features=tuple(sorted(map(str, requires.get("cpu_features", ())))),
         device=kind.device,

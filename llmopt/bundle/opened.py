@@ -20,6 +20,8 @@ _MOST_CONTENTS: Final = 16 << 20
 _MOST_FOLD: Final = 1000
 """No model becomes a thousandth of its size; what claims so would fill a disk."""
 
+_SMALL: Final = 64 << 20
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -48,23 +50,16 @@ class Bundle:
             StorageError: There is no room.
         """
         wanted = [each for each in self.contents.variants if each.name in variants]
-        self._require_room(wanted, variants)
+        for place in variants.values():
+            place.mkdir(parents=True, exist_ok=True)
+            _require_room(place, sum(map(self.contents.size_bytes, wanted)))
         places: dict[str, list[Path]] = {}
         for variant in wanted:
             for path, member in variant.files.items():
                 places.setdefault(member, []).append(variants[variant.name] / path)
         archive = self._members()
         for record in self.contents.members:
-            first, *others = places.get(record.path, [None])
-            with _written(first) as file:
-                for chunk in archive.chunks(record):
-                    if file is not None:
-                        file.write(chunk)
-            for other in others:
-                assert first is not None
-                assert other is not None
-                other.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(first, other)
+            _write(archive.chunks(record), places.get(record.path, []))
         archive.finish()
         for variant in wanted:
             self._check_manifest(variant, (variants[variant.name] / MANIFEST).read_bytes())
@@ -92,11 +87,9 @@ class Bundle:
         """
         archive = self._members()
         for record in self.contents.members:
-            chunks = list(archive.chunks(record)) if record.path == name else None
-            if chunks is not None:
-                return b"".join(chunks)
-            for _ in archive.chunks(record):
-                pass
+            kept = [chunk for chunk in archive.chunks(record) if record.path == name]
+            if record.path == name:
+                return b"".join(kept)
         raise BundleError(self.path, f"it has no member {name!r}")
 
     def _members(self) -> Archive:
@@ -118,15 +111,6 @@ class Bundle:
             if found is None or found.sha256 != record.sha256:
                 problem = f"variant {variant.name}: {record.path!r} is not what its manifest says"
                 raise BundleError(self.path, problem)
-
-    def _require_room(self, wanted: list[Variant], places: dict[str, Path]) -> None:
-        for variant in wanted:
-            place = places[variant.name]
-            place.mkdir(parents=True, exist_ok=True)
-            needed, free = self.contents.size_bytes(variant), shutil.disk_usage(place).free
-            if needed > free:
-                problem = f"{variant.name} takes {needed} bytes and {free} are free"
-                raise StorageError(place, problem)
 
 
 @contextlib.contextmanager
@@ -151,7 +135,7 @@ def open_bundle(path: Path, trust: Trust | None = None) -> Iterator[Bundle]:
             raise BundleError(path, "damaged: its sha256 is not the one at its end")
         archive = Archive(stream, seal, path)
         contents = Contents.from_json(archive.first(CONTENTS, _MOST_CONTENTS), path)
-        if contents.total_bytes > _MOST_FOLD * seal.body_bytes:
+        if contents.total_bytes > max(_SMALL, _MOST_FOLD * seal.body_bytes):
             raise BundleError(path, f"{contents.total_bytes} bytes in so few are no model")
         yield Bundle(path, stream, seal, contents)
 
@@ -176,11 +160,22 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-@contextlib.contextmanager
-def _written(path: Path | None) -> Iterator[BinaryIO | None]:
-    if path is None:
-        yield None
+def _write(chunks: Iterator[bytes], places: list[Path]) -> None:
+    """Write a member to each of its places, or read over it if it has none."""
+    if not places:
+        for _ in chunks:
+            pass
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        yield file
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = places
+    with first.open("xb") as file:
+        file.writelines(chunks)
+    for other in others:
+        shutil.copyfile(first, other)
+
+
+def _require_room(place: Path, needed: int) -> None:
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise StorageError(place, f"{needed} bytes are to be written and {free} are free")

@@ -177,12 +177,21 @@ def unpack_command(bundle: Path, output: Path | None, **options: Any) -> None:
 
 @bundle_group.command("inspect")
 @click.argument("bundle", type=_path)
+@click.option("--bom", is_flag=True, help="Print its bill of materials, CycloneDX, instead.")
 @trust_options
 @_json
-def inspect_command(bundle: Path, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
+def inspect_command(bundle: Path, bom: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
     """Show the variants of a bundle, what each needs, and what suits this machine."""
     require_there(bundle)
-    show(bundle, trust(options), as_json=as_json)
+    asked = trust(options)
+    if not bom:
+        show(bundle, asked, as_json=as_json)
+        return
+    from llmopt.bundle.contents import BOM
+    from llmopt.bundle.opened import open_bundle
+
+    with open_bundle(bundle, asked) as opening:
+        click.echo(opening.member(BOM).decode("utf-8"), nl=False)
 
 
 @bundle_group.command("selftest")
@@ -205,12 +214,13 @@ def selftest_command(bundle: Path, threads: int | None, as_json: bool, **options
 def show(path: Path, asked: Any = None, *, as_json: bool) -> None:
     """Print what a bundle holds."""
     from llmopt.bundle.opened import open_bundle
-    from llmopt.runtime.variants import Machine, obstacle
+    from llmopt.runtime.variants import Machine, is_tight, obstacle
 
     with open_bundle(path, asked) as opening:
         contents, digest = opening.contents, opening.seal.sha256
     machine = Machine.here()
     why = {each.name: obstacle(each.needs, machine) for each in contents.variants}
+    tight = {each.name: is_tight(each.needs, machine) for each in contents.variants}
     if as_json:
         about = {"schema": SCHEMA, "kind": "bundle", "path": str(path), "sha256": digest}
         held = {"contents": dataclasses.asdict(contents), "obstacles": why}
@@ -219,12 +229,14 @@ def show(path: Path, asked: Any = None, *, as_json: bool) -> None:
     licenses = ", ".join(contents.licenses) or "none named"
     click.echo(_summary(path, contents, [("licence", licenses), ("sha256", digest)]))
     for variant in contents.variants:
-        click.echo("\n" + fields(_described(contents, variant, why[variant.name])))
+        fits = ", but may take more memory than there is" if tight[variant.name] else ""
+        here = why[variant.name] or f"suits this machine{fits}"
+        click.echo("\n" + fields(_described(contents, variant, here)))
     rows = [[record.path, size(record.size_bytes)] for record in contents.members]
     click.echo("\n" + table(["member", "size"], rows))
 
 
-def _described(contents: Contents, variant: Variant, why: str | None) -> list[tuple[str, str]]:
+def _described(contents: Contents, variant: Variant, here: str) -> list[tuple[str, str]]:
     needs, source = variant.needs, variant.recipe.get("source", {})
     pairs = [
         ("variant", variant.name),
@@ -232,9 +244,9 @@ def _described(contents: Contents, variant: Variant, why: str | None) -> list[tu
         ("size", size(contents.size_bytes(variant))),
         ("runs on", ", ".join(needs.machines) or "any processor"),
         ("features", " ".join(needs.cpu_features)),
-        ("runtime", str(needs.runtime)),
-        ("memory", f"some {size(needs.memory_bytes)}"),
-        ("here", "suits this machine" if why is None else why),
+        ("runtime", ", ".join(filter(None, [str(needs.runtime), *needs.plugins]))),
+        ("memory", f"{size(needs.memory_bytes)} at most, estimated"),
+        ("here", here),
         ("made by", str(variant.recipe.get("command", ""))),
         ("made from", f"{source.get('name', '')} (sha256 {source.get('sha256', '')[:16]}…)"),
     ]

@@ -23,11 +23,12 @@ from llmopt.errors import ArtifactError, OutputExistsError, StorageError, UsageE
 from llmopt.runtime.variants import Machine, choose
 
 VARIABLE: Final = "LLMOPT_CACHE"
+_MAY_OWN: Final = frozenset({0})  # root could change anything anyway
 
 
 def is_bundle(path: Path) -> bool:
-    """Tell whether a path is that of a bundle, perhaps a damaged one."""
-    return path.is_file() and path.suffix == SUFFIX
+    """Tell whether a path is that of a bundle, perhaps a damaged one: a file ``….llmopt``."""
+    return path.suffix == SUFFIX and path.is_file()
 
 
 def artifact_of(path: Path, trust: Trust | None = None) -> Path:
@@ -44,7 +45,7 @@ def artifact_of(path: Path, trust: Trust | None = None) -> Path:
         StorageError: It cannot be unpacked.
         UsageError: A signature is asked of an artifact that is no bundle.
     """
-    if not path.is_file():
+    if not is_bundle(path):
         if trust is not None:
             raise UsageError(f"{path}: no bundle, and only bundles are signed; leave the key out")
         return path
@@ -69,6 +70,8 @@ def _known(path: Path) -> Path | None:
     """Return where the variant that suits was unpacked before; None if it was not, or not whole."""
     known = cache_folder() / read_seal(path).sha256
     try:
+        if not _is_ours(known):
+            return None
         contents = Contents.from_json((known / CONTENTS).read_bytes(), known)
         place = known / choose(contents, Machine.here(), path).name
         Manifest.read(place).check_sizes(place)
@@ -96,14 +99,18 @@ def _unpack(bundle: Bundle, variant: Variant, place: Path) -> None:
         BundleError: A member is not what the bundle says.
         StorageError: There is no room, or the cache is somebody else's.
     """
-    known = _private(place.parent)
+    known = place.parent
     try:
+        known.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(known):
+            raise StorageError(known, "belongs to another user")
         with _unless_there(), staged_folder(place, force=place.exists()) as staging:
             bundle.unpack({variant.name: staging})
         with staged_file(known / CONTENTS, force=True) as staging:
             staging.write_bytes(bundle.contents.to_json())
-    except StorageError as error:
-        problem = f"{error.problem}; {VARIABLE} names another place for bundles"
+    except (StorageError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        said = error.problem if isinstance(error, StorageError) else str(error.strerror)
+        problem = f"{said}; {VARIABLE} names another place for bundles"
         raise StorageError(known, problem) from error
     finally:
         with contextlib.suppress(OSError):
@@ -122,17 +129,5 @@ def _unless_there() -> Iterator[None]:
             raise
 
 
-def _private(folder: Path) -> Path:
-    """Make a folder that nobody else may write to, and return it.
-
-    Raises:
-        StorageError: It cannot be made, or is somebody else's.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
-    except OSError as error:
-        raise StorageError(folder, f"cannot be made ({error.strerror})") from error
-    if owner not in {0, os.geteuid()}:
-        raise StorageError(folder, "belongs to another user")
-    return folder
+def _is_ours(folder: Path) -> bool:
+    return folder.stat().st_uid in _MAY_OWN | {os.geteuid()}

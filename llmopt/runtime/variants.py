@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from llmopt.bundle.needs import numbers
 from llmopt.errors import NoVariantError
 from llmopt.runtime.processor import processor_features
 
+logger = logging.getLogger("llmopt")
 _MACHINES: Final = {"arm64": "aarch64", "AMD64": "x86_64"}
 _MODULES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "apache-tvm": ("tvm", ("apache-tvm",)),
     "onnx": ("onnx", ("onnx",)),
     "onnxruntime": ("onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
-    "onnxruntime-gpu": ("onnxruntime", ("onnxruntime-gpu",)),
+    "onnxruntime-ep-openvino": ("onnxruntime_ep_openvino", ("onnxruntime-ep-openvino",)),
+    "onnxruntime-gpu": ("", ("onnxruntime-gpu",)),  # its module is onnxruntime's too
     "tensorrt": ("tensorrt", ("tensorrt",)),
     "tensorrt-rtx-cu13-bindings": ("tensorrt_rtx", ("tensorrt-rtx-cu13-bindings",)),
 }
@@ -63,8 +66,9 @@ class Machine:
 def choose(contents: Contents, machine: Machine, path: Path) -> Variant:
     """Return the variant that runs best here.
 
-    One that was made for this processor goes before one that merely runs on it; of those, the one
-    that stands first in the bundle.
+    One that was made for this processor goes before one that merely runs on it, then one that
+    surely fits into memory before one that may not; of those, the one that stands first in the
+    bundle.
 
     Args:
         contents: What the bundle holds.
@@ -78,7 +82,17 @@ def choose(contents: Contents, machine: Machine, path: Path) -> Variant:
     suiting = [each for each in contents.variants if reasons[each.name] is None]
     if not suiting:
         raise NoVariantError(path, [f"{name}: {why}" for name, why in reasons.items()])
-    return min(suiting, key=lambda each: _rank(each.needs, machine))
+    best = min(suiting, key=lambda each: _rank(each.needs, machine))
+    if is_tight(best.needs, machine):
+        words = "%s may take %d MB of memory, and there are %d"
+        there = machine.memory_bytes or 0
+        logger.warning(words, best.name, best.needs.memory_bytes // 10**6, there // 10**6)
+    return best
+
+
+def is_tight(needs: Needs, machine: Machine) -> bool:
+    """Tell whether a machine may have too little memory for what has these needs."""
+    return machine.memory_bytes is not None and needs.memory_bytes > machine.memory_bytes
 
 
 def obstacle(needs: Needs, machine: Machine) -> str | None:
@@ -113,11 +127,9 @@ def _obstacles(needs: Needs, machine: Machine) -> Iterator[str]:
         yield f"this processor lacks {', '.join(missing)}"
     if needs.device == "cuda" and not machine.cuda:
         yield "there is no driver for NVIDIA's GPUs"
-    if needs.runtime.package and (why := _mismatch(needs.runtime, machine.packages)):
-        yield why
-    if machine.memory_bytes is not None and needs.memory_bytes > machine.memory_bytes:
-        wanted, there = needs.memory_bytes / 1e6, machine.memory_bytes / 1e6
-        yield f"it takes some {wanted:.0f} MB of memory, and there are {there:.0f}"
+    for runtime in (needs.runtime, *map(Runtime, needs.plugins)):
+        if runtime.package and (why := _mismatch(runtime, machine.packages)):
+            yield why
 
 
 def _mismatch(runtime: Runtime, packages: Mapping[str, str]) -> str | None:
@@ -132,10 +144,9 @@ def _mismatch(runtime: Runtime, packages: Mapping[str, str]) -> str | None:
     return None
 
 
-def _rank(needs: Needs, machine: Machine) -> int:
-    if machine.architecture in needs.machines:
-        return needs.machines.index(machine.architecture)
-    return 0
+def _rank(needs: Needs, machine: Machine) -> tuple[int, bool]:
+    machines = needs.machines or (machine.architecture,)
+    return machines.index(machine.architecture), is_tight(needs, machine)
 
 
 def _installed(package: str) -> str | None:
@@ -146,7 +157,7 @@ def _installed(package: str) -> str | None:
             return version(name)
         except PackageNotFoundError:
             continue
-    return "" if package == module and find_spec(module) is not None else None
+    return "" if module and find_spec(module) is not None else None  # built by hand
 
 
 def _has_cuda() -> bool:

@@ -77,7 +77,7 @@ def test_what_is_no_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
         load(tmp_path / "nothing")
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
         load(tmp_path)
-    with pytest.raises(ArtifactError, match="an artifact is a directory"):
+    with pytest.raises(ArtifactError, match="not an artifact, a directory"):
         load(artifact / "model.onnx")
 
 
