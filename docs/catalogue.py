@@ -180,12 +180,23 @@ def commands() -> dict[str, click.Context]:
     wide: dict[str, Any] = {"terminal_width": 78, "max_content_width": 78}
     whole = click.Context(app, info_name="llmopt", **{**app.context_settings, **wide})
     found = {"llmopt": whole}
-    for name in app.list_commands(whole):
-        command = app.get_command(whole, name)
+    _add_commands(whole, wide, found)
+    return found
+
+
+def _add_commands(
+    group: click.Context, wide: dict[str, Any], found: dict[str, click.Context]
+) -> None:
+    """Add the commands of a group, and those of the groups among them."""
+    assert isinstance(group.command, click.Group)
+    for name in group.command.list_commands(group):
+        command = group.command.get_command(group, name)
         assert command is not None
         settings = {**command.context_settings, **wide}
-        found[f"llmopt {name}"] = click.Context(command, whole, info_name=name, **settings)
-    return found
+        context = click.Context(command, group, info_name=name, **settings)
+        found[context.command_path] = context
+        if isinstance(command, click.Group):
+            _add_commands(context, wide, found)
 
 
 def help_text(context: click.Context) -> str:

@@ -22,7 +22,7 @@ from llmopt.bundle.manifest import FileRecord, Manifest
 VERSION = "0.1.0"
 
 
-def write_artifact(folder: Path, target: str = "onnxruntime-cpu", **files: bytes) -> Path:
+def write_artifact(folder: Path, target: str = "onnxruntime-cpu", /, **files: bytes) -> Path:
     """Write an artifact of given files, none of which is a model, and return its folder."""
     folder.mkdir(parents=True)
     weights = random.Random(7).randbytes(1 << 16)  # noqa: S311 - nothing that compresses
@@ -53,6 +53,7 @@ class Member:
     claimed: int | None = None
 
     def to_tar(self) -> bytes:
+        """Return its header and content."""
         info = tarfile.TarInfo(self.name)
         info.size = len(self.content) if self.claimed is None else self.claimed
         info.type, info.linkname, info.mode = self.kind, self.link, self.mode

@@ -101,9 +101,7 @@ def _unpack(bundle: Bundle, variant: Variant, place: Path) -> None:
     """
     known = place.parent
     try:
-        known.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(known):
-            raise StorageError(known, "belongs to another user")
+        _make_private(known)
         with _unless_there(), staged_folder(place, force=place.exists()) as staging:
             bundle.unpack({variant.name: staging})
         with staged_file(known / CONTENTS, force=True) as staging:
@@ -127,6 +125,12 @@ def _unless_there() -> Iterator[None]:
     except OSError as error:
         if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
             raise
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise StorageError(folder, "belongs to another user")
 
 
 def _is_ours(folder: Path) -> bool:

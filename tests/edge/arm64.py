@@ -31,6 +31,7 @@ WHEELS: Final = (
     "numpy",
     "tokenizers",
     "typing_extensions",
+    "backports.zstd",
     "onnxruntime",
     "apache-tvm",
     "apache-tvm-ffi",

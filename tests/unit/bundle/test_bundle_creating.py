@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing(pair: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     write_artifact(tmp_path / "a", large=os.urandom(1 << 26))
-    code = textwrap.dedent(f"""
+    code = textwrap.dedent("""
         from pathlib import Path
         from llmopt.bundle.creating import create
         while True:
@@ -233,7 +233,9 @@ def test_every_bundle_carries_its_bill(pair: list[Path], tmp_path: Path) -> None
     create(pair, tmp_path / "x.llmopt", version=VERSION)
     with open_bundle(tmp_path / "x.llmopt") as opening:
         bom = json.loads(opening.member(BOM))
-    files = {each["name"]: each["hashes"][0]["content"] for each in bom["components"][0]["components"]}
+    files = {
+        each["name"]: each["hashes"][0]["content"] for each in bom["components"][0]["components"]
+    }
     assert files == {r.path: r.sha256 for r in Manifest.read(pair[0]).files}
     assert list(schema_problems(bom)) == []
 

@@ -203,14 +203,15 @@ def test_keys_that_cannot_be_used_are_errors_of_the_request(
 
 def test_what_is_asked_for_has_to_make_sense(alice: Signer, tmp_path: Path) -> None:
     assert trust_of(None) is None
-    for given in (
-        lambda: trust_of(None, (), tmp_path / "x.sig"),
-        lambda: trust_of(alice.public, (alice.root,)),
-        lambda: trust_of(tmp_path / "none.pub"),
-        lambda: trust_of(None, (tmp_path / "none.crt",)),
-    ):
+    wrong: list[tuple[Path | None, tuple[Path, ...], Path | None]] = [
+        (None, (), tmp_path / "x.sig"),
+        (alice.public, (alice.root,), None),
+        (tmp_path / "none.pub", (), None),
+        (None, (tmp_path / "none.crt",), None),
+    ]
+    for given in wrong:
         with pytest.raises(UsageError):
-            given()
+            trust_of(*given)
 
 
 def test_without_the_library_nothing_is_taken_on_trust(
