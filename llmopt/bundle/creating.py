@@ -129,10 +129,11 @@ def _name(manifest: Manifest, taken: Sequence[str]) -> str:
 
     >>> _name(Manifest("tvm-cpu{mcpu=znver4}", "", ""), [])
     'tvm-cpu-mcpu-znver4'
-    >>> _name(Manifest("cpu", "", "", precision={"weights": "w4"}), ["cpu-w4"])
+    >>> _name(Manifest("cpu", "", "", precision={"weights": "w4{block=32}"}), ["cpu-w4"])
     'cpu-w4-2'
     """
-    words = f"{manifest.target} {manifest.precision.get('weights', '')}"
+    scheme = str(manifest.precision.get("weights", "")).partition("{")[0]
+    words = f"{manifest.target} {scheme}"
     name = _UNFIT.sub("-", words).strip("-.")[:_VARIANT].strip("-.")
     same = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 2))]
     return next(each for each in same if each not in taken)

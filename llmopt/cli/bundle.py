@@ -28,7 +28,7 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
 
 @click.group("bundle")
 def bundle_group() -> None:
-    """Make one file of artifacts, for devices: create, sign, verify, unpack it.
+    """Make one file of artifacts for devices, and verify it there.
 
     `llmopt run`, `bench`, `evaluate` and `inspect` take a bundle as they take an artifact.
     """
@@ -214,23 +214,23 @@ def selftest_command(bundle: Path, threads: int | None, as_json: bool, **options
 def show(path: Path, asked: Any = None, *, as_json: bool) -> None:
     """Print what a bundle holds."""
     from llmopt.bundle.opened import open_bundle
-    from llmopt.runtime.variants import Machine, is_tight, obstacle
+    from llmopt.runtime.variants import Machine, best_of, obstacle
 
     with open_bundle(path, asked) as opening:
         contents, digest = opening.contents, opening.seal.sha256
     machine = Machine.here()
     why = {each.name: obstacle(each.needs, machine) for each in contents.variants}
-    tight = {each.name: is_tight(each.needs, machine) for each in contents.variants}
+    best = best_of(contents, machine)
     if as_json:
         about = {"schema": SCHEMA, "kind": "bundle", "path": str(path), "sha256": digest}
-        held = {"contents": dataclasses.asdict(contents), "obstacles": why}
+        taken = None if best is None else best.name
+        held = {"contents": dataclasses.asdict(contents), "obstacles": why, "taken": taken}
         echo_json(about | _sizes(path, contents) | held)
         return
     licenses = ", ".join(contents.licenses) or "none named"
     click.echo(_summary(path, contents, [("licence", licenses), ("sha256", digest)]))
     for variant in contents.variants:
-        fits = ", but may take more memory than there is" if tight[variant.name] else ""
-        here = why[variant.name] or f"suits this machine{fits}"
+        here = why[variant.name] or f"suits this machine{', and is taken' * (variant is best)}"
         click.echo("\n" + fields(_described(contents, variant, here)))
     rows = [[record.path, size(record.size_bytes)] for record in contents.members]
     click.echo("\n" + table(["member", "size"], rows))

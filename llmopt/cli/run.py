@@ -46,7 +46,9 @@ _SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "
 @click.option("--threads", type=int, metavar="N", help="Threads.  [default: every usable core]")
 @trust_options
 def run_command(artifact: Path, more: tuple[str, ...], **options: Any) -> None:
-    """Run ARTIFACT, or what suits this machine of a bundle, on a prompt, sentences or arrays.
+    """Run ARTIFACT on a prompt, on sentences, or on arrays.
+
+    It may be a bundle: what suits this machine is run.
 
     \b
     --prompt prints the continuation as it is made,

@@ -78,16 +78,21 @@ def choose(contents: Contents, machine: Machine, path: Path) -> Variant:
     Raises:
         NoVariantError: None runs here; it says for each why.
     """
-    reasons = {each.name: obstacle(each.needs, machine) for each in contents.variants}
-    suiting = [each for each in contents.variants if reasons[each.name] is None]
-    if not suiting:
-        raise NoVariantError(path, [f"{name}: {why}" for name, why in reasons.items()])
-    best = min(suiting, key=lambda each: _rank(each.needs, machine))
+    best = best_of(contents, machine)
+    if best is None:
+        reasons = [f"{each.name}: {obstacle(each.needs, machine)}" for each in contents.variants]
+        raise NoVariantError(path, reasons)
     if is_tight(best.needs, machine):
         words = "%s may take %d MB of memory, and there are %d"
         there = machine.memory_bytes or 0
         logger.warning(words, best.name, best.needs.memory_bytes // 10**6, there // 10**6)
     return best
+
+
+def best_of(contents: Contents, machine: Machine) -> Variant | None:
+    """Return the variant that `choose` does; None where nothing suits."""
+    suiting = [each for each in contents.variants if obstacle(each.needs, machine) is None]
+    return min(suiting, key=lambda each: _rank(each.needs, machine), default=None)
 
 
 def is_tight(needs: Needs, machine: Machine) -> bool:
