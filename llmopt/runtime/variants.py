@@ -7,7 +7,6 @@ import logging
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -156,6 +155,8 @@ def _rank(needs: Needs, machine: Machine) -> tuple[int, bool]:
 
 def _installed(package: str) -> str | None:
     """Return a runtime's version, empty if it has none, None if it is not here."""
+    from importlib.metadata import PackageNotFoundError, version  # takes longer than the rest
+
     module, packages = _MODULES[package]
     for name in packages:
         try:
