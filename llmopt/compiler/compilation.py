@@ -19,6 +19,7 @@ from llmopt.bundle.writer import staged_folder
 from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
+from llmopt.compiler.golden import ROUNDED, ROWS, make_golden, with_text
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
 from llmopt.frontend.source import Source
@@ -103,6 +104,7 @@ class Compilation:
             with self._runnable(program, folder / lowered.entry, demand) as (runner, entry):
                 proof = self._prove(program, runner, entry)
                 quality = self._quality(program, runner, entry)
+                self._exemplify(program, runner, entry, folder)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
             self._finish(folder, self._manifest(program, lowered, text, proof, quality))
         notes = (*source.notes, *self.notes, *lowered.notes)
@@ -169,6 +171,18 @@ class Compilation:
             hint = "quantize less (--quantize w8), or accept more with --max-kl"
             raise AccuracyError("mean KL divergence from the source", found, bound, hint)
         return quality
+
+    def _exemplify(self, program: Program, runner: Backend, entry: Path, folder: Path) -> None:
+        """Write the example that the artifact tests itself with on a device."""
+        if self.options.verify == "off":
+            return
+        tolerance = self.backend.tolerance(self.options.quantize)
+        if self.scheme is not None:
+            tolerance = max(tolerance, ROUNDED)
+        with self.clock("writing"):
+            rows = min(ROWS, self.options.batch)
+            made = make_golden(program, runner.open(entry), tolerance, runner.target, rows)
+            with_text(made, folder).write(folder)
 
     def _manifest(
         self,
