@@ -22,6 +22,9 @@ Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 TOLERANCE: Final = 1e-3
 """Sums of thousands of float32 products in another order; rounded weights are compared with the
 source's own, rounded the same way, and multiplied in float32."""
+ROUNDED: Final = 5e-2
+"""Of outputs of quantized models on two machines: where activations become int8, each processor's
+kernels group them their way."""
 _TARGET: Final = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
@@ -148,6 +151,10 @@ class Backend(abc.ABC):
     def tolerance(self, scheme: str | None) -> float:  # noqa: ARG002 - most have one for all
         """Return the relative error that verification allows."""
         return TOLERANCE
+
+    def example_tolerance(self, scheme: str | None) -> float | None:
+        """Return how far a device's outputs may be from this machine's; None for no example."""
+        return self.tolerance(scheme) if scheme is None else max(self.tolerance(scheme), ROUNDED)
 
     @abc.abstractmethod
     def available(self) -> Availability:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.bundle.fields import Fields
-from llmopt.errors import ArtifactError
+from llmopt.errors import ArtifactError, SourceError, UsageError
 from llmopt.runtime.npz import read_npz, write_npz
 
 Array = npt.NDArray[Any]
@@ -43,8 +43,8 @@ class Golden:
         inputs: Arrays by input name; of a decoder, ``input_ids`` and ``attention_mask`` [B, S].
         outputs: What is kept of each output; of a decoder, ``columns`` [B, S, C] int32, tokens by
             falling logit and then others, and ``logits`` [B, S, C] float32.
-        tolerance: How far off an output may be, relative to ``scales``.
         scales: The largest magnitude of each output.
+        tolerance: How far off an output may be, relative to ``scales``.
         prefill: How many tokens a decoder's first step takes; 0 for what runs once.
         text: A text; empty where the artifact takes no text.
         tokens: Its tokens.
@@ -53,8 +53,8 @@ class Golden:
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
-    tolerance: float
     scales: Mapping[str, float]
+    tolerance: float = 0.0
     prefill: int = 0
     text: str = ""
     tokens: tuple[int, ...] = ()
@@ -72,16 +72,16 @@ class Golden:
             return None
         try:
             data = Fields(json.loads(path.read_text(encoding="utf-8")), path)
-        except ValueError as error:
-            raise ArtifactError(path, f"not JSON ({error})") from error
+            arrays = read_npz(path.with_name(EXAMPLE))
+        except (ValueError, OSError, UsageError, SourceError) as error:
+            raise ArtifactError(path.parent, f"its example cannot be read ({error})") from error
         if data.number("schema") != SCHEMA:
             raise ArtifactError(path, f"schema {data.number('schema')}, this reads {SCHEMA}")
-        arrays = read_npz(path.with_name(EXAMPLE))
         return cls(
             inputs=_starting(arrays, _IN),
             outputs=_starting(arrays, _OUT),
-            tolerance=float(data.mapping("bounds").get("tolerance", 0.0)),
-            scales={name: float(x) for name, x in data.mapping("scales").items()},
+            scales=_numbers(data, "scales"),
+            tolerance=_numbers(data, "bounds").get("tolerance", 0.0),
             prefill=data.number("prefill"),
             text=data.text("text", ""),
             tokens=data.numbers("tokens"),
@@ -95,13 +95,17 @@ class Golden:
         arrays = {_IN + name: self.inputs[name] for name in sorted(self.inputs)}
         arrays |= {_OUT + name: self.outputs[name] for name in sorted(self.outputs)}
         write_npz(folder / EXAMPLE, arrays, force=True)
-        described = {key: value for key, value in asdict(self).items() if key in _WRITTEN}
-        described |= {"schema": SCHEMA, "bounds": {"tolerance": self.tolerance}}
+        described = {
+            "schema": SCHEMA,
+            "scales": self.scales,
+            "bounds": {"tolerance": self.tolerance},
+            "prefill": self.prefill,
+            "text": self.text,
+            "tokens": self.tokens,
+            "made_with": self.made_with,
+        }
         text = json.dumps(described, sort_keys=True, indent=2, ensure_ascii=False)
         (folder / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")
-
-
-_WRITTEN: Final = frozenset({"scales", "prefill", "text", "tokens", "made_with"})
 
 
 def columns_of(logits: Array) -> Array:
@@ -137,6 +141,13 @@ def spread(size: int, most: int) -> Array:
     """
     count = min(size, most)
     return np.arange(count) * size // max(count, 1)
+
+
+def _numbers(data: Fields, key: str) -> dict[str, float]:
+    values = data.mapping(key)
+    if not all(isinstance(value, int | float) for value in values.values()):
+        raise data.bad(key, "numbers by name")
+    return {name: float(value) for name, value in values.items()}
 
 
 def _starting(arrays: Mapping[str, Array], start: str) -> dict[str, Array]:
