@@ -20,7 +20,7 @@ ROWS: Final = 2
 TOKENS: Final = 16
 PREFILL: Final = 8
 PADDED: Final = 3
-TEXT: Final = "The sky is blue, isn't it? Naïve 数 🙂 42."  # noqa: RUF001 - tokens of every kind
+TEXT: Final = "The sky is blue, isn't it? Naïve 数 🙂 42."
 _SHOWN: Final = (Role.LOGITS, Role.HIDDEN, Role.EMBEDDING, Role.OTHER)
 
 

@@ -6,7 +6,7 @@ carries (`llmopt.runtime.golden`). Load time, memory and speed are measured on t
 
 from __future__ import annotations
 
-import os
+import contextlib
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,8 @@ from typing import Any, Final
 import numpy as np
 
 from llmopt.bundle.manifest import Manifest
-from llmopt.errors import ArtifactError
+from llmopt.errors import ArtifactError, LlmoptError, UsageError
+from llmopt.runtime.cores import usable_cores
 from llmopt.runtime.generation import capacity_for
 from llmopt.runtime.golden import FOLDER, Array, Golden, kept
 from llmopt.runtime.memory import peak_bytes
@@ -59,7 +60,7 @@ class SelfTest:
         artifact: Its path.
         target: What it was built for.
         checks: What was compared.
-        load_s: Seconds to open it.
+        load_s: Seconds to open it, libraries included.
         speed: By name, units in the names.
         peak_memory_bytes: Most memory resident at once; None where the system does not say.
     """
@@ -81,19 +82,25 @@ class SelfTest:
         return {
             "schema": SCHEMA,
             "passed": self.passed,
+            "error": None,
             **asdict(self),
-            "machine": {
-                "architecture": platform.machine(),
-                "system": f"{platform.system()} {platform.release()}",
-                "cores": os.cpu_count(),
-                "python": platform.python_version(),
-                **_versions(),
-            },
+            "machine": _machine(),
         }
 
     def __str__(self) -> str:
         """Return it as lines for people."""
         return "\n".join(_lines(self))
+
+
+def failure(artifact: Path, error: LlmoptError) -> dict[str, Any]:
+    """Return what is written where the self-test could not be carried out."""
+    return {
+        "schema": SCHEMA,
+        "passed": False,
+        "error": str(error),
+        "artifact": str(artifact),
+        "machine": _machine(),
+    }
 
 
 def selftest(artifact: Path, threads: int | None = None) -> SelfTest:
@@ -104,24 +111,21 @@ def selftest(artifact: Path, threads: int | None = None) -> SelfTest:
         threads: Threads inside one operator; None for as many as the process may use.
 
     Raises:
-        ArtifactError: It is damaged, or carries no example.
+        ArtifactError: It is damaged, or carries no example that fits it.
         BackendUnavailableError: What it needs is not here.
     """
     manifest = Manifest.read(artifact)
     manifest.verify_files(artifact)
     golden = Golden.read(artifact)
     if golden is None:
-        raise ArtifactError(
-            artifact,
-            f"it carries no example to test itself with ({FOLDER}/): it was compiled with "
-            "--verify off, or by an older llmopt",
-        )
+        raise ArtifactError(artifact, _without_example(manifest))
     start = time.perf_counter()
     runner = Runner(artifact, threads)
     load_s = time.perf_counter() - start
+    files = Check("files", passed=True, compared=len(manifest.files))
     try:
-        checks = (Check("files", passed=True, compared=len(manifest.files)), *compare(runner, golden))
-    except (KeyError, ValueError, IndexError) as error:
+        checks = (files, *compare(runner, golden))
+    except (KeyError, ValueError, IndexError, UsageError) as error:
         problem = f"its example does not fit the model ({error})"
         raise ArtifactError(artifact / FOLDER, problem) from error
     return SelfTest(
@@ -131,6 +135,18 @@ def selftest(artifact: Path, threads: int | None = None) -> SelfTest:
         load_s=load_s,
         speed=_speed(runner, golden),
         peak_memory_bytes=peak_bytes(),
+    )
+
+
+def _without_example(manifest: Manifest) -> str:
+    if manifest.target.startswith("tensorrt"):
+        return (
+            "it carries no example, because no engine ran where it was compiled; one that is "
+            "built on the device is compared there"
+        )
+    return (
+        f"it carries no example to test itself with ({FOLDER}/): it was compiled with "
+        "--verify off, or by an older llmopt"
     )
 
 
@@ -210,13 +226,17 @@ def _running(runner: Runner, golden: Golden) -> dict[str, float]:
     return {"runs_per_s": 1 / (time.perf_counter() - start)}
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def _machine() -> dict[str, Any]:
+    """Return what this machine is, and the versions of what runs artifacts."""
+    found: dict[str, Any] = {
+        "architecture": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cores": usable_cores(),
+        "python": platform.python_version(),
+    }
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -20,7 +20,7 @@ from llmopt.errors import AccuracyError, FusionError, SourceError, UsageError
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     files.pop("build-report.json")
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,7 @@ def llama(both: list[llmopt.Artifact]) -> llmopt.Artifact:
 @pytest.fixture
 def copy(llama: llmopt.Artifact, tmp_path: Path) -> Path:
     """A copy of the artifact that a test may damage."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in llama.path.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return Path(shutil.copytree(llama.path, tmp_path / "copy"))
 
 
 def test_the_artifact_is_the_program_in_the_dialect(llama: llmopt.Artifact) -> None:

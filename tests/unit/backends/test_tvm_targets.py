@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,11 +46,7 @@ def llama(source: Path, tmp_path_factory: pytest.TempPathFactory) -> llmopt.Arti
 @pytest.fixture
 def copy(llama: llmopt.Artifact, tmp_path: Path) -> Path:
     """A copy of the artifact that a test may damage."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in llama.path.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return Path(shutil.copytree(llama.path, tmp_path / "copy"))
 
 
 def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> None:
