@@ -40,6 +40,7 @@ class Gate:
         return runner
 
     def wait(self) -> None:
+        """Wait until one more step may be taken."""
         end = time.monotonic() + PATIENCE_S / 4
         while not self.open.is_set() and not self.tickets.acquire(timeout=0.01):
             assert time.monotonic() < end, "the gate stayed closed"
@@ -89,8 +90,9 @@ class Served:
     port: int
     line: Line
 
-    def get(self, path: str, method: str = "GET", **headers: str) -> Reply:
-        return self.send(method, path, None, headers)
+    def get(self, path: str, **headers: str) -> Reply:
+        """Ask for something."""
+        return self.send("GET", path, None, headers)
 
     def post(self, path: str, data: Any = None, **headers: str) -> Reply:
         """Send JSON; bytes as they are."""
@@ -98,6 +100,7 @@ class Served:
         return self.send("POST", path, body, {"Content-Type": "application/json"} | headers)
 
     def send(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> Reply:
+        """Send a request; underscores in names of headers become hyphens."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         with contextlib.closing(connection):
             connection.request(

@@ -25,6 +25,9 @@ source's own, rounded the same way, and multiplied in float32."""
 ROUNDED: Final = 5e-2
 """Of outputs of quantized models on two machines: where activations become int8, each processor's
 kernels group them their way."""
+COUNTED: Final = 0.95
+"""Part of the tokens that has to keep it: in a trained model a small change can move a token onto
+or off an attention sink (Xiao et al. 2024, arXiv:2309.17453), and its logits are others then."""
 _TARGET: Final = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
@@ -39,6 +42,19 @@ class Availability:
 
     builds: str = ""
     runs: str = ""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far the outputs of an artifact on a device may be from those of the machine it is from.
+
+    Args:
+        tolerance: ``max|a - b| / max|b|``.
+        counted: Part of a decoder's tokens that has to keep it.
+    """
+
+    tolerance: float
+    counted: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -152,9 +168,11 @@ class Backend(abc.ABC):
         """Return the relative error that verification allows."""
         return TOLERANCE
 
-    def example_tolerance(self, scheme: str | None) -> float | None:
+    def example_bounds(self, scheme: str | None) -> Bounds | None:
         """Return how far a device's outputs may be from this machine's; None for no example."""
-        return self.tolerance(scheme) if scheme is None else max(self.tolerance(scheme), ROUNDED)
+        if scheme is None:
+            return Bounds(self.tolerance(None))
+        return Bounds(max(self.tolerance(scheme), ROUNDED), COUNTED)
 
     @abc.abstractmethod
     def available(self) -> Availability:

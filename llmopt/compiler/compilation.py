@@ -178,13 +178,14 @@ class Compilation:
         self, program: Program, opened: Callable[[], Run], target: str, folder: Path
     ) -> None:
         """Write the example that the artifact tests itself with on a device."""
-        tolerance = self.backend.example_tolerance(self.options.quantize)
-        if tolerance is None or self.options.verify == "off":
+        bounds = self.backend.example_bounds(self.options.quantize)
+        if bounds is None or self.options.verify == "off":
             return
         with self.clock("making the example"):
             rows = min(ROWS, self.options.batch)
             made = make_golden(program, opened(), folder, rows)
-            dataclasses.replace(made, tolerance=tolerance, made_with=target).write(folder)
+            within = dataclasses.asdict(bounds)
+            dataclasses.replace(made, made_with=target, **within).write(folder)
 
     def _manifest(
         self,

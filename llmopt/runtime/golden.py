@@ -45,6 +45,7 @@ class Golden:
             falling logit and then others, and ``logits`` [B, S, C] float32.
         scales: The largest magnitude of each output.
         tolerance: How far off an output may be, relative to ``scales``.
+        counted: Part of a decoder's tokens that has to keep it.
         prefill: How many tokens a decoder's first step takes; 0 for what runs once.
         text: A text; empty where the artifact takes no text.
         tokens: Its tokens.
@@ -55,6 +56,7 @@ class Golden:
     outputs: Mapping[str, Array]
     scales: Mapping[str, float]
     tolerance: float = 0.0
+    counted: float = 1.0
     prefill: int = 0
     text: str = ""
     tokens: tuple[int, ...] = ()
@@ -77,11 +79,13 @@ class Golden:
             raise ArtifactError(path.parent, f"its example cannot be read ({error})") from error
         if data.number("schema") != SCHEMA:
             raise ArtifactError(path, f"schema {data.number('schema')}, this reads {SCHEMA}")
+        bounds = _numbers(data, "bounds")
         return cls(
             inputs=_starting(arrays, _IN),
             outputs=_starting(arrays, _OUT),
             scales=_numbers(data, "scales"),
-            tolerance=_numbers(data, "bounds").get("tolerance", 0.0),
+            tolerance=bounds.get("tolerance", 0.0),
+            counted=bounds.get("counted", 1.0),
             prefill=data.number("prefill"),
             text=data.text("text", ""),
             tokens=data.numbers("tokens"),
@@ -98,7 +102,7 @@ class Golden:
         described = {
             "schema": SCHEMA,
             "scales": self.scales,
-            "bounds": {"tolerance": self.tolerance},
+            "bounds": {"tolerance": self.tolerance, "counted": self.counted},
             "prefill": self.prefill,
             "text": self.text,
             "tokens": self.tokens,

@@ -31,6 +31,7 @@ _PACKAGES: Final = ("onnxruntime", "apache-tvm", "numpy", "tokenizers")
 _PROMPT: Final = 32
 _STEPS: Final = 16
 _SPEED_S: Final = 2.0
+_REPEATS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,18 @@ def _logits(runner: Runner, golden: Golden) -> Iterator[Check]:
     logits = runner.logits(ids, prefill=golden.prefill, mask=given)
     real, bound = mask == 1, golden.tolerance * golden.scales["logits"]
     found = np.take_along_axis(logits, columns.astype(np.int64), axis=-1)
-    yield _within("logits", found[real], wanted[real], golden)
+    yield _counted("logits", found[real], wanted[real], golden)
     clear = real & (wanted[..., 0] - wanted[..., 1] > 2 * bound)
     same = logits.argmax(axis=-1)[clear] == columns[..., 0][clear]
     yield Check("best token", passed=bool(same.all()), compared=int(clear.sum()))
+
+
+def _counted(name: str, found: Array, wanted: Array, golden: Golden) -> Check:
+    """Compare logits [tokens, C], the tokens that are furthest off left out as far as allowed."""
+    left_out = int(len(wanted) * (1 - golden.counted))
+    order = np.argsort(np.abs(found - wanted).max(axis=-1))  # what is not a number comes last
+    kept_rows = order[: len(wanted) - left_out] if np.isfinite(found).all() else slice(None)
+    return _within(name, found[kept_rows], wanted[kept_rows], golden)
 
 
 def _outputs(runner: Runner, golden: Golden) -> Iterator[Check]:
@@ -193,7 +202,7 @@ def _speed(runner: Runner, golden: Golden) -> dict[str, float]:
     """Return the best speed of a few short runs, for a first impression; `bench` measures."""
     best: dict[str, float] = {}
     stop = time.perf_counter() + _SPEED_S
-    for _ in range(3):
+    for _ in range(_REPEATS):
         found = _decoding(runner) if golden.prefill else _running(runner, golden)
         best = {name: max(value, best.get(name, 0.0)) for name, value in found.items()}
         if time.perf_counter() > stop:
@@ -202,10 +211,20 @@ def _speed(runner: Runner, golden: Golden) -> dict[str, float]:
 
 
 def _decoding(runner: Runner) -> dict[str, float]:
+    """Return the speed of a prompt and of steps after it, of fewer tokens on a slow device."""
     facts = runner.manifest.model
     longest = facts.max_length or _PROMPT + _STEPS
-    steps = max(1, min(_STEPS, longest // 2))
-    prompt = max(1, min(_PROMPT, longest - steps))
+    one_s = _timed(runner, 1, 1)[1]
+    affordable = max(1, int(_SPEED_S / one_s / 4))
+    steps = max(1, min(_STEPS, longest // 2, affordable))
+    prompt = max(1, min(_PROMPT, longest - steps, affordable))
+    first_s, rest_s = _timed(runner, prompt, steps)
+    return {"prefill_tokens_per_s": prompt / first_s, "decode_tokens_per_s": steps / rest_s}
+
+
+def _timed(runner: Runner, prompt: int, steps: int) -> tuple[float, float]:
+    """Return seconds of a prompt, and of the steps after it."""
+    facts = runner.manifest.model
     ids = np.arange(prompt)[None] % max(facts.vocabulary, 1)
     sequences = Sequences(runner.session, 1, capacity_for(prompt + steps, facts.max_length))
     start = time.perf_counter()
@@ -213,11 +232,7 @@ def _decoding(runner: Runner) -> dict[str, float]:
     first = time.perf_counter()
     for _ in range(steps):
         logits = sequences.extend(logits[:, -1].argmax(axis=-1)[:, None])
-    end = time.perf_counter()
-    return {
-        "prefill_tokens_per_s": prompt / (first - start),
-        "decode_tokens_per_s": steps / (end - first),
-    }
+    return first - start, time.perf_counter() - first
 
 
 def _running(runner: Runner, golden: Golden) -> dict[str, float]:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -458,18 +458,19 @@ def test_a_client_that_leaves_ends_its_generation(chatty: Path, *, stream: bool)
 def test_a_server_that_ends_finishes_what_it_began_and_no_more(chatty: Path) -> None:
     gate = Gate()
     asked = {"prompt": "Hello", **GREEDY}
-    with served(lambda: gate.slow_runner(chatty), "slow") as found:
-        with closing(found.begin("/v1/completions", asked)) as running:
-            found.eventually(1)
-            with closing(found.begin("/v1/completions", asked)) as waiting:
-                found.eventually(2)
-                found.line.close()
-                late = found.post("/v1/completions", asked)
-                gate.open.set()
+    with served(lambda: gate.slow_runner(chatty), "slow") as found, ExitStack() as stack:
+        running, waiting = (
+            stack.enter_context(closing(found.begin("/v1/completions", asked))) for _ in range(2)
+        )
+        found.eventually(2)
+        gate.tickets.release(2)
+        found.line.close()
+        late = found.post("/v1/completions", asked)
+        gate.open.set()
 
-                assert_refused(late, 503)
-                assert running.recv(65536).startswith(b"HTTP/1.1 200")
-                assert waiting.recv(65536).startswith(b"HTTP/1.1 503")
+        assert_refused(late, 503)
+        assert running.recv(65536).startswith(b"HTTP/1.1 200")
+        assert waiting.recv(65536).startswith(b"HTTP/1.1 503")
 
 
 def test_an_error_in_mid_stream_is_its_last_event(chatty: Path) -> None:
@@ -551,7 +552,7 @@ def test_a_place_that_cannot_be_had_says_so(chatty: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"cannot listen at 127.0.0.1:{port}.*--port"):
             serve(chatty, "tiny", Place(port=port))
-    with pytest.raises(UsageError, match="cannot listen at no.such.host"):
+    with pytest.raises(UsageError, match=r"cannot listen at no\.such\.host"):
         serve(chatty, "tiny", Place("no.such.host.invalid", 0))
     with pytest.raises(UsageError, match="port 70000"):
         Place(port=70000)
