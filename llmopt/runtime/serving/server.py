@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+import h11
 import uvicorn
 from typing_extensions import override
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -135,7 +136,8 @@ class _Protocol(H11Protocol):
         self.loop.call_later(HEADERS_S, self._late)
 
     def _late(self) -> None:
-        if self.scope is None and not self.transport.is_closing():
+        between = self.timeout_keep_alive_task is not None  # requests, which has its own time
+        if self.conn.their_state is h11.IDLE and not between:
             self.transport.close()
 
 

@@ -25,6 +25,7 @@ from llmopt.backends.tvm.features import Features
 from llmopt.errors import ArtifactError, BackendUnavailableError, UnknownNameError, UsageError
 from llmopt.runtime.engines import tvm as engine
 from llmopt.runtime.processor import processor_features
+from llmopt.runtime.selftest import selftest
 
 PROMPTS = [[5, 9, 11, 3, 8, 7], [4, 40]]
 ALL_STEPS: dict[str, Any] = {"max_new_tokens": 12, "stop_tokens": ()}
@@ -54,6 +55,7 @@ def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> 
     ids = np.array(PROMPTS[:1])
 
     assert llama.manifest.verification["worst_error_rel"] <= 1e-4
+    assert selftest(llama.path).passed
     wanted = runner.logits(ids, prefill=6)
     for prefill in (1, 4):
         assert np.abs(runner.logits(ids, prefill=prefill) - wanted).max() <= 1e-4

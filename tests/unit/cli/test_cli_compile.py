@@ -111,6 +111,7 @@ def test_the_default_place_is_named_after_source_and_target(
     llmopt("compile", bigram, "--target", "cpu", "--verify", "off")
 
     assert [path.name for path in tmp_path.iterdir()] == ["bigram.onnxruntime-cpu"]
+    assert not (tmp_path / "bigram.onnxruntime-cpu" / "golden").exists()  # nothing ran
 
 
 def test_force_replaces_an_artifact(llmopt: Any, bigram: Path, tmp_path: Path) -> None:

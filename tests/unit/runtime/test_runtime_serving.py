@@ -501,7 +501,11 @@ def test_a_bug_is_a_server_error_and_the_server_goes_on(
 ) -> None:
     def broken() -> Runner:
         runner = load(chatty, threads=1)
-        runner.session.stepper = lambda _batch, _capacity: 1 // 0  # type: ignore[method-assign]
+
+        def divide(_batch: int, _capacity: int) -> Any:
+            return 1 // 0
+
+        runner.session.stepper = divide  # type: ignore[method-assign]
         return runner
 
     with served(broken, "broken") as found:
