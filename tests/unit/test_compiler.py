@@ -41,7 +41,8 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
     tested = selftest(made[0].path)
     assert tested.passed
     assert [check.name for check in tested.checks] == ["files", "tokenizer", "logits", "best token"]
-    assert tested.checks[2].compared == 29 * 92  # 2 x 16 tokens less 3 of padding, 32 + 60 columns
+    # 2 rows of 16 tokens, less 3 of padding and 1 that may be off; 32 likeliest and 60 others
+    assert tested.checks[2].compared == 28 * 92
 
 
 def test_quality_past_the_bound_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -36,15 +37,18 @@ std::vector<Port> ports(const OrtSession* session, bool outputs) {
   OrtAllocator* allocator;
   check(ort->GetAllocatorWithDefaultOptions(&allocator));
   size_t count;
-  check((outputs ? ort->SessionGetOutputCount : ort->SessionGetInputCount)(session, &count));
+  check(outputs ? ort->SessionGetOutputCount(session, &count)
+                : ort->SessionGetInputCount(session, &count));
   std::vector<Port> found(count);
   for (size_t i = 0; i < count; ++i) {
     char* name;
     OrtTypeInfo* type;
     const OrtTensorTypeAndShapeInfo* info;
     size_t rank;
-    check((outputs ? ort->SessionGetOutputName : ort->SessionGetInputName)(session, i, allocator, &name));
-    check((outputs ? ort->SessionGetOutputTypeInfo : ort->SessionGetInputTypeInfo)(session, i, &type));
+    check(outputs ? ort->SessionGetOutputName(session, i, allocator, &name)
+                  : ort->SessionGetInputName(session, i, allocator, &name));
+    check(outputs ? ort->SessionGetOutputTypeInfo(session, i, &type)
+                  : ort->SessionGetInputTypeInfo(session, i, &type));
     check(ort->CastTypeInfoToTensorInfo(type, &info));
     check(ort->GetDimensionsCount(info, &rank));
     found[i].name = name;
@@ -57,31 +61,33 @@ std::vector<Port> ports(const OrtSession* session, bool outputs) {
 }
 
 template <typename T>
-OrtValue* tensor(std::vector<T>& data, const std::vector<int64_t>& shape, ONNXTensorElementDataType type) {
+OrtValue* tensor(std::vector<T>& data, const std::vector<int64_t>& shape) {
+  const bool whole = std::is_same<T, int64_t>::value;
   OrtMemoryInfo* memory;
   OrtValue* value;
   check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
-  check(ort->CreateTensorWithDataAsOrtValue(memory, data.data(), data.size() * sizeof(T), shape.data(),
-                                            shape.size(), type, &value));
+  check(ort->CreateTensorWithDataAsOrtValue(
+      memory, data.data(), data.size() * sizeof(T), shape.data(), shape.size(),
+      whole ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &value));
   ort->ReleaseMemoryInfo(memory);
   return value;
 }
 
 // One step: the tokens from `past` on go in, the likeliest next one comes out.
-int64_t step(OrtSession* session, OrtIoBinding* binding, std::vector<int64_t>& tokens, int64_t past, int64_t vocabulary) {
+int64_t step(OrtSession* session, OrtIoBinding* binding, const std::vector<int64_t>& tokens,
+             int64_t past, int64_t vocabulary) {
   const auto total = static_cast<int64_t>(tokens.size());
-  std::vector<int64_t> fresh(tokens.begin() + past, tokens.end()), mask(total, 1), positions(total - past);
+  std::vector<int64_t> fresh(tokens.begin() + past, tokens.end());
+  std::vector<int64_t> mask(total, 1), positions(total - past);
   for (int64_t i = past; i < total; ++i) positions[i - past] = i;
   std::vector<float> logits(vocabulary);
-  const auto whole = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-  OrtValue* values[] = {tensor(fresh, {1, total - past}, whole), tensor(mask, {1, total}, whole),
-                        tensor(positions, {1, total - past}, whole),
-                        tensor(logits, {1, 1, vocabulary}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)};
+  OrtValue* values[] = {tensor(fresh, {1, total - past}), tensor(mask, {1, total}),
+                        tensor(positions, {1, total - past}), tensor(logits, {1, 1, vocabulary})};
   const char* names[] = {"input_ids", "attention_mask", "position_ids"};
   for (int i = 0; i < 3; ++i) check(ort->BindInput(binding, names[i], values[i]));
   check(ort->BindOutput(binding, "logits", values[3]));
   check(ort->RunWithBinding(session, nullptr, binding));
-  for (OrtValue* value : values) ort->ReleaseValue(value);  // what is bound is kept until bound anew
+  for (OrtValue* value : values) ort->ReleaseValue(value);  // the binding keeps what it was given
   return std::max_element(logits.begin(), logits.end()) - logits.begin();
 }
 
@@ -119,11 +125,12 @@ int main(int argc, char** argv) {
     if (past.name.compare(0, prefix.size(), prefix) != 0) continue;
     const std::string present = "present" + past.name.substr(prefix.size());
     caches.emplace_back(past.shape[1] * capacity * past.shape[3]);
-    bound.push_back(tensor(caches.back(), {1, past.shape[1], capacity, past.shape[3]}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+    bound.push_back(tensor(caches.back(), {1, past.shape[1], capacity, past.shape[3]}));
     check(ort->BindInput(binding, past.name.c_str(), bound.back()));
     check(ort->BindOutput(binding, present.c_str(), bound.back()));
   }
-  const auto logits = std::find_if(outputs.begin(), outputs.end(), [](const Port& each) { return each.name == "logits"; });
+  const auto logits = std::find_if(outputs.begin(), outputs.end(),
+                                   [](const Port& each) { return each.name == "logits"; });
   for (int64_t made = 0, past = 0; made < count; ++made) {
     const int64_t next = step(session, binding, tokens, past, logits->shape.back());
     past = static_cast<int64_t>(tokens.size());

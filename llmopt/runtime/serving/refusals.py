@@ -10,7 +10,7 @@ from llmopt.errors import LlmoptError
 
 
 class RefusedError(LlmoptError):
-    """A request is not answered.
+    """A request is not answered; the client is told, and nobody else.
 
     Args:
         status: Of HTTP.
