@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from llmopt.errors import LlmoptError, UsageError
+from llmopt.errors import LlmoptError, SourceNotFoundError, UsageError
 
 INTERRUPTED: Final = 130
 _MODES: Final = ("prompt", "text", "selftest", "serve")
@@ -42,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def artifact_at(path: Path) -> Path:
-    """Return the folder of the artifact that a path leads to."""
+    """Return the folder of the artifact that a path leads to.
+
+    Raises:
+        SourceNotFoundError: Nothing is there.
+    """
+    if not path.exists():
+        raise SourceNotFoundError(path, "give what `llmopt compile` wrote")
     return path
 
 

@@ -122,6 +122,7 @@ def event(data: Mapping[str, Any]) -> bytes:
 def _list(row: Array) -> list[float]:
     """Return numbers in as few digits as tell them from other float32.
 
+    >>> import numpy as np
     >>> _list(np.array([0.1], np.float32))
     [0.1]
     """

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bare_device import ONNXRUNTIME, on_device
 from tiny_artifacts import TinyDecoder, TinyEncoder, rewrite_manifest
 
 from llmopt.bundle.manifest import Manifest
@@ -25,22 +26,6 @@ from llmopt.runtime.memory import peak_bytes
 from llmopt.runtime.selftest import selftest
 
 TEXT = "Hello"
-BLOCKER = """
-import runpy, sys
-from importlib.machinery import PathFinder
-allowed = set(sys.stdlib_module_names) | set(sys.argv[1].split(","))
-
-class Device:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in allowed:
-            return PathFinder.find_spec(name, path, target)
-
-sys.meta_path = [finder for finder in sys.meta_path if finder is not PathFinder][:2] + [Device]
-sys.argv = ["llmopt.runtime", *sys.argv[2:]]
-runpy.run_module("llmopt.runtime", run_name="__main__", alter_sys=True)
-"""
-DEVICE = "llmopt,numpy,tokenizers,onnxruntime,typing_extensions"
 
 
 def with_example(folder: Path, example: Golden) -> Path:
@@ -314,21 +299,10 @@ def test_memory_is_read_where_linux_tells_it(tmp_path: Path) -> None:
     assert peak_bytes(status) is None
 
 
-def on_device(*arguments: object, allowed: str = DEVICE) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m llmopt.runtime`` where nothing but what a device has can be imported."""
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKER, allowed, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-
-
 def test_a_device_needs_numpy_tokenizers_and_onnxruntime_alone(decoder: Path) -> None:
-    tested = on_device(decoder, "--selftest", "--json", "--threads", 1)
-    spoken = on_device(decoder, "--prompt", "Hello", "--max-new-tokens", 5)
-    served = on_device(decoder, "--serve", allowed=DEVICE)
+    tested = on_device(ONNXRUNTIME, decoder, "--selftest", "--json", "--threads", 1)
+    spoken = on_device(ONNXRUNTIME, decoder, "--prompt", "Hello", "--max-new-tokens", 5)
+    served = on_device(ONNXRUNTIME, decoder, "--serve")
 
     assert tested.returncode == 0, tested.stderr
     assert json.loads(tested.stdout)["passed"]
@@ -371,13 +345,15 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert said.out == ""
 
 
-def test_an_encoder_does_not_continue_text(
+def test_what_cannot_continue_text_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = TinyEncoder().write(tmp_path / "encoder")
 
     assert main([str(encoder), "--prompt", "a"]) == 2
     assert "does not continue text" in capsys.readouterr().err
+    assert main([str(tmp_path / "none"), "--prompt", "a"]) == 2
+    assert "not found" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main([str(encoder)])
     assert ended.value.code == 2
