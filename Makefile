@@ -17,6 +17,7 @@ WORKERS ?= 2
 ORDER := $(if $(CI),-p randomly --randomly-seed=2026)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
 ARM64 := build/arm64/machine.json
+HEADERS := build/onnxruntime
 
 .PHONY: help demo check test test-slow edge-test golden fuzz docs bench pins clean
 
@@ -39,10 +40,10 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 test: $(STAMP)  ## The quick suite, with branch coverage
 	$(PYTEST) -n $(WORKERS) -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
-test-slow: $(STAMP) $(ARM64)  ## Real models, engines, arm64 under an emulator; each file in one process
+test-slow: $(STAMP) $(ARM64) $(HEADERS)  ## Real models, engines, arm64 under an emulator; each file in one process
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow
 
-edge-test: $(STAMP) $(ARM64)  ## Artifacts for arm64, run under an emulator
+edge-test: $(STAMP) $(ARM64) $(HEADERS)  ## Artifacts for arm64, run under an emulator; the example in C++
 	$(PYTEST) tests/edge -p no:xdist -rs
 
 golden: $(STAMP)  ## Rewrite the golden cases from what the passes do now; read the diff
@@ -74,6 +75,10 @@ clean:  ## Remove what make made: environment, caches, built pages, the demo's a
 # What it needs it fetches into build/arm64; where that fails it says why, and the tests are skipped.
 $(ARM64): tests/edge/arm64.py constraints.txt | $(STAMP)
 	@$(BIN)/python tests/edge/arm64.py $(@D)
+
+# Likewise.
+$(HEADERS): tests/edge/headers.py | $(STAMP)
+	@$(BIN)/python tests/edge/headers.py $@
 
 # Debian ships python3 without ensurepip: its own pip then fills the environment.
 $(STAMP): pyproject.toml constraints.txt

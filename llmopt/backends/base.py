@@ -22,6 +22,12 @@ Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 TOLERANCE: Final = 1e-3
 """Sums of thousands of float32 products in another order; rounded weights are compared with the
 source's own, rounded the same way, and multiplied in float32."""
+ROUNDED: Final = 5e-2
+"""Of outputs of quantized models on two machines: where activations become int8, each processor's
+kernels group them their way."""
+COUNTED: Final = 0.95
+"""Part of the tokens that has to keep it: in a trained model a small change can move a token onto
+or off an attention sink (Xiao et al. 2024, arXiv:2309.17453), and its logits are others then."""
 _TARGET: Final = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
@@ -36,6 +42,19 @@ class Availability:
 
     builds: str = ""
     runs: str = ""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far the outputs of an artifact on a device may be from those of the machine it is from.
+
+    Args:
+        tolerance: ``max|a - b| / max|b|``.
+        counted: Part of a decoder's tokens that has to keep it.
+    """
+
+    tolerance: float
+    counted: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,12 @@ class Backend(abc.ABC):
     def tolerance(self, scheme: str | None) -> float:  # noqa: ARG002 - most have one for all
         """Return the relative error that verification allows."""
         return TOLERANCE
+
+    def example_bounds(self, scheme: str | None) -> Bounds | None:
+        """Return how far a device's outputs may be from this machine's; None for no example."""
+        if scheme is None:
+            return Bounds(self.tolerance(None))
+        return Bounds(max(self.tolerance(scheme), ROUNDED), COUNTED)
 
     @abc.abstractmethod
     def available(self) -> Availability:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import resource
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import llmopt
-from llmopt.backends.base import Backend, Demand, Lowered
+from llmopt.backends.base import Backend, Demand, Lowered, Run
 from llmopt.bundle.manifest import Manifest
 from llmopt.bundle.report import write_report
 from llmopt.bundle.writer import staged_folder
 from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
+from llmopt.compiler.golden import ROWS, make_golden
 from llmopt.compiler.recipe import recipe
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
@@ -105,7 +107,9 @@ class Compilation:
             lowered = self._write(program, folder, demand)
             with self._runnable(program, folder / lowered.entry, demand) as (runner, entry):
                 proof = self._prove(program, runner, entry)
-                quality = self._quality(program, runner, entry)
+                rounding = functools.cache(lambda: runner.open(entry))
+                quality = self._quality(program, rounding)
+                self._exemplify(program, rounding, runner.target, folder)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
             self._finish(folder, self._manifest(program, lowered, text, proof, quality))
         notes = (*source.notes, *self.notes, *lowered.notes)
@@ -160,11 +164,11 @@ class Compilation:
         by = self.backend.proven_by or ("" if runner is self.backend else runner.target)
         return dataclasses.replace(proof, proven_by=by)
 
-    def _quality(self, program: Program, runner: Backend, entry: Path) -> dict[str, Any]:
+    def _quality(self, program: Program, opened: Callable[[], Run]) -> dict[str, Any]:
         if self.scheme is None or self.options.verify == "off":
             return {}
         with self.clock("measuring quality against the source"):
-            quality = measure_quality(program, runner.open(entry), self.optimized.source.reference)
+            quality = measure_quality(program, opened(), self.optimized.source.reference)
         bound, found = self.options.max_kl, quality.get("kl_mean")
         if bound is not None and found is None:
             raise UsageError("--max-kl: this model gives no logits to measure it on")
@@ -172,6 +176,19 @@ class Compilation:
             hint = "quantize less (--quantize w8), or accept more with --max-kl"
             raise AccuracyError("mean KL divergence from the source", found, bound, hint)
         return quality
+
+    def _exemplify(
+        self, program: Program, opened: Callable[[], Run], target: str, folder: Path
+    ) -> None:
+        """Write the example that the artifact tests itself with on a device."""
+        bounds = self.backend.example_bounds(self.options.quantize)
+        if bounds is None or self.options.verify == "off":
+            return
+        with self.clock("making the example"):
+            rows = min(ROWS, self.options.batch)
+            made = make_golden(program, opened(), folder, rows)
+            within = dataclasses.asdict(bounds)
+            dataclasses.replace(made, made_with=target, **within).write(folder)
 
     def _manifest(
         self,

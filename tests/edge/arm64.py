@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -102,17 +102,35 @@ class Apt:
         Raises:
             MissingError: apt could not get them.
         """
+        self._prepare(_sources(self.release))
+        self._apt("install", "--download-only", "--yes", *packages)
+        self._extract(self.folder / "archives", into)
+
+    def unpack_alone(self, package: str, into: Path) -> None:
+        """Unpack one package of a release that this machine need not be of, and nothing else.
+
+        Raises:
+            MissingError: apt could not get it.
+        """
+        here = _codename()
+        lines = (line.replace(f" {here} ", f" {self.release} ") for line in _sources(here))
+        self._prepare(lines)
+        self._apt("download", package, where=self.folder)
+        self._extract(self.folder, into)
+
+    def _prepare(self, sources: Iterable[str]) -> None:
         for place in ("lists/partial", "archives/partial"):
             (self.folder / place).mkdir(parents=True, exist_ok=True)
         (self.folder / "status").touch()
-        (self.folder / "sources.list").write_text("".join(_sources(self.release)))
+        (self.folder / "sources.list").write_text("".join(sources))
         self._apt("update")
-        self._apt("install", "--download-only", "--yes", *packages)
-        for archive in sorted((self.folder / "archives").glob("*.deb")):
+
+    def _extract(self, archives: Path, into: Path) -> None:
+        for archive in sorted(archives.glob("*.deb")):
             _done(["dpkg-deb", "--extract", str(archive), str(into)])
         shutil.rmtree(self.folder)
 
-    def _apt(self, *arguments: str) -> None:
+    def _apt(self, *arguments: str, where: Path | None = None) -> None:
         settings = {
             "APT::Architecture": self.architecture,
             "APT::Architectures": self.architecture,
@@ -130,7 +148,7 @@ class Apt:
             "Dir::State::status": f"{self.folder}/status",
         }
         options = [f"-o{name}={value}" for name, value in settings.items()]
-        _done(["apt-get", "--quiet", *options, *arguments])
+        _done(["apt-get", "--quiet", *options, *arguments], where)
 
 
 def machine(folder: Path = FOLDER) -> Arm64:
@@ -243,14 +261,14 @@ def _sources(release: str) -> Iterator[str]:
         yield f"deb {signed}{found[1]} {suite} main\n"
 
 
-def _done(command: Sequence[str]) -> str:
-    """Return what a program prints.
+def _done(command: Sequence[str], where: Path | None = None) -> str:
+    """Return what a program prints that is started in a folder.
 
     Raises:
         MissingError: it is not here, or failed; with the end of what it said.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=where)
     except OSError as error:
         raise MissingError(f"{command[0]}: {error}") from error
     if done.returncode:

@@ -2,10 +2,12 @@
 
     python guest.py --versions
     python guest.py JOBS.json
+    python guest.py --selftest ARTIFACT...
 
 JOBS.json is a list of ``{"artifact": …, "feeds": NPZ, "output": NPZ, "prefill": n}``. With a
 prefill the artifact is a decoder: its logits are those of one step of n tokens and one step for
-each after it. Without, it runs once. Only what a device has is imported.
+each after it. Without, it runs once. A self-test prints its JSON, one after the other. Only what a
+device has is imported.
 """
 
 from __future__ import annotations
@@ -42,8 +44,20 @@ def run(job: dict[str, Any]) -> None:
     np.savez(job["output"], **found)  # type: ignore[arg-type]  # numpy's stub takes no mapping
 
 
+def selftest(artifacts: list[str]) -> None:
+    """Let artifacts test themselves, as their users do."""
+    from llmopt.runtime.__main__ import main as runtime
+
+    codes = [runtime([each, "--selftest", "--json", "--threads", "1"]) for each in artifacts]
+    if any(codes):
+        sys.exit(f"exit codes {codes}")
+
+
 def main() -> None:
     """Do what the arguments say."""
+    if sys.argv[1:2] == ["--selftest"]:
+        selftest(sys.argv[2:])
+        return
     if sys.argv[1:] == ["--versions"]:
         sys.stdout.write(json.dumps(versions()))
         return

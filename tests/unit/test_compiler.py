@@ -17,10 +17,11 @@ from typing_extensions import override
 
 import llmopt
 from llmopt.errors import AccuracyError, FusionError, SourceError, UsageError
+from llmopt.runtime.selftest import selftest
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     files.pop("build-report.json")
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
@@ -37,6 +38,11 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
     assert made[0].manifest.verification["status"] == "passed"
     assert made[0].manifest.verification["worst_error_rel"] <= 1e-3
     assert made[0].manifest.quality["kl_mean"] > 0
+    tested = selftest(made[0].path)
+    assert tested.passed
+    assert [check.name for check in tested.checks] == ["files", "tokenizer", "logits", "best token"]
+    # 2 rows of 16 tokens, less 3 of padding and 1 that may be off; 32 likeliest and 60 others
+    assert tested.checks[2].compared == 28 * 92
 
 
 def test_quality_past_the_bound_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
@@ -100,11 +106,13 @@ def test_an_encoder_is_proven_in_every_scheme(scheme: str, tmp_path: Path) -> No
 
     assert artifact.manifest.verification["worst_error_rel"] <= 1e-3
     assert artifact.manifest.quality["cosine_mean"] > 0.9
+    assert selftest(artifact.path).passed
 
 
 def test_a_decoder_answers_through_its_cache(tmp_path: Path) -> None:
     source = tiny_sources.llama_folder(tmp_path / "llama")
-    runner = llmopt.load(llmopt.compile(source, output=tmp_path / "out"))
+    runner = llmopt.load(llmopt.compile(source, output=tmp_path / "out", batch=1))
+    assert selftest(tmp_path / "out").checks[2].compared == 16 * 92  # one row, as --batch says
     ids = np.array([[5, 9, 11, 3, 8, 7]])
 
     assert np.allclose(runner.logits(ids, prefill=2), runner.logits(ids, prefill=6), atol=1e-4)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 import onnx_ir as ir
 from typing_extensions import override
 
-from llmopt.backends.base import TOLERANCE, Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.base import TOLERANCE, Availability, Backend, Bounds, Demand, Lowered, Run
 from llmopt.backends.tensorrt.golden import golden_tolerance, write_golden
 from llmopt.backends.tensorrt.int4_weights import Int4Weights
 from llmopt.backends.tensorrt.legalize_attention import LegalizeAttention, declined
@@ -95,6 +95,12 @@ class _TensorRt(Backend):
     @override
     def tolerance(self, scheme: str | None) -> float:
         return TOLERANCE if scheme is None else TOLERANCES[scheme.split("{")[0]]
+
+    @override
+    def example_bounds(self, scheme: str | None) -> Bounds | None:
+        # No engine ran here, so nobody knows how far off one is; a deferred one is compared with
+        # the typed network where it is built.
+        return None
 
     @override
     def available(self) -> Availability:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Case, feeds
 from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime.engines.reference import ReferenceSession
+from llmopt.runtime.selftest import selftest
 
 PROMPTS = [[5, 9, 11, 3, 8, 7], [4, 40]]
 ALL_STEPS: dict[str, Any] = {"max_new_tokens": 8, "stop_tokens": ()}
@@ -56,11 +58,7 @@ def llama(both: list[llmopt.Artifact]) -> llmopt.Artifact:
 @pytest.fixture
 def copy(llama: llmopt.Artifact, tmp_path: Path) -> Path:
     """A copy of the artifact that a test may damage."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in llama.path.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return Path(shutil.copytree(llama.path, tmp_path / "copy"))
 
 
 def test_the_artifact_is_the_program_in_the_dialect(llama: llmopt.Artifact) -> None:
@@ -78,6 +76,7 @@ def test_the_artifact_is_the_program_in_the_dialect(llama: llmopt.Artifact) -> N
 
 def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> None:
     runner = llmopt.load(llama)
+    assert selftest(llama.path).passed
     ids = np.array(PROMPTS[:1])
 
     assert llama.manifest.verification["worst_error_rel"] <= 1e-5

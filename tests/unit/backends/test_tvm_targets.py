@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import bert
 import numpy as np
 import pytest
 import tiny_sources
+from bare_device import TVM, on_device
 from programs import program
 from tiny_artifacts import rewrite_manifest
 
@@ -45,11 +47,7 @@ def llama(source: Path, tmp_path_factory: pytest.TempPathFactory) -> llmopt.Arti
 @pytest.fixture
 def copy(llama: llmopt.Artifact, tmp_path: Path) -> Path:
     """A copy of the artifact that a test may damage."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in llama.path.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return Path(shutil.copytree(llama.path, tmp_path / "copy"))
 
 
 def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> None:
@@ -57,6 +55,8 @@ def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> 
     ids = np.array(PROMPTS[:1])
 
     assert llama.manifest.verification["worst_error_rel"] <= 1e-4
+    tested = on_device(TVM, llama.path, "--selftest")  # not its compiler, and nothing else
+    assert tested.returncode == 0, tested.stdout + tested.stderr
     wanted = runner.logits(ids, prefill=6)
     for prefill in (1, 4):
         assert np.abs(runner.logits(ids, prefill=prefill) - wanted).max() <= 1e-4

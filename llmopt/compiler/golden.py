@@ -1,0 +1,112 @@
+"""Writing the example that an artifact tests itself with on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.ir.feeds import Arrays, Case, feeds, positions
+from llmopt.ir.program import Program, Role
+from llmopt.runtime.golden import Golden, columns_of, kept
+from llmopt.runtime.tokens import TOKENIZER, Tokenizer
+from llmopt.verification import Run, decode
+
+ROWS: Final = 2
+TOKENS: Final = 16
+PREFILL: Final = 8
+PADDED: Final = 3
+TEXT: Final = "The sky is blue, isn't it? Naïve 数 🙂 42."
+_SHOWN: Final = (Role.LOGITS, Role.HIDDEN, Role.EMBEDDING, Role.OTHER)
+
+
+def make_golden(program: Program, run: Run, artifact: Path, rows: int = ROWS) -> Golden:
+    """Return inputs, and what an artifact makes of them here; how far off others may be is 0.
+
+    Args:
+        program: What inputs and outputs mean.
+        run: The artifact, or what is proven in its place.
+        artifact: Its folder, for the tokenizer.
+        rows: How many sequences.
+    """
+    told = tuple(Tokenizer(artifact).encode(TEXT)) if (artifact / TOKENIZER).is_file() else ()
+    if program.facts.task == "generate" and program.signature.has_cache:
+        made = _decoder(program, run, _beginning(program, told, rows))
+    else:
+        made = _plain(program, run, rows)
+    return replace(made, text=TEXT, tokens=told) if told else made
+
+
+def _plain(program: Program, run: Run, rows: int) -> Golden:
+    """Return random inputs, one row padded behind where there is a mask, run once."""
+    limit = program.facts.max_length or PREFILL
+    masked = program.signature.find(Role.MASK) is not None
+    case = Case(rows, min(limit, PREFILL), 0, "right" if masked else "none")
+    given = feeds(program.signature, case, program.facts.model.vocabulary or 2)
+    found = run(given)
+    shown = [port.name for port in program.signature.outputs if port.role in _SHOWN]
+    mask = case.mask() if masked else None
+    return Golden(
+        inputs=given,
+        outputs={name: kept(found[name], mask) for name in shown},
+        scales={name: _scale(found[name]) for name in shown},
+    )
+
+
+def _beginning(program: Program, told: Sequence[int], rows: int) -> Arrays:
+    """Return the inputs of a decoder, the tokens after the first step still to come.
+
+    Each row begins elsewhere in the text; the last is padded in front if there is a mask.
+    """
+    vocabulary = program.facts.model.vocabulary or 2
+    length = min(TOKENS, program.facts.max_length or TOKENS)
+    prefill = _prefill(length)
+    text = np.asarray(told or np.random.default_rng(0).integers(0, vocabulary, TOKENS)) % vocabulary
+    ids = np.zeros((rows, length), np.int64)
+    for row in range(rows):
+        ids[row, :prefill] = np.resize(np.roll(text, -row * PREFILL), prefill)
+    mask = np.ones_like(ids)
+    if program.signature.find(Role.MASK) is not None and rows > 1 and prefill > PADDED:
+        mask[-1, :PADDED] = 0
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+
+
+def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
+    """Return the tokens that a decoder goes on with, the likeliest each, and their logits.
+
+    Of its own text it is sure, as it never is of random tokens.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    length = ids.shape[1]
+
+    def going_on(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        found = run(step)
+        end = step["attention_mask"].shape[1]
+        if end < length:  # the next step reads it there
+            ids[:, end] = found["logits"][:, -1].argmax(axis=-1)
+        return found
+
+    prefill = _prefill(length)
+    logits = decode(program.signature, going_on, batch, prefill).astype(np.float32)
+    columns = columns_of(logits)
+    return Golden(
+        inputs={"input_ids": ids, "attention_mask": mask},
+        outputs={
+            "columns": columns,
+            "logits": np.take_along_axis(logits, columns.astype(np.int64), axis=-1),
+        },
+        scales={"logits": _scale(logits[mask == 1])},
+        prefill=prefill,
+    )
+
+
+def _prefill(length: int) -> int:
+    return max(1, min(PREFILL, length - 1))
+
+
+def _scale(output: npt.NDArray[Any]) -> float:
+    return float(np.abs(output.astype(np.float32)).max(initial=0.0))

@@ -1,0 +1,163 @@
+"""Running artifacts on a device, with what a device has: ``python -m llmopt.runtime``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from llmopt.errors import LlmoptError, SourceNotFoundError, UsageError
+
+INTERRUPTED: Final = 130
+_MODES: Final = ("prompt", "text", "selftest", "serve")
+_SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+_BELONGS: Final = {
+    **dict.fromkeys(_SAMPLING, "prompt"),
+    "json": "selftest",
+    **dict.fromkeys(("host", "port", "queue"), "serve"),
+}
+"""Which of the modes an option is for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the arguments ask for and return the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    asked = _parser().parse_args(arguments)
+    try:
+        return _run(asked)
+    except LlmoptError as error:
+        sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the text has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def artifact_at(path: Path) -> Path:
+    """Return the folder of the artifact that a path leads to.
+
+    Raises:
+        SourceNotFoundError: Nothing is there.
+    """
+    if not path.exists():
+        raise SourceNotFoundError(path, "give what `llmopt compile` wrote")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llmopt.runtime",
+        description="Run an artifact that llmopt compiled.",
+        epilog="Exit codes: 0 ok, 1 the work failed, 2 usage, 3 backend or device missing, "
+        "130 interrupted.",
+    )
+    parser.add_argument("artifact", type=Path, help="what `llmopt compile` wrote")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--prompt", metavar="TEXT", help="continue this text")
+    mode.add_argument("--text", nargs="+", metavar="TEXT", help="embed these sentences")
+    mode.add_argument("--selftest", action="store_true", help="compare with the example it carries")
+    mode.add_argument("--serve", action="store_true", help="answer OpenAI's requests over HTTP")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads; every usable core if not"
+    )
+    one = parser.add_argument_group("with --prompt")
+    one.add_argument("--chat", action="store_true", default=None, help="it is said to an assistant")
+    one.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many; 128 if not")
+    one.add_argument("--temperature", type=float, metavar="X", help="0, which is greedy, if not")
+    one.add_argument("--top-p", type=float, metavar="X", help="the likeliest of this probability")
+    one.add_argument("--top-k", type=int, metavar="N", help="so many of the likeliest tokens")
+    one.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    test = parser.add_argument_group("with --selftest")
+    test.add_argument("--json", action="store_true", default=None, help="print one JSON object")
+    _add_serving(parser)
+    return parser
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    serve = parser.add_argument_group("with --serve")
+    serve.add_argument(
+        "--host", metavar="ADDRESS", help="127.0.0.1 if not, which no other machine reaches"
+    )
+    serve.add_argument("--port", type=int, metavar="N", help="8000 if not; 0 takes a free one")
+    serve.add_argument(
+        "--queue", type=int, metavar="N", help="requests that wait for their turn; 64 if not"
+    )
+
+
+def _run(asked: argparse.Namespace) -> int:
+    mode = next(name for name in _MODES if _given(asked, name))
+    for option, owner in _BELONGS.items():
+        if _given(asked, option) and mode != owner:
+            flag = option.replace("_", "-")
+            raise UsageError(f"--{flag} has no effect with --{mode}; leave it out")
+    run = {"prompt": _prompt, "text": _text, "selftest": _selftest, "serve": _serve}[mode]
+    return run(asked)
+
+
+def _given(asked: argparse.Namespace, name: str) -> bool:
+    value = getattr(asked, name)
+    return value is not None and value is not False
+
+
+def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(asked, name) for name in names if _given(asked, name)}
+
+
+def _prompt(asked: argparse.Namespace) -> int:
+    from llmopt.runtime import load
+
+    runner = load(artifact_at(asked.artifact), threads=asked.threads)
+    if runner.manifest.task != "generate":
+        task = runner.manifest.task
+        raise UsageError(f"{asked.artifact}: made for task {task!r}, it does not continue text")
+    for piece in runner.stream(asked.prompt, **_options(asked, _SAMPLING)):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _text(asked: argparse.Namespace) -> int:
+    from llmopt.runtime import load
+
+    runner = load(artifact_at(asked.artifact), threads=asked.threads)
+    for row in runner.embed(asked.text):
+        sys.stdout.write(json.dumps([float(f"{value:.7g}") for value in row]) + "\n")
+    return 0
+
+
+def _selftest(asked: argparse.Namespace) -> int:
+    from llmopt.runtime.selftest import failure, selftest
+
+    try:
+        result = selftest(artifact_at(asked.artifact), asked.threads)
+    except LlmoptError as error:
+        if asked.json:
+            sys.stdout.write(json.dumps(failure(asked.artifact, error), indent=2) + "\n")
+        raise
+    text = json.dumps(result.to_json(), indent=2) if asked.json else str(result)
+    sys.stdout.write(f"{text}\n")
+    return 0 if result.passed else 1
+
+
+def _serve(asked: argparse.Namespace) -> int:
+    from llmopt.runtime.serving import require_server
+
+    require_server()
+    from llmopt.runtime.serving.server import Place, serve
+
+    place = Place(**_options(asked, ("host", "port", "queue")))
+    name = asked.artifact.resolve().name
+    return serve(artifact_at(asked.artifact), name, place, asked.threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
