@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,7 +201,9 @@ def inspect_command(bundle: Path, bom: bool, as_json: bool, **options: Any) -> N
 def selftest_command(bundle: Path, threads: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
     """Run a bundle, or an artifact, on the example that it carries and compare."""
     folder = opened(bundle, options)
-    result = importlib.import_module("llmopt.runtime.selftest").selftest(folder, threads)
+    from llmopt.runtime.selftest import selftest
+
+    result = selftest(folder, threads)
     if as_json:
         echo_json(result.to_json())
     else:

@@ -41,15 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def artifact_at(path: Path) -> Path:
-    """Return the folder of the artifact that a path leads to.
+def artifact_at(asked: argparse.Namespace) -> Path:
+    """Return the folder of the artifact that is asked for, a bundle unpacked.
 
     Raises:
         SourceNotFoundError: Nothing is there.
+        LlmoptError: As `llmopt.runtime.opening.artifact_of` does.
     """
-    if not path.exists():
-        raise SourceNotFoundError(path, "give what `llmopt compile` wrote")
-    return path
+    if not asked.artifact.exists():
+        raise SourceNotFoundError(asked.artifact, "give what `llmopt compile` wrote, or a bundle")
+    from llmopt.bundle.signing import trust_of
+    from llmopt.runtime.opening import artifact_of
+
+    trust = trust_of(asked.key, asked.certificate_chain or (), asked.signature)
+    return artifact_of(asked.artifact, trust)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 ok, 1 the work failed, 2 usage, 3 backend or device missing, "
         "130 interrupted.",
     )
-    parser.add_argument("artifact", type=Path, help="what `llmopt compile` wrote")
+    parser.add_argument("artifact", type=Path, help="what `llmopt compile` wrote, or a bundle")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text")
     mode.add_argument("--text", nargs="+", metavar="TEXT", help="embed these sentences")
@@ -68,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads; every usable core if not"
     )
+    _add_trust(parser)
     one = parser.add_argument_group("with --prompt")
     one.add_argument("--chat", action="store_true", default=None, help="it is said to an assistant")
     one.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many; 128 if not")
@@ -79,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--json", action="store_true", default=None, help="print one JSON object")
     _add_serving(parser)
     return parser
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    signed = parser.add_argument_group("of a signed bundle")
+    signed.add_argument("--key", type=Path, metavar="FILE", help="a public key: refuse others' work")
+    signed.add_argument(
+        "--certificate-chain",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="certificates that the signer's leads to; repeatable",
+    )
+    signed.add_argument(
+        "--signature", type=Path, metavar="FILE", help="the one beside the bundle if not"
+    )
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +135,7 @@ def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def _prompt(asked: argparse.Namespace) -> int:
     from llmopt.runtime import load
 
-    runner = load(artifact_at(asked.artifact), threads=asked.threads)
+    runner = load(artifact_at(asked), threads=asked.threads)
     if runner.manifest.task != "generate":
         task = runner.manifest.task
         raise UsageError(f"{asked.artifact}: made for task {task!r}, it does not continue text")
@@ -128,7 +149,7 @@ def _prompt(asked: argparse.Namespace) -> int:
 def _text(asked: argparse.Namespace) -> int:
     from llmopt.runtime import load
 
-    runner = load(artifact_at(asked.artifact), threads=asked.threads)
+    runner = load(artifact_at(asked), threads=asked.threads)
     for row in runner.embed(asked.text):
         sys.stdout.write(json.dumps([float(f"{value:.7g}") for value in row]) + "\n")
     return 0
@@ -138,7 +159,7 @@ def _selftest(asked: argparse.Namespace) -> int:
     from llmopt.runtime.selftest import failure, selftest
 
     try:
-        result = selftest(artifact_at(asked.artifact), asked.threads)
+        result = selftest(artifact_at(asked), asked.threads)
     except LlmoptError as error:
         if asked.json:
             sys.stdout.write(json.dumps(failure(asked.artifact, error), indent=2) + "\n")
@@ -156,7 +177,7 @@ def _serve(asked: argparse.Namespace) -> int:
 
     place = Place(**_options(asked, ("host", "port", "queue")))
     name = asked.artifact.resolve().name
-    return serve(artifact_at(asked.artifact), name, place, asked.threads)
+    return serve(artifact_at(asked), name, place, asked.threads)
 
 
 if __name__ == "__main__":

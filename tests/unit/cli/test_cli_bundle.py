@@ -188,9 +188,6 @@ def test_a_damaged_bundle_is_an_error_of_one_line(llmopt: Any, bundle: Path) -> 
         assert "damaged" in result.stderr
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("llmopt.runtime.selftest") is None, reason="there is no self-test yet"
-)
 def test_selftest_of_a_bundle_without_an_example_says_so(llmopt: Any, bundle: Path) -> None:
     result = llmopt("bundle", "selftest", bundle)
     assert result.exit_code == 1
