@@ -19,6 +19,7 @@ from llmopt.bundle.writer import staged_folder
 from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
+from llmopt.compiler.proxies import count_work
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
 from llmopt.frontend.source import Source
@@ -104,7 +105,9 @@ class Compilation:
                 proof = self._prove(program, runner, entry)
                 quality = self._quality(program, runner, entry)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
-            self._finish(folder, self._manifest(program, lowered, text, proof, quality))
+            manifest = self._manifest(program, lowered, text, proof, quality)
+            facts = {"work": count_work(program).to_dict(), "compiled": self._compiled(done)}
+            self._finish(folder, dataclasses.replace(manifest, **facts))
         notes = (*source.notes, *self.notes, *lowered.notes)
         return Artifact(place, Manifest.read(place), tuple(done), self.optimized.fusion, notes)
 
@@ -192,6 +195,13 @@ class Compilation:
             quality=quality,
             requires=lowered.requires,
         )
+
+    def _compiled(self, done: Sequence[Ran]) -> dict[str, Any]:
+        """Return what passes did, for the manifest; why they left things alone is told once."""
+        passes = [{"name": r.name, "applied": r.applied, "missed": len(r.missed)} for r in done]
+        fusion = self.optimized.fusion.items()
+        fused = {kind: {"expected": f.expected, "fused": f.fused} for kind, f in fusion}
+        return {"passes": passes, "fusion": fused}
 
     def _finish(self, folder: Path, manifest: Manifest) -> None:
         with self.clock("writing"):
