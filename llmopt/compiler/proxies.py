@@ -31,6 +31,7 @@ ATTENTION: Final = frozenset(
         *("CachedAttention", "PackedAttention"),
     }
 )
+_TURNING: Final = ATTENTION | {"RotaryEmbedding"}
 _LOOKUPS: Final = frozenset({"Gather", "GatherBlockQuantized", "GatherRows"})
 _VIEWS: Final = frozenset({"Cast", "DequantizeLinear", "Reshape", "Slice", "Transpose"})
 """What may stand between a stored weight and the operator that multiplies by it."""
@@ -108,6 +109,9 @@ def count_work(program: Program) -> Work:
             counted |= set(_weights(node))
         else:
             work.attention_macs += _attention_macs(node)
+            tables = _tables(node)
+            work.lookup_bytes += sum(_bytes(v) // _rows(v) for v in tables)
+            counted |= set(tables)
     rest = [v for v in program.graph.initializers.values() if g.weight(v) is not None]
     work.other_bytes = sum(_bytes(value) for value in rest if value not in counted)
     return work
@@ -118,6 +122,13 @@ def _count_product(work: Work, node: ir.Node, *, is_kept: bool) -> None:
     products = work.products.setdefault(often, Products())
     products.macs[_multiplied(node)] += _elements(node)
     products.weight_bytes += sum(_bytes(value, node) for value in _weights(node))
+
+
+def _tables(node: ir.Node) -> list[ir.Value]:
+    """Return the tables that an operator reads a row of for each token: sines and cosines."""
+    if node.op_type not in _TURNING:
+        return []
+    return [v for v in node.inputs if g.weight(v) is not None and g.rank(v) == 2 and v is not None]
 
 
 def _weights(node: ir.Node) -> Iterator[ir.Value]:
