@@ -71,7 +71,7 @@ def measure_ceilings(threads: int, dtypes: frozenset[str] = frozenset({"float32"
 
 def read_bytes_per_s(threads: int) -> float:
     """Return how fast memory is read that is far larger than the caches."""
-    total = _memory_to_read()
+    total = memory_to_read()
     parts = [np.ones(total // threads // 4, np.float32) for _ in range(threads)]
 
     def read() -> None:
@@ -84,7 +84,8 @@ def read_bytes_per_s(threads: int) -> float:
     return sum(part.nbytes for part in parts) / _best(read)
 
 
-def _memory_to_read() -> int:
+def memory_to_read() -> int:
+    """Return how many bytes are read: several times the last cache, a quarter of memory at most."""
     wanted = max(_LEAST, _CACHES * 2 * cache_bytes())
     memory = this_machine().memory_bytes
     return wanted if memory is None else min(wanted, memory // 4)

@@ -116,7 +116,7 @@ class _Scale:
         yield from (10.0**n for n in range(self.first, self.last + 1))
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 350.0, 12.0, 220.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 342.0, 12.0, 220.0
 
 
 def roofline(points: Sequence[Point], read: float, peaks: Mapping[str, float]) -> str:

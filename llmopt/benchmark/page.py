@@ -121,7 +121,7 @@ def _table(
 
 def _named(artifact: Json) -> str:
     scheme = f" <small>{escape(artifact['precision'])}</small>" if artifact["precision"] else ""
-    return f'<span class="name">{escape(artifact["path"])}</span>{scheme}'
+    return f'<span><span class="name">{escape(artifact["path"])}</span>{scheme}</span>'
 
 
 # --- what was measured --------------------------------------------------------------------------
