@@ -235,8 +235,8 @@ def _generate_once(runner: Runner, workload: Generate, random: np.random.Generat
     }
     if steps:
         sample["time_per_output_token_s"] = [sum(steps) / len(steps)]
-        sample["token_latency_s"] = steps
         sample["decode_tokens_per_s"] = [batch * len(steps) / sum(steps)]
+        sample["token_latency_s"] = steps
     return sample
 
 

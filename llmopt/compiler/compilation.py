@@ -106,8 +106,9 @@ class Compilation:
                 quality = self._quality(program, runner, entry)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
             manifest = self._manifest(program, lowered, text, proof, quality)
-            facts = {"work": count_work(program).to_dict(), "compiled": self._compiled(done)}
-            self._finish(folder, dataclasses.replace(manifest, **facts))
+            work, compiled = count_work(program).to_dict(), self._compiled(done)
+            manifest = dataclasses.replace(manifest, work=work, compiled=compiled)
+            self._finish(folder, manifest)
         notes = (*source.notes, *self.notes, *lowered.notes)
         return Artifact(place, Manifest.read(place), tuple(done), self.optimized.fusion, notes)
 
