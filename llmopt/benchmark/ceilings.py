@@ -23,7 +23,7 @@ import numpy as np
 from llmopt.benchmark.machine import this_machine
 from llmopt.benchmark.tiny_model import product_model
 
-_CACHES: Final = 2  # times the last cache, twice: read in two halves, neither fits
+_CACHES: Final = 4  # times the last cache: little of it can be left from the try before
 _LEAST: Final = 1 << 29
 _TRIES: Final = 8
 _SIZE: Final = 2048
@@ -86,9 +86,18 @@ def read_bytes_per_s(threads: int) -> float:
 
 def memory_to_read() -> int:
     """Return how many bytes are read: several times the last cache, a quarter of memory at most."""
-    wanted = max(_LEAST, _CACHES * 2 * cache_bytes())
-    memory = this_machine().memory_bytes
-    return wanted if memory is None else min(wanted, memory // 4)
+    wanted = max(_LEAST, _CACHES * cache_bytes())
+    return min([wanted, *(limit // 4 for limit in _memory_limits())])
+
+
+def _memory_limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield how much memory there is, and how much this process may have of it."""
+    whole = this_machine().memory_bytes
+    if whole is not None:
+        yield whole
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # the file may be missing, or say "max"
+            yield int((root / name).read_text(encoding="ascii"))
 
 
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

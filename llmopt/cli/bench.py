@@ -12,6 +12,7 @@ import click
 from llmopt.cli.artifacts import require_there
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import digits, size, table
+from llmopt.errors import UsageError
 
 if TYPE_CHECKING:
     from llmopt.benchmark import ArtifactResult, BenchmarkResult, Metric, Plan
@@ -79,6 +80,8 @@ def bench_command(
     has every sample.
     """
     require_there(*artifacts)
+    if options["html"] is not None and options["html"] == options["output"]:
+        raise UsageError(f"--output and --html both name {options['html']}")
     with contextlib.ExitStack() as stack:
         # Opened now: a place that cannot be written to is told before minutes of measuring.
         files = {

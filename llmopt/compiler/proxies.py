@@ -101,10 +101,10 @@ def count_work(program: Program) -> Work:
     counted: set[ir.Value] = set()
     for node in program.graph:
         work.operators.setdefault(g.scope_of(node), Counter())[node.op_type] += 1
-        if node.op_type in PRODUCTS and _stored(node.inputs[1]):
+        if node.op_type in PRODUCTS and _stored(g.optional(node, 1)):
             _count_product(work, node, is_kept=node in kept)
             counted |= set(_weights(node))
-        elif node.op_type in _LOOKUPS and _stored(node.inputs[0]):
+        elif node.op_type in _LOOKUPS and _stored(g.optional(node, 0)):
             work.lookup_bytes += sum(_bytes(v, node) // _rows(v) for v in _weights(node))
             counted |= set(_weights(node))
         else:
@@ -165,7 +165,7 @@ def _bytes(value: ir.Value, reader: ir.Node | None = None) -> int:
 def _rows(value: ir.Value) -> int:
     tensor = value.const_value
     assert tensor is not None
-    return int(tensor.shape.numpy()[0]) if len(tensor.shape) else 1
+    return max(int(tensor.shape.numpy()[0]), 1) if len(tensor.shape) else 1
 
 
 def _elements(node: ir.Node) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -74,12 +74,7 @@ class Session(abc.ABC):
     Args:
         manifest: The artifact's manifest.
         threads: Threads inside one operator; None for as many as the process may use.
-
-    Attributes:
-        profiles: Whether the engine tells how long each operator took.
     """
-
-    profiles: ClassVar[bool] = False
 
     def __init__(self, manifest: Manifest, threads: int | None = None) -> None:
         self.manifest = manifest
@@ -105,6 +100,11 @@ class Session(abc.ABC):
             batch: B.
             capacity: Most tokens a row can come to.
         """
+
+    @property
+    def profiles(self) -> bool:
+        """Whether the engine tells how long each operator takes."""
+        return False
 
     def profiled(self, work: Callable[[], None]) -> list[TimedRun]:
         """Return every run of the model that ``work`` causes, operator by operator.

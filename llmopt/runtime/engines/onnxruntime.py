@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import numpy as np
 from typing_extensions import override
@@ -15,7 +15,7 @@ from llmopt.bundle.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.runtime.engines.onnxruntime_device import DeviceCache
 from llmopt.runtime.engines.onnxruntime_profile import read_profile
-from llmopt.runtime.engines.providers import place_of, start
+from llmopt.runtime.engines.providers import CPU, place_of, start
 from llmopt.runtime.pages import large_pages
 from llmopt.runtime.session import Array, Session, TimedRun, aligned_zeros, zeros_together
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
@@ -38,8 +38,6 @@ class OnnxRuntimeSession(Session):
         ArtifactError: The model file cannot be opened, or is not what the manifest says.
     """
 
-    profiles: ClassVar[bool] = True
-
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
         self._ort = _import_onnxruntime()
@@ -60,6 +58,12 @@ class OnnxRuntimeSession(Session):
                 return ConcatCache(self, batch)
             case "none":
                 return NoCache(self)
+
+    @property
+    @override
+    def profiles(self) -> bool:
+        # Another provider's node may be the whole model, and a GPU's only the start of its kernel.
+        return self.place.provider == CPU
 
     @override
     def profiled(self, work: Callable[[], None]) -> list[TimedRun]:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import numpy as np
 from typing_extensions import override
@@ -296,12 +296,15 @@ class TvmSession(Session):
         ArtifactError: The library cannot be opened.
     """
 
-    profiles: ClassVar[bool] = True
-
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
         check_processor(manifest.target, manifest.requires)
         self._library = Library(folder / manifest.entry, self.threads)
+
+    @property
+    @override
+    def profiles(self) -> bool:
+        return True
 
     @override
     def profiled(self, work: Callable[[], None]) -> list[TimedRun]:

@@ -121,4 +121,12 @@ def test_memory_to_read_is_bounded_by_what_there_is(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ceilings, "cache_bytes", lambda: 1 << 50)
     whole = ceilings.this_machine().memory_bytes
     assert whole is not None
-    assert ceilings.memory_to_read() == whole // 4
+    assert ceilings.memory_to_read() == min(ceilings._memory_limits()) // 4 <= whole // 4
+
+
+def test_a_container_s_memory_is_a_limit(tmp_path: Path) -> None:
+    whole = ceilings.this_machine().memory_bytes
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(ceilings._memory_limits(tmp_path)) == [whole]
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert list(ceilings._memory_limits(tmp_path)) == [whole, 4096]

@@ -121,6 +121,8 @@ def test_a_place_that_cannot_be_written_is_told_before_measuring(
         assert result.exit_code == 1
         assert "cannot be written" in result.stderr
         assert "repetition" not in result.stderr
+    both = ["--output", tmp_path / "x", "--html", tmp_path / "x"]
+    assert llmopt("bench", made / "shared", *QUICK, *both).exit_code == 2
 
 
 def test_a_file_of_inputs_is_a_workload(llmopt: Any, made: Path, tmp_path: Path) -> None:
