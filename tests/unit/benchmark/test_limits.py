@@ -11,6 +11,7 @@ import pytest
 
 from llmopt.benchmark import Encode, Generate, Inputs, ceilings
 from llmopt.benchmark.ceilings import Ceilings
+from llmopt.benchmark.machine import this_machine
 from llmopt.benchmark.results import ArtifactResult, Metric
 from llmopt.benchmark.roofline import phases, reached
 from llmopt.benchmark.tiny_model import product_model
@@ -119,13 +120,13 @@ def test_the_largest_cache_is_the_last(tmp_path: Path) -> None:
 
 def test_memory_to_read_is_bounded_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "cache_bytes", lambda: 1 << 50)
-    whole = ceilings.this_machine().memory_bytes
+    whole = this_machine().memory_bytes
     assert whole is not None
     assert ceilings.memory_to_read() == min(ceilings._memory_limits()) // 4 <= whole // 4
 
 
 def test_a_container_s_memory_is_a_limit(tmp_path: Path) -> None:
-    whole = ceilings.this_machine().memory_bytes
+    whole = this_machine().memory_bytes
     (tmp_path / "memory.max").write_text("max\n")
     assert list(ceilings._memory_limits(tmp_path)) == [whole]
     (tmp_path / "memory.max").write_text("4096\n")
