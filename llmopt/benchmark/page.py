@@ -233,7 +233,7 @@ def _profiles(artifacts: Sequence[Json]) -> Iterator[str]:
 
 def _profile(phase: Json, classes: Mapping[str, str]) -> Iterator[str]:
     yield f'<section class="card"><h3>{escape(phase["phase"])}, '
-    yield f"{figure(phase['seconds'], 'ms', 1e3)} a run</h3>"
+    yield f"{figure(phase['seconds'], 'ms', 1e3)} a run while it is profiled</h3>"
     yield charts.bar(phase["by_part"], classes)
     yield '<ul class="legend">'
     for part, seconds in phase["by_part"].items():

@@ -118,6 +118,8 @@ def test_time_of_real_models_belongs_to_their_modules(
     artifact = llmopt.compile(source(), target=target, quantize=scheme, verify="off", output=out)
     found = profile(artifact.path, workload)
 
-    assert [phase.attributed >= 0.95 for phase in found] == [True] * len(found)
+    # TVM's machine takes every weight out of a list before the first kernel: that belongs to none.
+    least = {"onnxruntime-cpu": 0.95, "tvm-cpu": 0.9}[target]
+    assert [phase.attributed >= least for phase in found] == [True] * len(found)
     layers = {"smollm2": 30, "minilm": 6}[model]
     assert all(len(phase.to_dict()["by_layer"]) == layers for phase in found)
