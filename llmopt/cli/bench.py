@@ -198,7 +198,8 @@ def _profile(artifact: ArtifactResult) -> str:
         rows.append(
             ["(outside operators)", digits(outside * 1e3), f"{100 * outside / total:.1f} %"]
         )
-        title = f"{artifact.path}, {phase['phase']}: {digits(total * 1e3)} ms a run while it is profiled"
+        taken = f"{digits(total * 1e3)} ms a run while it is profiled"
+        title = f"{artifact.path}, {phase['phase']}: {taken}"
         blocks.append(f"{title}\n{table(['part', 'ms', 'share'], rows)}")
     return "\n\n".join(blocks)
 
