@@ -196,7 +196,11 @@ def write_bert(sizes: Mapping[str, int], folder: Path) -> None:
     from transformers import AutoModel, BertConfig
 
     torch.manual_seed(0)
-    AutoModel.from_config(BertConfig(**sizes)).save_pretrained(folder)
+    config = BertConfig(**sizes)
+    AutoModel.from_config(config).save_pretrained(folder)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # some converters want a tokenizer
+    words = special + [f"w{number}" for number in range(config.vocab_size - len(special))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
 
 
 def checked(command: list[str]) -> None:

@@ -176,10 +176,10 @@ def _roofline(result: Json) -> Iterator[str]:
         colour = f"p{result['artifacts'].index(artifact) % charts.COLOURS}"
         intensity, rate = macs / phase["read_bytes"], macs / phase["seconds"]
         points.append(charts.Point(str(number), intensity, rate, colour))
-        rows.append([str(number), _named(artifact), *_reached(phase)])
+        rows.append([str(number), *_reached(phase), _named(artifact)])
     yield charts.roofline(points, ceilings["read_bytes_per_s"], ceilings["macs_per_s"])
-    header = ["", "artifact", "phase", "of the limit", "bound by", "took", "reading", "multiplying"]
-    yield _table(header, rows, numbers=(3, 5, 6, 7))
+    header = ["", "phase", "of the limit", "bound by", "took", "reading", "multiplying", "artifact"]
+    yield _table(header, rows, numbers=(2, 4, 5, 6))
     yield f"<p class=faint>{_limits(ceilings)}</p>"
     if any(phase["in_cache"] for _, phase in phases):
         yield (

@@ -320,13 +320,17 @@ def _encoder_prelude(module: Encoder, names: Sequence[str]) -> ir.Graph:
 
 def _encoder_layer(module: Encoder, index: int, mask: ir.Value) -> ir.Graph:
     layer = module.layers[str(index)]
+
+    def compute(hidden: Tensor, mask: Tensor) -> Any:
+        return layer(hidden, mask)  # a function: a module would be traced under another name
+
     dims: Dims = tuple(g.shape(mask) or ())
     dtype = torch.bool if mask.dtype == ir.DataType.BOOL else torch.float32
     inputs: dict[str, tuple[Dims, torch.dtype]] = {
         "hidden": (("B", "S", module.config.hidden), torch.float32),
         "mask": (dims, dtype),
     }
-    return _trace(module, layer, inputs)
+    return _trace(module, compute, inputs)
 
 
 def _pool(module: Encoder, config: EncoderConfig) -> ir.Graph:
