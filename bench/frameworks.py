@@ -51,9 +51,10 @@ def build_optimum(task: str) -> Callable[[Path, Path], None]:
 
 
 def build_olive(source: Path, place: Path) -> None:
-    """Let Olive choose what it does for four bits on a processor."""
-    command = [sys.executable, "-m", "olive", "optimize", "-m", str(source), "-o", str(place)]
-    checked([*command, "--device", "cpu", "--precision", "int4"])
+    """Let Olive make a model of four bits; what it does by default asks a hub for calibration."""
+    command = [sys.executable, "-m", "olive", "capture-onnx-graph", "-m", str(source)]
+    command += ["-o", str(place), "--use_model_builder", "--precision", "int4", "--use_ort_genai"]
+    checked(command)
     (model,) = place.rglob("genai_config.json")
     for file in list(model.parent.iterdir()):
         file.replace(place / file.name)
