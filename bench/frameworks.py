@@ -54,7 +54,7 @@ def build_olive(source: Path, place: Path) -> None:
     """Let Olive make a model of four bits; what it does by default asks a hub for calibration."""
     command = [sys.executable, "-m", "olive", "capture-onnx-graph", "-m", str(source)]
     command += ["-o", str(place), "--use_model_builder", "--precision", "int4", "--use_ort_genai"]
-    checked(command)
+    checked(command, place.parent)  # it leaves a cache where it runs
     (model,) = place.rglob("genai_config.json")
     for file in list(model.parent.iterdir()):
         file.replace(place / file.name)

@@ -203,9 +203,9 @@ def write_bert(sizes: Mapping[str, int], folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
 
 
-def checked(command: list[str]) -> None:
-    """Run a command; end with what it said if it fails."""
-    done = subprocess.run(command, check=False, **QUIET)  # type: ignore[call-overload]
+def checked(command: list[str], folder: Path | None = None) -> None:
+    """Run a command, in a folder if one is given; end with what it said if it fails."""
+    done = subprocess.run(command, check=False, cwd=folder, **QUIET)  # type: ignore[call-overload]
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 

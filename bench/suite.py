@@ -54,7 +54,7 @@ PEERS: Final[Mapping[str, Peer]] = {
     "torch": Peer("torch"),
     "ctranslate2": Peer("CTranslate2", vs_peers.CTRANSLATE2, FOURS, ("ctranslate2==4.8.5",)),
     "optimum": Peer("Optimum", vs_peers.OPTIMUM, FOURS, ("optimum==2.1.0", "optimum-onnx==0.1.0")),
-    "olive": Peer("Olive", vs_peers.OLIVE, (*FOURS, "olive-ai==0.13.0")),
+    "olive": Peer("Olive", vs_peers.OLIVE, ("olive-ai==0.13.0",)),
 }
 
 
