@@ -56,10 +56,19 @@ docs: $(STAMP)  ## Write the generated pages and build the site: docs/_build/htm
 	$(BIN)/cog -r -P -I docs docs/*.md README.md
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(STAMP)  ## Cost and speed against other tools; see bench/README.md
+# PEERS=all or PEERS=llamacpp,torch,… measures against those alone; CASES and BLOCKS say of what
+bench: $(STAMP)  ## Cost and speed against other tools, or against PEERS=…; see bench/README.md
+ifdef PEERS
+	@mkdir -p build/bench
+	$(BIN)/python bench/suite.py --work build/bench/work --peers $(PEERS) \
+	  --blocks $(or $(BLOCKS),5) --json build/bench/peers.json --html build/bench/peers.html \
+	  $(or $(CASES),smollm2 minilm)
+else
 	$(BIN)/python bench/table.py
 	$(BIN)/python bench/cost.py
+	$(BIN)/python bench/ceilings.py
 	$(BIN)/python bench/vs_genai.py smollm2:w4 smollm2:fp32 llama-1.2b:w4 llama-1.2b:fp32
+endif
 
 pins: $(STAMP)  ## Write constraints.txt from the environment
 	@{ sed -n '/^#/p' constraints.txt; \

@@ -196,12 +196,16 @@ def write_bert(sizes: Mapping[str, int], folder: Path) -> None:
     from transformers import AutoModel, BertConfig
 
     torch.manual_seed(0)
-    AutoModel.from_config(BertConfig(**sizes)).save_pretrained(folder)
+    config = BertConfig(**sizes)
+    AutoModel.from_config(config).save_pretrained(folder)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # some converters want a tokenizer
+    words = special + [f"w{number}" for number in range(config.vocab_size - len(special))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
 
 
-def checked(command: list[str]) -> None:
-    """Run a command; end with what it said if it fails."""
-    done = subprocess.run(command, check=False, **QUIET)  # type: ignore[call-overload]
+def checked(command: list[str], folder: Path | None = None) -> None:
+    """Run a command, in a folder if one is given; end with what it said if it fails."""
+    done = subprocess.run(command, check=False, cwd=folder, **QUIET)  # type: ignore[call-overload]
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 

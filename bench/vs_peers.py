@@ -34,6 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families
+import frameworks
 import peers
 import shapes
 from intervals import median_interval
@@ -61,6 +62,10 @@ TOOLS: Final = "venv"
 TOOLS_AVX2: Final = "venv-avx2"
 """Environments in the work folder: the other tools, and llama.cpp compiled for AVX2 and no more."""
 NATIVE: Final = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
+CTRANSLATE2: Final = "venv-ctranslate2"
+OPTIMUM: Final = "venv-optimum"
+OLIVE: Final = "venv-olive"
+"""Environments that ``suite.py`` makes."""
 AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF"
 PREFILLS: Final = (128, 512)
 DECODE: Final = 64
@@ -102,6 +107,21 @@ def decoders(group: int) -> dict[str, Side]:
             peers.build_openvino(group), peers.OpenVino, f"ov-int4-g{group}", foreign=TOOLS
         ),
         "genai int4": Side(peers.build_genai("int4"), peers.Genai, "genai-int4"),
+        "CTranslate2 int8": Side(
+            frameworks.build_ctranslate2("int8"),
+            frameworks.CTranslate2Decoder,
+            "ct2-int8",
+            foreign=CTRANSLATE2,
+        ),
+        "torch fp32": Side(None, frameworks.TorchDecoder, ""),
+        "torch.compile fp32": Side(None, frameworks.TorchCompiledDecoder, ""),
+        "Optimum fp32": Side(
+            frameworks.build_optimum("text-generation-with-past"),
+            frameworks.OptimumDecoder,
+            "optimum",
+            foreign=OPTIMUM,
+        ),
+        "Olive int4": Side(frameworks.build_olive, peers.Genai, "olive-int4", foreign=OLIVE),
     }
 
 
@@ -130,6 +150,19 @@ def encoders() -> dict[str, Side]:
             peers.build_openvino_encoder("fp32"), peers.OpenVinoEncoder, "ov", foreign=TOOLS
         ),
         "torch fp32": Side(None, peers.Torch, ""),
+        "torch.compile fp32": Side(None, frameworks.TorchCompiled, ""),
+        "CTranslate2 int8": Side(
+            frameworks.build_ctranslate2("int8"),
+            frameworks.CTranslate2Encoder,
+            "ct2-int8",
+            foreign=CTRANSLATE2,
+        ),
+        "Optimum fp32": Side(
+            frameworks.build_optimum("feature-extraction"),
+            frameworks.OptimumEncoder,
+            "optimum",
+            foreign=OPTIMUM,
+        ),
     }
 
 

@@ -5,19 +5,29 @@
 Generate(prefill=128, decode=64, batch=1)
 """
 
+from llmopt.benchmark.explaining import explain
 from llmopt.benchmark.measuring import Plan, measure
 from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
-from llmopt.benchmark.workload import Encode, Generate, Workload, default_workload, parse_workload
+from llmopt.benchmark.workload import (
+    Encode,
+    Generate,
+    Inputs,
+    Workload,
+    default_workload,
+    parse_workload,
+)
 
 __all__ = [
     "ArtifactResult",
     "BenchmarkResult",
     "Encode",
     "Generate",
+    "Inputs",
     "Metric",
     "Plan",
     "Workload",
     "default_workload",
+    "explain",
     "measure",
     "parse_workload",
 ]

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from llmopt.benchmark.machine import this_machine
 from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
-from llmopt.benchmark.workload import Encode, Generate, Workload
+from llmopt.benchmark.warmup import NEEDED, warmups_in
+from llmopt.benchmark.workload import Encode, Generate, Inputs, Workload
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.runtime import Runner, load
+from llmopt.runtime.feeds import complete_feeds
 from llmopt.runtime.generation import capacity_for
+from llmopt.runtime.npz import read_npz
 from llmopt.runtime.session import Array
 from llmopt.runtime.steps import Sequences
 
 Sample = dict[str, list[float]]
 """Measurements of one repetition, by metric."""
+_TRENDS: Final = frozenset(
+    {"ttft_s", "time_per_output_token_s", "encode_latency_s", "run_latency_s"}
+)
+"""Metrics that a warm-up is looked for in."""
+_UNSEEN: Final = 2  # warm-ups where there are too few samples to see how many it takes
 
 _PROBE: Final = "llmopt.benchmark.probe"
 
@@ -36,7 +45,8 @@ class Plan:
         workload: What.
         threads: Threads inside one operator; None for as many as the process may use.
         repetitions: Of the workload, each with fresh tokens.
-        warmups: Repetitions before the first that counts.
+        warmups: Repetitions before the first that counts; None for as many as are seen to be
+            slower than those that follow (`warmup`), two where too few are asked for to see it.
         processes: Fresh processes that each load the artifact and run the workload once, for
             the time to load and the peak of memory.
         seed: Of the tokens.
@@ -48,14 +58,34 @@ class Plan:
     workload: Workload
     threads: int | None = None
     repetitions: int = 10
-    warmups: int = 2
+    warmups: int | None = None
     processes: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.repetitions < 1 or self.warmups < 0 or self.processes < 0:
+        if self.repetitions < 1 or (self.warmups or 0) < 0 or self.processes < 0:
             raise UsageError("repetitions have to be 1 or more, warmups and processes 0 or more")
+
+    @property
+    def most(self) -> int:
+        """The most repetitions before measuring ends without having seen the warm-up end."""
+        return 2 * self.repetitions + 10
+
+
+@dataclass
+class Rounds:
+    """Repetitions, the same for each artifact.
+
+    Args:
+        samples: Of each artifact, one for each round.
+        dropped: How many of the first are warm-up.
+        steady: Whether the others show no trend any more; None where it was not looked for.
+    """
+
+    samples: list[list[Sample]]
+    dropped: int = 0
+    steady: bool | None = None
 
 
 def measure(
@@ -74,26 +104,78 @@ def measure(
     """
     if not artifacts:
         raise UsageError("no artifact to measure")
+    load_average = _load_average()
     runners = [load(path, threads=plan.threads) for path in artifacts]
     for runner in runners:
         check_fits(runner, plan.workload)
     probed = [_probe_all(path, plan, progress) for path in artifacts]
-    found = [dict(sample) for sample in probed]
-    for turn in range(-plan.warmups, plan.repetitions):
-        progress(f"repetition {turn + 1} of {plan.repetitions}" if turn >= 0 else "warm-up")
-        # Forwards and backwards by turns: no artifact is always the one after another.
-        for number in range(len(runners))[:: 1 if turn % 2 else -1]:
-            random = np.random.default_rng([plan.seed, turn + plan.warmups])
-            sample = run_once(runners[number], plan.workload, random)
-            if turn >= 0:
-                _extend(found[number], sample)
+    rounds = run_rounds(runners, plan, progress)
+    found = []
+    for path, runner, before, samples in zip(
+        artifacts, runners, probed, rounds.samples, strict=True
+    ):
+        warm = _joined({}, samples[: rounds.dropped])
+        found.append(_result(path, runner, _joined(before, samples[rounds.dropped :]), warm))
     return BenchmarkResult(
         workload=str(plan.workload),
         threads=runners[0].session.threads,
         machine=this_machine(),
-        artifacts=tuple(map(_result, artifacts, runners, found)),
-        warmups=plan.warmups,
+        artifacts=tuple(found),
+        warmups=rounds.dropped,
+        steady=rounds.steady,
+        load_average=load_average,
     )
+
+
+def run_rounds(
+    runners: Sequence[Runner], plan: Plan, progress: Callable[[str], None] = lambda _: None
+) -> Rounds:
+    """Return repetitions of the workload until enough of them are not warm-up."""
+    rounds = Rounds([[] for _ in runners])
+    fixed = plan.warmups
+    if fixed is None and plan.repetitions < NEEDED:
+        fixed = _UNSEEN
+    for turn in range(plan.most if fixed is None else fixed + plan.repetitions):
+        progress(_told(turn, plan, fixed))
+        # Forwards and backwards by turns: no artifact is always the one after another.
+        for number in range(len(runners))[:: 1 if turn % 2 else -1]:
+            random = np.random.default_rng([plan.seed, turn])
+            rounds.samples[number].append(run_once(runners[number], plan.workload, random))
+        if fixed is None:
+            warm = _warmups(rounds.samples)
+            rounds.steady = warm is not None
+            if warm is not None and turn + 1 - warm >= plan.repetitions:
+                rounds.dropped = warm
+                return rounds
+    rounds.dropped = len(rounds.samples[0]) - plan.repetitions
+    return rounds
+
+
+def _told(turn: int, plan: Plan, fixed: int | None) -> str:
+    if fixed is None:
+        return f"repetition {turn + 1}, until {plan.repetitions} are not warm-up"
+    if turn < fixed:
+        return "warm-up"
+    return f"repetition {turn + 1 - fixed} of {plan.repetitions}"
+
+
+def _warmups(samples: Sequence[Sequence[Sample]]) -> int | None:
+    """Return how many rounds are warm-up for any artifact; None where it may not be over."""
+    found = [
+        warmups_in([sample[name][0] for sample in of])
+        for of in samples
+        for name in of[0]
+        if name in _TRENDS
+    ]
+    known = [count for count in found if count is not None]
+    return max(known) if len(known) == len(found) else None
+
+
+def _load_average() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None
 
 
 def check_fits(runner: Runner, workload: Workload) -> None:
@@ -101,7 +183,11 @@ def check_fits(runner: Runner, workload: Workload) -> None:
 
     Raises:
         UsageError: It is of another kind, or too short.
+        SourceError: The file of inputs cannot be read.
     """
+    if isinstance(workload, Inputs):
+        complete_feeds(runner.session, read_npz(Path(workload.path)))
+        return
     facts = runner.manifest.model
     wanted = "logits" if isinstance(workload, Generate) else "tokens"
     fitting = runner.session.find(wanted) is not None
@@ -113,7 +199,7 @@ def check_fits(runner: Runner, workload: Workload) -> None:
     if not fitting:
         raise UsageError(
             f"{runner.folder}: task {runner.manifest.task!r} cannot run {workload}; prefill=…,"
-            "decode=… is for task generate, encode=… for embed and encode"
+            "decode=… is for task generate, encode=… for embed and encode, FILE.npz for any"
         )
     if facts.max_length and length > facts.max_length:
         raise UsageError(
@@ -123,6 +209,8 @@ def check_fits(runner: Runner, workload: Workload) -> None:
 
 def run_once(runner: Runner, workload: Workload, random: np.random.Generator) -> Sample:
     """Return the measurements of one repetition with tokens from ``random``."""
+    if isinstance(workload, Inputs):
+        return _run_inputs(runner, workload)
     if isinstance(workload, Encode):
         return _encode_once(runner, workload, random)
     return _generate_once(runner, workload, random)
@@ -148,6 +236,7 @@ def _generate_once(runner: Runner, workload: Generate, random: np.random.Generat
     if steps:
         sample["time_per_output_token_s"] = [sum(steps) / len(steps)]
         sample["decode_tokens_per_s"] = [batch * len(steps) / sum(steps)]
+        sample["token_latency_s"] = steps
     return sample
 
 
@@ -162,6 +251,13 @@ def _encode_once(runner: Runner, workload: Encode, random: np.random.Generator) 
         "encode_latency_s": [taken],
         "encode_tokens_per_s": [workload.batch * workload.length / taken],
     }
+
+
+def _run_inputs(runner: Runner, workload: Inputs) -> Sample:
+    feeds = read_npz(Path(workload.path))
+    start = time.perf_counter()
+    runner.run(feeds)
+    return {"run_latency_s": [time.perf_counter() - start]}
 
 
 def _tokens(runner: Runner, shape: tuple[int, int], random: np.random.Generator) -> Array:
@@ -197,11 +293,21 @@ def _extend(samples: Sample, more: Sample) -> None:
         samples.setdefault(name, []).extend(values)
 
 
-def _result(path: Path, runner: Runner, samples: Sample) -> ArtifactResult:
-    manifest: Any = runner.manifest
+def _joined(first: Sample, others: Sequence[Sample]) -> Sample:
+    samples = {name: list(values) for name, values in first.items()}
+    for more in others:
+        _extend(samples, more)
+    return samples
+
+
+def _result(path: Path, runner: Runner, samples: Sample, warm: Sample) -> ArtifactResult:
+    manifest = runner.manifest
     return ArtifactResult(
         path=str(path),
         target=manifest.target,
         size_bytes=sum(record.size_bytes for record in manifest.files),
         metrics=tuple(Metric(name, tuple(values)) for name, values in samples.items()),
+        warmup={name: tuple(values) for name, values in warm.items()},
+        precision=str(manifest.precision.get("weights", "fp32")),
+        compiled=manifest.compiled,
     )

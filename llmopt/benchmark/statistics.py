@@ -10,6 +10,9 @@ from llmopt.errors import UsageError
 
 NEEDED: Final = {50: 1, 90: 64, 99: 662}
 """Samples below which a percentile is noise: see docs on the latency gate."""
+_TO_SIGMA: Final = 0.6745  # the median absolute deviation of a normal distribution, in sigmas
+_FAR: Final = 3.5
+_ENOUGH: Final = 6  # of fewer, nobody knows how wide their noise is
 
 
 def median(samples: Sequence[float]) -> float:
@@ -59,6 +62,27 @@ def percentile(samples: Sequence[float], percent: int) -> float | None:
     if len(samples) < NEEDED[percent]:
         return None
     return sorted(samples)[math.ceil(len(samples) * percent / 100) - 1]
+
+
+def outliers(samples: Sequence[float]) -> tuple[int, ...]:
+    """Return the numbers of the samples that lie further out than noise of this width explains.
+
+    A sample is far out when its distance from the median is more than 3.5 / 0.6745 times the
+    median of all distances. It is flagged and stays in: a median does not mind it, and who reads
+    the samples should see what the machine did.
+    Source: B. Iglewicz, D. C. Hoaglin, How to detect and handle outliers, 1993, page 11.
+
+    >>> outliers([10.0, 10.1, 9.9, 10.2, 9.8, 17.0])
+    (5,)
+    """
+    if len(samples) < _ENOUGH:
+        return ()
+    middle = median(samples)
+    distances = [abs(sample - middle) for sample in samples]
+    width = median(distances)
+    if width == 0:  # half of them are equal: nothing says how wide the noise is
+        return ()
+    return tuple(i for i, far in enumerate(distances) if _TO_SIGMA * far > _FAR * width)
 
 
 def _rank(count: int, tail: float) -> int | None:

@@ -1,4 +1,4 @@
-"""What is measured, as text: ``prefill=128,decode=64`` or ``encode=8x128``."""
+"""What is measured, as text: ``prefill=128,decode=64``, ``encode=8x128`` or a file of inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from llmopt.errors import UsageError
 
-_FORMS: Final = "'prefill=128,decode=64' and 'encode=8x128' (rows x tokens)"
+_FORMS: Final = "'prefill=128,decode=64', 'encode=8x128' (rows x tokens) and FILE.npz (inputs)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,25 @@ class Encode:
         return f"encode={self.batch}x{self.length}"
 
 
-Workload = Generate | Encode
+@dataclass(frozen=True)
+class Inputs:
+    """Run the model once on arrays.
+
+    Args:
+        path: A ``.npz`` file, one array for each input.
+
+    >>> str(Inputs("images.npz"))
+    'images.npz'
+    """
+
+    path: str
+
+    @override
+    def __str__(self) -> str:
+        return self.path
+
+
+Workload = Generate | Encode | Inputs
 
 
 def parse_workload(text: str, batch: int | None = None) -> Workload:
@@ -67,15 +85,19 @@ def parse_workload(text: str, batch: int | None = None) -> Workload:
         batch: Replaces the batch of the text, where given.
 
     Raises:
-        UsageError: It is neither form, or a number is 0.
+        UsageError: It has none of the forms, or a number is 0.
 
     >>> parse_workload("encode=8x128", batch=2)
     Encode(batch=2, length=128)
     """
+    if text.endswith(".npz"):
+        if batch is not None:
+            raise UsageError(f"--batch {batch}: how many rows there are, {text} says")
+        return Inputs(text)
     parts = text.replace(" ", "").lower()
     generate = re.fullmatch(r"prefill=(\d+),decode=(\d+)(?:,batch=(\d+))?", parts)
     encode = re.fullmatch(r"encode=(\d+)x(\d+)", parts)
-    found: Workload
+    found: Generate | Encode
     if generate:
         found = Generate(int(generate[1]), int(generate[2]), int(generate[3] or 1))
     elif encode:
@@ -90,17 +112,22 @@ def parse_workload(text: str, batch: int | None = None) -> Workload:
 def default_workload(task: str, max_length: int, batch: int | None = None) -> Workload:
     """Return what `llmopt bench` measures when nothing is asked for, within ``max_length``.
 
+    Raises:
+        UsageError: Nobody knows what such a model takes.
+
     >>> default_workload("generate", 2048), default_workload("embed", 64)
     (Generate(prefill=128, decode=64, batch=1), Encode(batch=8, length=64))
     """
     limit = max_length or 2**31
+    if task == "raw":
+        raise UsageError("this model has inputs of its own: give them with --workload FILE.npz")
     if task == "generate":
         decode = min(64, max(1, limit // 3))
         return Generate(min(128, limit - decode), decode, batch or 1)
     return Encode(batch or 8, min(128, limit))
 
 
-def _checked(workload: Workload) -> Workload:
+def _checked(workload: Generate | Encode) -> Workload:
     for name, number in vars(workload).items():
         if number < 1:
             raise UsageError(f"workload {workload}: {name} is below 1")

@@ -217,6 +217,8 @@ class Manifest:
         verification: What was checked and how far it was off.
         quality: What quantization cost, measured.
         requires: What the machine must have, and the bounds that it was built for.
+        work: What a run has to do: operators by module, multiply-adds, bytes of weights.
+        compiled: What each pass did, and how much of what can be fused was.
         schema: Version of this format.
     """
 
@@ -234,6 +236,8 @@ class Manifest:
     verification: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
+    work: Mapping[str, Any] = field(default_factory=dict)
+    compiled: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @classmethod
@@ -266,6 +270,8 @@ class Manifest:
             verification=data.mapping("verification"),
             quality=data.mapping("quality"),
             requires=data.mapping("requires"),
+            work=data.mapping("work"),
+            compiled=data.mapping("compiled"),
             schema=schema,
         )
 

@@ -21,6 +21,7 @@ from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
 from llmopt.compiler.golden import ROWS, make_golden
+from llmopt.compiler.proxies import count_work
 from llmopt.compiler.recipe import recipe
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
@@ -111,7 +112,10 @@ class Compilation:
                 quality = self._quality(program, rounding)
                 self._exemplify(program, rounding, runner.target, folder)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
-            self._finish(folder, self._manifest(program, lowered, text, proof, quality))
+            manifest = self._manifest(program, lowered, text, proof, quality)
+            work, compiled = count_work(program).to_dict(), self._compiled(done)
+            manifest = dataclasses.replace(manifest, work=work, compiled=compiled)
+            self._finish(folder, manifest)
         notes = (*source.notes, *self.notes, *lowered.notes)
         return Artifact(place, Manifest.read(place), tuple(done), self.optimized.fusion, notes)
 
@@ -217,6 +221,12 @@ class Compilation:
     def _recipe(self, source: str) -> str:
         """Return the command that makes the artifact again."""
         return recipe(source, self.backend.target, self.options, self.optimized.reading)
+    def _compiled(self, done: Sequence[Ran]) -> dict[str, Any]:
+        """Return what passes did, for the manifest; why they left things alone is told once."""
+        passes = [{"name": r.name, "applied": r.applied, "missed": len(r.missed)} for r in done]
+        fusion = self.optimized.fusion.items()
+        fused = {kind: {"expected": f.expected, "fused": f.fused} for kind, f in fusion}
+        return {"passes": passes, "fusion": fused}
 
     def _finish(self, folder: Path, manifest: Manifest) -> None:
         with self.clock("writing"):

@@ -113,8 +113,16 @@ def _trace(
     whole: nn.Module,
     compute: Callable[..., Any],
     inputs: Mapping[str, tuple[Dims, torch.dtype]],
+    scope: str = "",
 ) -> ir.Graph:
-    """Return the graph of a piece, its inputs and dimensions named."""
+    """Return the graph of a piece, its inputs and dimensions named.
+
+    Args:
+        whole: The model that the piece is of.
+        compute: The piece's function.
+        inputs: Dimensions and type of each input, by name.
+        scope: The module of nodes that the whole model computes itself.
+    """
     sizes = {"B": _B, "S": _S, "P": _P, "T": _S + _P, "K": _S}
     examples, dynamic = [], []
     for dims, dtype in inputs.values():
@@ -125,6 +133,9 @@ def _trace(
     graph = traced.model.graph
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name
+    for node in graph if scope else ():
+        if not g.scope_of(node):
+            node.name = f"{scope}/{node.name}"
     name_dims(graph, {name: dims for name, (dims, _) in inputs.items()})
     return graph
 
@@ -215,7 +226,7 @@ def _prelude(module: Decoder) -> ir.Graph:
         "attention_mask": (("B", "T"), int64),
         "position_ids": (("B", "S"), int64),
     }
-    return _trace(module, compute, inputs)
+    return _trace(module, compute, inputs, scope="context")
 
 
 def _layer(module: Decoder, index: int, config: DecoderConfig) -> ir.Graph:
@@ -245,7 +256,10 @@ def _head(module: Decoder, config: DecoderConfig) -> ir.Graph:
     def compute(hidden: Tensor) -> Tensor:
         return module.head(module.finish(hidden))
 
-    return _trace(module, compute, {"hidden": (("B", "K", config.hidden), torch.float32)})
+    inputs: dict[str, tuple[Dims, torch.dtype]] = {
+        "hidden": (("B", "K", config.hidden), torch.float32)
+    }
+    return _trace(module, compute, inputs, scope="lm_head")
 
 
 def _keep_last(whole: Assembly, hidden: ir.Value, ports: list[Port]) -> ir.Value:
@@ -300,18 +314,23 @@ def _encoder_prelude(module: Encoder, names: Sequence[str]) -> ir.Graph:
     def compute(input_ids: Tensor, attention_mask: Tensor, *types: Tensor) -> Any:
         return module.embed(input_ids, *types), module.context(attention_mask)
 
-    return _trace(module, compute, dict.fromkeys(names, (("B", "S"), torch.int64)))
+    inputs: dict[str, tuple[Dims, torch.dtype]] = dict.fromkeys(names, (("B", "S"), torch.int64))
+    return _trace(module, compute, inputs, scope="context")
 
 
 def _encoder_layer(module: Encoder, index: int, mask: ir.Value) -> ir.Graph:
     layer = module.layers[str(index)]
+
+    def compute(hidden: Tensor, mask: Tensor) -> Any:
+        return layer(hidden, mask)  # a function: a module would be traced under another name
+
     dims: Dims = tuple(g.shape(mask) or ())
     dtype = torch.bool if mask.dtype == ir.DataType.BOOL else torch.float32
     inputs: dict[str, tuple[Dims, torch.dtype]] = {
         "hidden": (("B", "S", module.config.hidden), torch.float32),
         "mask": (dims, dtype),
     }
-    return _trace(module, layer, inputs)
+    return _trace(module, compute, inputs)
 
 
 def _pool(module: Encoder, config: EncoderConfig) -> ir.Graph:
@@ -319,4 +338,4 @@ def _pool(module: Encoder, config: EncoderConfig) -> ir.Graph:
         "hidden": (("B", "S", config.hidden), torch.float32),
         "attention_mask": (("B", "S"), torch.int64),
     }
-    return _trace(module, module.pool, inputs)
+    return _trace(module, module.pool, inputs, scope="pooling")

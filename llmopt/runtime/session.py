@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +35,37 @@ ENGINES: Final[Mapping[str, str]] = {
     "tvm-cuda": "llmopt.runtime.engines.tvm_cuda:TvmCudaSession",
 }
 """What opens an artifact, by the name of its target."""
+
+
+@dataclass(frozen=True)
+class TimedOperator:
+    """One operator of one run.
+
+    Args:
+        module: The source's module that it came from; empty where nothing says so.
+        op: The operator, as its engine calls it.
+        kernel_s: How long it computed.
+        seconds: The same and what lies between it and the operator before: the engine preparing
+            it, and the profile being written.
+    """
+
+    module: str
+    op: str
+    kernel_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """One run of the model.
+
+    Args:
+        seconds: How long it took, what lies between operators included.
+        operators: In the order that they ran.
+    """
+
+    seconds: float
+    operators: tuple[TimedOperator, ...]
 
 
 class Session(abc.ABC):
@@ -68,6 +100,19 @@ class Session(abc.ABC):
             batch: B.
             capacity: Most tokens a row can come to.
         """
+
+    @property
+    def profiles(self) -> bool:
+        """Whether the engine tells how long each operator takes."""
+        return False
+
+    def profiled(self, work: Callable[[], None]) -> list[TimedRun]:
+        """Return every run of the model that ``work`` causes, operator by operator.
+
+        Raises:
+            LlmoptError: What the engine told cannot be read.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has profiles = {self.profiles}")
 
     def find(self, role: str) -> Port | None:
         """Return the first input or output with this role, if there is one."""

@@ -154,7 +154,11 @@ def _describe(module: Module, folder: Path) -> None:
     index = {
         **dataclasses.asdict(module.program.signature),
         **dataclasses.asdict(module.limits),
-        "functions": {entry.name: {"exact": entry.exact} for entry in module.entries},
+        "functions": {
+            entry.name: {"exact": entry.exact}
+            | ({} if entry.exact else {"calls": module.calls.get(entry.name, {})})
+            for entry in module.entries
+        },
         "weights": module.weights.write(folder / WEIGHTS),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

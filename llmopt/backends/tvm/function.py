@@ -46,6 +46,7 @@ class Function:
         self._fetched: dict[int, Any] = {}
         self.mask: Any = None
         self._list: Any = None
+        self._scope = ""
 
     def write(self) -> None:
         """Write the function into the module."""
@@ -121,6 +122,7 @@ class Function:
         if found is not None:
             self._known[node.outputs[0]] = found
             return
+        self._scope = g.scope_of(node)
         results = rule_of(node)(self, node)
         for output, result in zip(node.outputs, results, strict=False):
             if isinstance(result, np.ndarray):
@@ -234,6 +236,8 @@ class Function:
             inplace: Outputs that are operands written in place: number to name.
         """
         name = self.module.kernel(kernel)
+        calls = self.module.calls.setdefault(self.entry.name, {})
+        calls.setdefault(kernel.name, []).append(self._scope)
         arguments = [operands[label] for label in kernel.inputs]
         kinds = [api.tensor_type(shape, dtype) for shape, dtype in outputs]
         made = api.call(name, arguments, kinds, self._aliases(kernel, len(kinds), inplace))

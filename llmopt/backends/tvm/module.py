@@ -30,6 +30,9 @@ class Module:
         program: What to convert.
         features: What kernels may use.
         limits: What memory is planned for.
+
+    Attributes:
+        calls: For each function and kernel, the source's module of each call, in order.
     """
 
     def __init__(self, program: Program, features: Features, limits: Bounds) -> None:
@@ -40,6 +43,7 @@ class Module:
         self.products = linear.products(program)
         self.weights = WeightFile()
         self.builder = api.relax().BlockBuilder()
+        self.calls: dict[str, dict[str, list[str]]] = {}
         self._kernels: dict[str, Any] = {}
 
     def convert(self) -> Any:

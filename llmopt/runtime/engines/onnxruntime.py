@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,9 +14,10 @@ from typing_extensions import override
 from llmopt.bundle.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.runtime.engines.onnxruntime_device import DeviceCache
-from llmopt.runtime.engines.providers import place_of, start
+from llmopt.runtime.engines.onnxruntime_profile import read_profile
+from llmopt.runtime.engines.providers import CPU, place_of, start
 from llmopt.runtime.pages import large_pages
-from llmopt.runtime.session import Array, Session, aligned_zeros, zeros_together
+from llmopt.runtime.session import Array, Session, TimedRun, aligned_zeros, zeros_together
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
 _INSTALL: Final = "it is not installed; pip install 'llmopt[runtime]'"
@@ -40,6 +42,7 @@ class OnnxRuntimeSession(Session):
         super().__init__(manifest, threads)
         self._ort = _import_onnxruntime()
         self.place = place_of(manifest.target, manifest.requires, self.threads)
+        self._folder = folder
         with large_pages():
             self._session = self._open(folder)
         self._check_names(folder)
@@ -55,6 +58,23 @@ class OnnxRuntimeSession(Session):
                 return ConcatCache(self, batch)
             case "none":
                 return NoCache(self)
+
+    @property
+    @override
+    def profiles(self) -> bool:
+        # Another provider's node may be the whole model, and a GPU's only the start of its kernel.
+        return self.place.provider == CPU
+
+    @override
+    def profiled(self, work: Callable[[], None]) -> list[TimedRun]:
+        usual = self._session
+        with tempfile.TemporaryDirectory(prefix="llmopt-profile-") as place:
+            self._session = self._open(self._folder, profile=Path(place, "run"))
+            try:
+                work()
+                return read_profile(Path(self._session.end_profiling()))
+            finally:
+                self._session = usual
 
     @override
     def run(
@@ -122,11 +142,14 @@ class OnnxRuntimeSession(Session):
     def _failed(self, error: Exception) -> LlmoptError:
         return LlmoptError(f"onnxruntime could not run the model: {_first_line(error)}")
 
-    def _open(self, folder: Path) -> Any:
+    def _open(self, folder: Path, profile: Path | None = None) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         state = self._ort.capi.onnxruntime_pybind11_state
         broken = (*self._failures, state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile)
         path = folder / self.manifest.entry

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +26,9 @@ from llmopt.bundle.fields import Fields
 from llmopt.bundle.manifest import Manifest, Port, Signature
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError, UsageError
 from llmopt.runtime.cores import usable_cores
+from llmopt.runtime.engines.tvm_profile import Stopwatch
 from llmopt.runtime.processor import processor_features, tiles_allowed
-from llmopt.runtime.session import Array, Session, aligned_zeros, zeros_together
+from llmopt.runtime.session import Array, Session, TimedRun, aligned_zeros, zeros_together
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_shape
 
 INDEX: Final = "model.json"
@@ -68,7 +69,9 @@ class Library:
         index = _read_index(entry.parent / INDEX)
         self.signature = Signature.read(index)
         self.limits = Limits(index.number("batch"), index.number("tokens"))
-        self.functions = frozenset(str(name) for name in index.mapping("functions"))
+        described = index.mapping("functions")
+        self.functions = frozenset(str(name) for name in described)
+        self._callers = {str(name): told.get("calls", {}) for name, told in described.items()}
         self._weights = self._ffi.convert(self._mapped(entry.parent / WEIGHTS, index))
         self._machine = self._opened(entry)
 
@@ -82,6 +85,25 @@ class Library:
             return self._machine[name](*arguments, self._weights)
         except _FAILURES as error:
             raise LlmoptError(f"tvm could not run {name!r}: {_last_line(error)}") from error
+
+    def profiled(self, work: Callable[[], None]) -> list[TimedRun]:
+        """Return every call of a function that ``work`` makes, kernel by kernel."""
+        watch = Stopwatch(self._callers)
+        usual = self.call
+
+        def call(name: str, arguments: Sequence[Any]) -> Any:
+            with watch.running(name):
+                return usual(name, arguments)
+
+        self._machine["set_instrument"](self._ffi.convert(watch))
+        self.call = call  # type: ignore[method-assign]
+        try:
+            work()
+        finally:
+            del self.call
+            # There is no way to take an instrument off: from now on it is one that does nothing.
+            watch.off = True
+        return watch.runs
 
     def tensor(self, array: Array) -> Any:
         """Return ``array``, which starts at a multiple of 64 bytes, as a tensor of TVM's."""
@@ -278,6 +300,15 @@ class TvmSession(Session):
         super().__init__(manifest, threads)
         check_processor(manifest.target, manifest.requires)
         self._library = Library(folder / manifest.entry, self.threads)
+
+    @property
+    @override
+    def profiles(self) -> bool:
+        return True
+
+    @override
+    def profiled(self, work: Callable[[], None]) -> list[TimedRun]:
+        return self._library.profiled(work)
 
     @override
     def run(

@@ -23,6 +23,8 @@ import llmopt
 from llmopt.backends.base import Demand
 from llmopt.backends.tvm import TvmArm64, TvmCpu
 from llmopt.backends.tvm.features import Features
+from llmopt.benchmark import Generate
+from llmopt.benchmark.profiling import profile
 from llmopt.errors import ArtifactError, BackendUnavailableError, UnknownNameError, UsageError
 from llmopt.runtime.engines import tvm as engine
 from llmopt.runtime.processor import processor_features
@@ -96,6 +98,17 @@ def test_an_encoder_computes_what_its_source_computes(scheme: str | None, tmp_pa
     alone = runner.run({"input_ids": ids[4:]})["last_hidden_state"]
     assert together.shape[0] == 5
     assert np.abs(together[4:] - alone).max() <= 1e-5
+
+
+def test_kernels_are_timed_by_the_modules_that_they_came_from(llama: llmopt.Artifact) -> None:
+    prefill, decode = profile(llama.path, Generate(6, 3))
+
+    for phase in (prefill, decode):
+        modules = {each.module for each in phase.spent}
+        assert {"embed_tokens", "layers.0.attention.qkv", "lm_head"} <= modules
+        assert phase.attributed > 0.5  # of a model so small, the most is the machine's own
+    assert (prefill.runs, decode.runs) == (3, 6)
+    assert llmopt.load(llama).generate_ids(PROMPTS[0], max_new_tokens=2)
 
 
 def test_a_long_prompt_goes_in_pieces(llama: llmopt.Artifact) -> None:

@@ -139,6 +139,7 @@ def test_results_keep_raw_samples_and_leave_gaps_open() -> None:
         "interval_95": None,
         "p90": None,
         "p99": None,
+        "outliers": [],
         "samples": [3.0, 1.0, 2.0],
     }
     assert found["decode_tokens_per_s"]["interval_95"] == [39.0, 60.0]  # ranks 40 and 61

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tiny_artifacts import rewrite_manifest
 
+from llmopt.benchmark.ceilings import Ceilings
 from llmopt.benchmark.results import Metric
 from llmopt.cli.bench import _measured
 
@@ -77,3 +81,77 @@ def test_a_workload_that_does_not_fit_is_refused(
 def test_few_samples_have_no_interval() -> None:
     assert _measured(Metric("ttft_s", (0.1, 0.2, 0.3)), 1e3) == "200"
     assert "±" in _measured(Metric("ttft_s", tuple(0.1 + i / 1000 for i in range(9))), 1e3)
+
+
+def test_a_page_and_a_profile_are_written(llmopt: Any, made: Path, tmp_path: Path) -> None:
+    files = ["--html", tmp_path / "a.html", "-o", tmp_path / "a.json"]
+    result = llmopt("bench", made / "shared", *QUICK, *files, "--profile")
+
+    assert result.exit_code == 0, result.stderr
+    assert "prefill: " in result.stdout
+    assert "(no module)" in result.stdout
+    data = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [phase["phase"] for phase in data["artifacts"][0]["profile"]] == ["prefill", "decode"]
+    assert "Where the time goes" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_limits_are_shown_where_the_manifest_says_what_there_is_to_do(
+    llmopt: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(made / "shared", tmp_path / "counted")
+    counted = {"macs": {"float32": 5000}, "weight_bytes": 20000}
+    work = {"products": {"token": counted}, "attention_macs": 64, "cache_bytes": 256}
+    rewrite_manifest(folder, work=work | {"lookup_bytes": 48, "other_bytes": 0})
+    monkeypatch.setattr(
+        "llmopt.benchmark.explaining.measure_ceilings",
+        lambda threads, _: Ceilings(threads, 1e10, {"float32": 1e11}, {"float32": "numpy"}),
+    )
+    result = llmopt("bench", folder, *QUICK)
+
+    assert "of the limit" in result.stdout
+    assert [line.split()[1] for line in result.stdout.splitlines()[-2:]] == ["prefill", "decode"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_measuring(
+    llmopt: Any, made: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for flag in ("--output", "--html"):
+        result = llmopt("bench", made / "shared", *QUICK, flag, tmp_path / "file" / "out")
+        assert result.exit_code == 1
+        assert "cannot be written" in result.stderr
+        assert "repetition" not in result.stderr
+    both = ["--output", tmp_path / "x", "--html", tmp_path / "x"]
+    assert llmopt("bench", made / "shared", *QUICK, *both).exit_code == 2
+
+
+def test_a_file_of_inputs_is_a_workload(llmopt: Any, made: Path, tmp_path: Path) -> None:
+    inputs = tmp_path / "in.npz"
+    np.savez(inputs, input_ids=np.ones((2, 3), np.int64))
+    line = ["bench", made / "encoder", "--workload", inputs, "--repetitions", 2, "--threads", 1]
+    result = llmopt(*line)
+
+    assert result.exit_code == 0, result.stderr
+    assert "per run ms" in result.stdout
+    assert llmopt(*line, "--batch", 2).exit_code == 2
+    np.savez(inputs, wrong=np.ones(1))
+    refused = llmopt(*line)
+    assert (refused.exit_code, "no input 'wrong'" in refused.stderr) == (2, True)
+    inputs.unlink()
+    assert llmopt(*line).exit_code == 2
+
+
+def test_a_batch_replaces_the_workload_s(llmopt: Any, made: Path) -> None:
+    result = llmopt("bench", made / "encoder", "--batch", 3, "--repetitions", 1, "--threads", 1)
+    assert result.stdout.startswith("encode=3x16")
+
+
+def test_a_silent_engine_and_a_restless_machine_are_told_of(
+    llmopt: Any, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmopt.runtime.engines.onnxruntime.OnnxRuntimeSession.profiles", False)
+    monkeypatch.setattr("llmopt.benchmark.measuring.warmups_in", lambda _: None)
+    result = llmopt("bench", made / "shared", *QUICK[:2], "--repetitions", 6, "--profile")
+
+    assert "no profile" in result.stderr
+    assert "still show a trend" in result.stderr

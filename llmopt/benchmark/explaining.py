@@ -1,0 +1,52 @@
+"""What a measured result does not say by itself: how good the times are, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from llmopt.benchmark.ceilings import measure_ceilings
+from llmopt.benchmark.measuring import Plan
+from llmopt.benchmark.profiling import profile
+from llmopt.benchmark.results import BenchmarkResult
+from llmopt.benchmark.roofline import phases, reached
+from llmopt.bundle.manifest import Manifest
+
+
+def explain(
+    result: BenchmarkResult,
+    plan: Plan,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    profiled: bool = False,
+) -> BenchmarkResult:
+    """Return a result with this machine's limits, and how near to them each phase came.
+
+    Args:
+        result: What was measured.
+        plan: How.
+        progress: Told what is being done.
+        profiled: Whether each artifact is also profiled; of one whose engine tells nothing of its
+            operators, the profile stays empty.
+    """
+    works = [Manifest.read(Path(artifact.path)).work for artifact in result.artifacts]
+    kinds = {
+        dtype for work in works for phase in phases(work, plan.workload) for dtype in phase.macs
+    }
+    if kinds:
+        progress("measuring what this machine can do")
+        ceilings = measure_ceilings(result.threads, frozenset(kinds))
+        limited = tuple(
+            replace(artifact, roofline=tuple(reached(work, plan.workload, artifact, ceilings)))
+            for artifact, work in zip(result.artifacts, works, strict=True)
+        )
+        result = replace(result, artifacts=limited, ceilings=ceilings.to_dict())
+    if not profiled:
+        return result
+    with_profiles = []
+    for artifact in result.artifacts:
+        progress(f"profiling {artifact.path}")
+        found = profile(Path(artifact.path), plan.workload, plan.threads)
+        with_profiles.append(replace(artifact, profile=tuple(p.to_dict() for p in found)))
+    return replace(result, artifacts=tuple(with_profiles))
