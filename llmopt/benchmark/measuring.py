@@ -218,7 +218,7 @@ def run_once(runner: Runner, workload: Workload, random: np.random.Generator) ->
 
 def _generate_once(runner: Runner, workload: Generate, random: np.random.Generator) -> Sample:
     batch, total = workload.batch, workload.prefill + workload.decode
-    tokens = _tokens(runner, (batch, workload.prefill), random)
+    tokens = random_tokens(runner, (batch, workload.prefill), random)
     capacity = capacity_for(total, runner.manifest.model.max_length)
     start = time.perf_counter()
     sequences = Sequences(runner.session, batch, capacity)
@@ -242,7 +242,7 @@ def _generate_once(runner: Runner, workload: Generate, random: np.random.Generat
 
 def _encode_once(runner: Runner, workload: Encode, random: np.random.Generator) -> Sample:
     tokens_port = runner.session.need("tokens")
-    tokens = _tokens(runner, (workload.batch, workload.length), random)
+    tokens = random_tokens(runner, (workload.batch, workload.length), random)
     feeds = {tokens_port.name: tokens.astype(tokens_port.dtype)}
     start = time.perf_counter()
     runner.run(feeds)
@@ -260,7 +260,7 @@ def _run_inputs(runner: Runner, workload: Inputs) -> Sample:
     return {"run_latency_s": [time.perf_counter() - start]}
 
 
-def _tokens(runner: Runner, shape: tuple[int, int], random: np.random.Generator) -> Array:
+def random_tokens(runner: Runner, shape: tuple[int, int], random: np.random.Generator) -> Array:
     """Return random tokens, none of which is special to the model."""
     facts = runner.manifest.model
     special = {facts.bos, facts.pad, *facts.eos}

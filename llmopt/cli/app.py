@@ -18,6 +18,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "compile": "llmopt.cli.compile:compile_command",
     "run": "llmopt.cli.run:run_command",
     "bench": "llmopt.cli.bench:bench_command",
+    "check": "llmopt.cli.check:check_command",
     "evaluate": "llmopt.cli.evaluate:evaluate_command",
     "inspect": "llmopt.cli.inspect:inspect_command",
     "bundle": "llmopt.cli.bundle:bundle_group",
@@ -81,7 +82,7 @@ class _Warnings(logging.Handler):
     cls=App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 ok, 1 the work failed, 2 usage, 3 backend or device missing, "
-    "130 interrupted.",
+    "4 inconclusive, 130 interrupted.",
 )
 @click.version_option(llmopt.__version__, prog_name="llmopt")
 @click.pass_context

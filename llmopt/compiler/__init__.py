@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
         raise UsageError(f"--verify {options.verify!r}: choose final or off")
     for backend in backends if output is not None else ():
         check_destination(_place(output, "", backend, targets), force=options.force)
+    options = _without_lowering(options, backends)
     clock = Clock(progress)
     optimized = optimize(source, options, reading, clock)
     name = optimized.source.name
@@ -139,6 +141,20 @@ def _targets_with(scheme: str) -> str:
     from llmopt.backends import known_backends
 
     return ", ".join(name for name, of in known_backends().items() if scheme in of.schemes)
+
+
+def _without_lowering(options: CompileOptions, backends: Sequence[Backend]) -> CompileOptions:
+    """Return the options, lowering passes that ``passes`` takes away moved to ``without``."""
+    from llmopt.passes import PASSES
+    from llmopt.passes.pipeline import items_of
+
+    lowering = {each.name for b in backends for each in b.passes(options.quantize)}
+    items = items_of(options.passes)
+    taken = {item[1:] for item in items if item.startswith("-")} & (lowering - set(PASSES))
+    if not taken:
+        return options
+    kept = ",".join(item for item in items if item.removeprefix("-") not in taken)
+    return dataclasses.replace(options, passes=kept, without=frozenset(taken))
 
 
 def _pipeline(options: CompileOptions) -> Any:

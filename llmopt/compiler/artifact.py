@@ -30,6 +30,7 @@ class CompileOptions:
         force: Whether an existing output is replaced.
         batch: Most sequences at once, for backends that must know.
         defer_engine: Whether what needs the device is built there, at the first load.
+        without: Lowering passes that are left out.
     """
 
     quantize: str | None = None
@@ -41,6 +42,7 @@ class CompileOptions:
     force: bool = False
     batch: int = 8
     defer_engine: bool = False
+    without: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

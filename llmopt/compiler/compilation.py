@@ -124,7 +124,8 @@ class Compilation:
         return rounding_of(self._passes(), self.optimized.source.program)
 
     def _passes(self) -> tuple[Pass, ...]:
-        own = self.backend.passes(self.options.quantize)
+        every = self.backend.passes(self.options.quantize)
+        own = [each for each in every if each.name not in self.options.without]
         return (*quantizers(self.scheme, self.backend.islands), *own)
 
     def _lower(self, program: Program, done: list[Ran]) -> str:

@@ -74,7 +74,7 @@ class Pipeline:
 
         table = known_passes() if known is None else known
         items: list[str] = []
-        for item in map(str.strip, _SPLIT.split(text.strip()) if text.strip() else []):
+        for item in items_of(text):
             if item == "default":
                 items.extend(DEFAULT if default is None else default)
             elif item.startswith("-"):
@@ -122,6 +122,15 @@ class Pipeline:
         if problems:
             raise PassError(item.name, "; ".join(problems[:3]))
         return outcome
+
+
+def items_of(text: str) -> list[str]:
+    """Return the items of a pipeline's text.
+
+    >>> items_of("default, -merge-qkv, my-pass{limit=3,deep=true}")
+    ['default', '-merge-qkv', 'my-pass{limit=3,deep=true}']
+    """
+    return [item.strip() for item in _SPLIT.split(text.strip())] if text.strip() else []
 
 
 def make(text: str, known: Mapping[str, type[Pass]]) -> Pass:

@@ -1,0 +1,166 @@
+"""The other end of a worker: a process that is frozen whenever it is not its turn.
+
+Threads of a pool spin for a while after their last task. Those of the worker that has just had
+its turn would take a core from the next one, so each is stopped (SIGSTOP) between its turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Self
+
+from llmopt.errors import LlmoptError
+
+WORKER: Final = (sys.executable, "-m", "llmopt.benchmark.gate.worker")
+_PATIENCE_S: Final = 900.0
+"""How long a worker may take to answer: loading a large model from a slow disk takes minutes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is started for.
+
+    Args:
+        artifact: Its directory.
+        workload: As text.
+        threads: Threads inside one operator; None for as many as the process may use.
+        command: What starts the worker; the request is one argument more.
+    """
+
+    artifact: Path
+    workload: str
+    threads: int | None = None
+    command: Sequence[str] = WORKER
+
+
+class WorkerProcess:
+    """A fresh process that has loaded an artifact.
+
+    Args:
+        task: What it is for.
+
+    Raises:
+        LlmoptError: It could not load the artifact, or does not fit the workload.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
+        request = {
+            "artifact": str(task.artifact),
+            "workload": task.workload,
+            "threads": task.threads,
+        }
+        self._process = subprocess.Popen(  # noqa: S603 - ours
+            [*task.command, json.dumps(request)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        try:
+            loaded = self._answer()
+            self._freeze()
+        except BaseException:  # interrupted too: no process stays behind
+            self.end()
+            raise
+        self.load_s: float = loaded["load_s"]
+        self.threads: int = loaded["threads"]
+
+    def __enter__(self) -> Self:
+        """Return it, frozen."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self.end()
+
+    def block(self, metric: str, count: int, seed: int) -> list[float]:
+        """Return the seconds of ``count`` repetitions; see `worker.Worker.block`."""
+        command = {"do": "block", "metric": metric, "count": count, "seed": seed}
+        samples: list[float] = self._ask(command)["samples"]
+        return samples
+
+    def peak_rss_bytes(self) -> int | None:
+        """Return the most memory it had resident at once; None where nothing says so."""
+        peak: int | None = self._ask({"do": "peak"})["peak_rss_bytes"]
+        return peak
+
+    def end(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
+        self._signal(signal.SIGCONT)
+        answer = self._answer()
+        self._freeze()
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(_PATIENCE_S):
+                raise LlmoptError(f"{self._name}: no answer within {_PATIENCE_S:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _freeze(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the next answer tells that it ended
+            os.kill(self._process.pid, number)
+
+    @property
+    def _name(self) -> str:
+        return f"{self._task.artifact}: the process that measures {self._task.workload}"
+
+    def _ended(self) -> LlmoptError:
+        self._process.kill()
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        if code < 0 and not lines:
+            why = f"it was ended by {_signal_name(-code)}"
+        else:
+            why = lines[-1] if lines else f"exit code {code}"
+        return LlmoptError(f"{self._name} ended: {why}")
+
+
+@contextlib.contextmanager
+def started(tasks: Sequence[Task], order: Sequence[int]) -> Iterator[list[WorkerProcess]]:
+    """Yield a fresh worker for each task, started one after another in this order."""
+    with contextlib.ExitStack() as stack:
+        found = {index: stack.enter_context(WorkerProcess(tasks[index])) for index in order}
+        yield [found[index] for index in range(len(tasks))]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

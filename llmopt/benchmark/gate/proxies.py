@@ -1,0 +1,219 @@
+"""Exact gates: what an artifact has to do is counted when it is compiled, so nothing is timed.
+
+A count is the same in every build; a larger one is a regression, however small, and needs no
+statistics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llmopt.benchmark.gate.budgets import LOSSES, QUALITY, Budget
+from llmopt.bundle.manifest import Manifest
+
+OPERATORS: Final = "operators"
+FUSED: Final = "fused"
+_LAYER: Final = re.compile(r"(.*?\.\d+)(?:\.|\Z)")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A count of two artifacts.
+
+    Args:
+        artifact: The candidate.
+        metric: What is counted: ``"weight_bytes_per_token"``, ``"operators layers.0"``.
+        baseline: Of the baseline; None where it has none.
+        candidate: Of the candidate; None where it has none.
+        allowance: How much larger than the baseline it may be.
+        detail: Where the difference lies.
+        falls: Whether it is worse where it is smaller.
+        limited: Whether ``baseline`` is a limit that was set, and no artifact's.
+    """
+
+    artifact: str
+    metric: str
+    baseline: float | None
+    candidate: float | None
+    allowance: float = 0.0
+    detail: str = ""
+    falls: bool = False
+    limited: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the candidate is worse by more than what is allowed."""
+        if self.baseline is None or self.candidate is None:
+            return self.limited  # a limit on what is not known is not kept
+        if self.falls:
+            return self.candidate < self.baseline * (1 - self.allowance)
+        return self.candidate > self.baseline * (1 + self.allowance)
+
+
+def totals(manifest: Manifest) -> dict[str, float]:
+    """Return what is counted of a whole artifact, by metric; what it does not say is left out."""
+    found: dict[str, float] = {"size_bytes": sum(record.size_bytes for record in manifest.files)}
+    work = manifest.work
+    if not work:
+        return found
+    products: Mapping[str, Any] = work.get("products", {})
+    read = sum(often["weight_bytes"] for often in products.values())
+    macs = {often: sum(each["macs"].values()) for often, each in products.items()}
+    found["weight_bytes_per_token"] = read + work.get("lookup_bytes", 0) + work["other_bytes"]
+    found["flops_per_token"] = 2 * sum(macs.values())
+    found["attention_flops_per_pair"] = 2 * work.get("attention_macs", 0)
+    found["cache_bytes_per_token"] = work.get("cache_bytes", 0)
+    if "planned_memory_bytes" in work:
+        found["planned_memory_bytes"] = work["planned_memory_bytes"]
+    return found
+
+
+def quality(manifest: Manifest) -> dict[str, float]:
+    """Return what was measured of an artifact's quality when it was compiled."""
+    return {
+        name: float(value)
+        for name, value in manifest.quality.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def compare(
+    artifact: str, baseline: Manifest, candidate: Manifest, allowances: Mapping[str, float]
+) -> list[Change]:
+    """Return every count of both artifacts that is gated.
+
+    Args:
+        artifact: The candidate's name.
+        baseline: One manifest.
+        candidate: The other.
+        allowances: By metric, where it may grow.
+    """
+    before, after = totals(baseline), totals(candidate)
+    changes = [
+        Change(artifact, name, before.get(name), value, allowances.get(name, 0.0))
+        for name, value in after.items()
+    ]
+    changes += _fused(artifact, baseline, candidate)
+    if baseline.work and candidate.work:
+        changes += _operators(artifact, baseline, candidate, allowances.get(OPERATORS, 0.0))
+    return changes
+
+
+def limits(artifact: str, budget: Budget, baseline: Manifest, candidate: Manifest) -> list[Change]:
+    """Return what a budget says of what is counted, or of quality.
+
+    Args:
+        artifact: The candidate's name.
+        budget: It; how much a count may grow is in `compare`.
+        baseline: What quality is compared with.
+        candidate: What is limited.
+    """
+    metric, kept = budget.metric, totals(candidate) | quality(candidate)
+    found = []
+    for limit, falls in ((budget.most, False), (budget.least, True)):
+        if limit is not None:
+            found.append(_limit(artifact, metric, (limit, kept.get(metric)), falls=falls))
+    if budget.max_regression is not None and metric in QUALITY:
+        before, falls = quality(baseline).get(metric), metric not in LOSSES
+        allowed = budget.max_regression
+        found.append(Change(artifact, metric, before, kept.get(metric), allowed, falls=falls))
+    return found
+
+
+def _limit(artifact: str, metric: str, both: tuple[float, float | None], *, falls: bool) -> Change:
+    detail = "" if both[1] is not None else "the artifact does not say"
+    return Change(artifact, metric, *both, detail=detail, falls=falls, limited=True)
+
+
+def _fused(artifact: str, baseline: Manifest, candidate: Manifest) -> list[Change]:
+    before: Mapping[str, Any] = baseline.compiled.get("fusion", {})
+    after: Mapping[str, Any] = candidate.compiled.get("fusion", {})
+    if not candidate.compiled:
+        return []
+    counts = {
+        kind: (old["fused"], after.get(kind, {}).get("fused", 0)) for kind, old in before.items()
+    }
+    return [
+        Change(artifact, f"{FUSED} {kind}", old, new, falls=True)
+        for kind, (old, new) in counts.items()
+    ]
+
+
+def _operators(
+    artifact: str, baseline: Manifest, candidate: Manifest, allowance: float
+) -> list[Change]:
+    """Return how many operators run, in all and of each layer that runs others than before."""
+    before, after = _layers(baseline), _layers(candidate)
+    whole = _added(before.values()), _added(after.values())
+    changes = [_change(artifact, OPERATORS, whole, allowance, _kinds(*whole))]
+    for layer in sorted(before.keys() & after.keys(), key=_natural):
+        both = _added([before[layer]]), _added([after[layer]])
+        if both[0] != both[1]:
+            where = _where(layer, before[layer], after[layer])
+            changes.append(_change(artifact, f"{OPERATORS} {layer or '-'}", both, allowance, where))
+    return changes
+
+
+def _change(
+    artifact: str,
+    metric: str,
+    both: tuple[Counter[str], Counter[str]],
+    allowance: float,
+    detail: str,
+) -> Change:
+    return Change(artifact, metric, both[0].total(), both[1].total(), allowance, detail)
+
+
+Modules = dict[str, Counter[str]]
+"""Operators by the module of the source that they came from."""
+
+
+def _layers(manifest: Manifest) -> dict[str, Modules]:
+    """Return the modules of each layer: ``layers.0`` has ``layers.0.attention`` and others.
+
+    A pass may move an operator from a module to its neighbour; a layer keeps its operators.
+    """
+    found: dict[str, Modules] = {}
+    for module, counts in manifest.work["operators"].items():
+        layer = _LAYER.match(module)
+        name = layer[1] if layer else module.partition(".")[0]
+        found.setdefault(name, {})[module] = Counter(counts)
+    return found
+
+
+def _added(layers: Iterable[Modules]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for modules in layers:
+        for counts in modules.values():
+            total += counts
+    return total
+
+
+def _where(layer: str, before: Modules, after: Modules) -> str:
+    """Return what is other in each module of a layer."""
+    told = []
+    for module in sorted(before.keys() | after.keys()):
+        if kinds := _kinds(before.get(module, Counter()), after.get(module, Counter())):
+            inner = module.removeprefix(layer).lstrip(".")
+            told.append(f"{inner}: {kinds}" if inner else kinds)
+    return "; ".join(told)
+
+
+def _kinds(before: Counter[str], after: Counter[str]) -> str:
+    """Return the operators whose number is another.
+
+    >>> _kinds(Counter(Add=1, SkipLayerNormalization=2), Counter(Add=3))
+    'SkipLayerNormalization 2 → 0, Add 1 → 3'
+    """
+    names = [name for name in before.keys() | after.keys() if before[name] != after[name]]
+    names.sort(key=lambda name: (after[name] - before[name], name))  # what was lost comes first
+    return ", ".join(f"{name} {before[name]} → {after[name]}" for name in names)
+
+
+def _natural(name: str) -> list[Any]:
+    """Return a key that sorts ``layers.10`` after ``layers.9``."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]

@@ -1,0 +1,155 @@
+"""What a check found, as data: the form of its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from llmopt.benchmark.gate.decisions import Answer
+from llmopt.benchmark.gate.proxies import Change
+from llmopt.benchmark.gate.rounds import Measured
+from llmopt.benchmark.machine import Machine
+
+SCHEMA: Final = 1
+EXIT_CODES: Final = {"pass": 0, "fail": 1, "refused": 3, "inconclusive": 4}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was measured of one candidate.
+
+    Args:
+        name: What it is called.
+        path: Where it is.
+        target: What it is built for.
+        workload: As text.
+        threads: Threads inside one operator.
+        rounds_s: How long each took.
+        measured: Of every process, both sides.
+    """
+
+    name: str
+    path: str
+    target: str
+    workload: str
+    threads: int
+    rounds_s: tuple[float, ...]
+    measured: tuple[Measured, ...]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found.
+
+    Args:
+        baseline: What was compared with, as it was given.
+        machine: Where it ran.
+        recorded: What was measured, of each candidate.
+        answers: What is gated and needs statistics.
+        informed: What was measured, and is not gated.
+        changes: What is counted.
+        proxies: Whether counts are gated, only reported, or all that is gated.
+        refusal: Why times could not be compared; empty if they could.
+        later: Whether the baseline was measured at another time: the weaker test.
+    """
+
+    baseline: str
+    machine: Machine
+    recorded: tuple[Recorded, ...]
+    answers: tuple[Answer, ...]
+    informed: tuple[Answer, ...]
+    changes: tuple[Change, ...]
+    proxies: str = "gate"
+    refusal: str = ""
+    later: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """``"pass"``, ``"fail"``, ``"inconclusive"``, or ``"refused"``: not comparable."""
+        verdicts = {answer.verdict for answer in self.answers}
+        if "fail" in verdicts or any(map(self.fails, self.changes)):
+            return "fail"
+        if "refused" in verdicts:
+            return "refused"
+        return "inconclusive" if "open" in verdicts else "pass"
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        return EXIT_CODES[self.verdict]
+
+    def fails(self, change: Change) -> bool:
+        """Whether a count fails the check: a limit that was set always may."""
+        return change.failed and (change.limited or self.proxies != "report")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "baseline": self.baseline,
+            "baseline_measured_at_another_time": self.later,
+            "refusal": self.refusal or None,
+            "machine": asdict(self.machine) | {"fingerprint": self.machine.fingerprint},
+            "metrics": [_answer(answer, gated=True) for answer in self.answers]
+            + [_answer(answer, gated=False) for answer in self.informed],
+            "proxies": [
+                asdict(change) | {"verdict": self._worded(change)} for change in self.changes
+            ],
+            "artifacts": [_recorded(each) for each in self.recorded],
+        }
+
+    def to_json(self) -> str:
+        """Return the text of it."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def _worded(self, change: Change) -> str:
+        if self.fails(change):
+            return "fail"
+        return "reported" if self.proxies == "report" and not change.limited else "pass"
+
+
+def verdict_of(answer: Answer) -> str:
+    """Return the verdict on one question, in the words of the whole."""
+    return "inconclusive" if answer.verdict == "open" else answer.verdict
+
+
+def _answer(answer: Answer, *, gated: bool) -> dict[str, Any]:
+    question, control = answer.question, answer.control
+    return {
+        "artifact": question.artifact,
+        "metric": question.metric,
+        "verdict": verdict_of(answer) if gated else "reported",
+        "allowed": question.allowance if question.most is None else None,
+        "max": question.most,
+        "baseline": _number(answer.baseline) if question.most is None else None,
+        "candidate": _number(answer.candidate),
+        "change": _number(answer.change) if answer.processes else None,
+        "interval_95": _numbers(answer.interval),
+        "processes": answer.processes,
+        "control": None
+        if control is None
+        else {
+            "change": _number(math.expm1(control.value)),
+            "standard_error": _number(control.error),
+            "smallest_detectable_change": _number(answer.detectable),
+        },
+    }
+
+
+def _recorded(each: Recorded) -> dict[str, Any]:
+    facts = {key: value for key, value in vars(each).items() if key != "measured"}
+    return facts | {"processes": [measured.to_dict() for measured in each.measured]}
+
+
+def _numbers(values: Sequence[float] | None) -> list[float | None] | None:
+    return None if values is None else [_number(value) for value in values]
+
+
+def _number(value: float | None) -> float | None:
+    """Return a number that JSON has."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,245 @@
+"""Statistics of the gate: how much slower, how sure that is, and what looking again costs.
+
+Blocks of one process are alike (where its memory lies, which core it got), so that a process is
+what is drawn, not a block. Everything is on logarithms: a ratio of 1.05 one way is 1 / 1.05 the
+other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float64]
+"""One row a process (or a pair of them), one column a block."""
+
+FALSE_ALARMS: Final = 0.005
+"""How often one check may fail for nothing, over all its looks and comparisons."""
+MISSES: Final = 0.05
+"""How often one comparison may pass although it is slower than allowed, over all its looks."""
+_RESAMPLES: Final = 2000
+_LARGEST: Final = 1 << 21
+"""Numbers that are resampled at once: sixteen megabytes of each kind."""
+_QUIET: Final = 0.1
+"""The share of blocks that show how fast it goes while the machine is quiet."""
+_SPREAD: Final = 0.03
+"""By how much times differ even then."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A logarithm, and how sure it is.
+
+    Args:
+        value: The median.
+        error: Its standard error; infinite where one process says nothing of others.
+        freedom: Degrees of freedom: processes less one.
+    """
+
+    value: float
+    error: float
+    freedom: int
+
+    def above(self, bound: float) -> float:
+        """Return the chance of a value this high if the truth were ``bound`` or lower."""
+        return student_tail(self._distance(bound), self.freedom)
+
+    def below(self, bound: float) -> float:
+        """Return the chance of a value this low if the truth were ``bound`` or higher."""
+        return student_tail(-self._distance(bound), self.freedom)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the bounds between which the truth lies with ``confidence``."""
+        half = self.half_width((1 - confidence) / 2)
+        return self.value - half, self.value + half
+
+    def half_width(self, tail: float) -> float:
+        """Return how far a bound lies from the value, with ``tail`` beyond it."""
+        return student_quantile(tail, self.freedom) * self.error if self.freedom else math.inf
+
+    def detectable(self) -> float:
+        """Return the smallest change that a check this sure finds 19 times in 20."""
+        return self.half_width(FALSE_ALARMS) + self.half_width(MISSES)
+
+    def _distance(self, bound: float) -> float:
+        if not self.freedom or self.error == math.inf:
+            return 0.0
+        gap = self.value - bound
+        if self.error == 0:
+            return math.copysign(math.inf, gap) if gap else 0.0
+        return gap / self.error
+
+
+def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> Estimate:
+    """Return the median of all blocks, its error found by drawing processes, then their blocks.
+
+    Drawing on both levels counts what blocks of one process differ by twice: it is in what
+    processes differ by, too. The variance of drawing blocks alone is what is too much.
+    The bootstrap gives the standard error, and Student's t with one degree of freedom fewer than
+    there are processes the bounds: percentiles of a bootstrap of eight processes are too narrow.
+    Source: A. C. Davison, D. V. Hinkley, Bootstrap Methods and their Application, 1997, section
+    3.8 (hierarchical data); T. C. Hesterberg, What Teachers Should Know About the Bootstrap, The
+    American Statistician 69 (2015), section 5 (how narrow percentiles are).
+
+    Args:
+        blocks: [processes, blocks] logarithms.
+        weights: [processes, blocks], how much each counts, > 0; None for all the same.
+        seed: Of the draws.
+
+    >>> estimate(np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]))
+    Estimate(value=1.0, error=0.0, freedom=2)
+    """
+    weights = np.ones_like(blocks) if weights is None else weights
+    value, freedom = float(weighted_median(blocks, weights)), len(blocks) - 1
+    if freedom < 1:
+        return Estimate(value, math.inf, 0)
+    both = float(resampled(blocks, weights, seed).var(ddof=1))
+    within = float(resampled(blocks, weights, seed + 1, processes=False).var(ddof=1))
+    return Estimate(value, math.sqrt(max(both - within, both / 2)), freedom)
+
+
+def difference(left: Matrix, right: Matrix, seed: int = 0) -> Estimate:
+    """Return how far the median of ``left`` is above that of ``right``; they are not paired."""
+    one, other = estimate(left, seed=seed), estimate(right, seed=seed + 1)
+    error, freedom = math.hypot(one.error, other.error), min(one.freedom, other.freedom)
+    return Estimate(one.value - other.value, error, freedom)
+
+
+def quietness(left: Matrix, right: Matrix) -> Matrix:
+    """Return how much each pair of blocks should count: the more, the quieter the machine was.
+
+    A neighbour slows down both blocks of a pair, and the slower both are than when it is quiet,
+    the less their ratio tells. What is looked at is their sum, which says nothing of which is
+    the slower one: if nothing differs, the ratio stays as likely above 1 as below.
+
+    Args:
+        left: [processes, blocks] logarithms of one side.
+        right: The same of the other.
+    """
+    level = (left + right) / 2
+    excess = np.maximum(0.0, level - np.quantile(level, _QUIET))
+    weights: Matrix = 1 / (_SPREAD + excess)
+    return weights
+
+
+def weighted_median(values: Matrix, weights: Matrix) -> float:
+    """Return the value with half of the weight on either side, or the middle of two such.
+
+    >>> weighted_median(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 3.0]))
+    2.0
+    >>> weighted_median(np.array([1.0, 2.0]), np.array([1.0, 1.0]))
+    1.5
+    """
+    order = np.argsort(values, axis=None)
+    heaps = weights.ravel()[order].cumsum()[None]
+    return float(_halves(values.ravel()[order], heaps)[0])
+
+
+def resampled(blocks: Matrix, weights: Matrix, seed: int, *, processes: bool = True) -> Matrix:
+    """Return weighted medians of draws of processes, or each once, and of blocks within each."""
+    random = np.random.default_rng(seed)
+    rows, columns = blocks.shape
+    order = np.argsort(blocks, axis=None)
+    ordered, weight = blocks.ravel()[order], weights.ravel()[order]
+    place = np.argsort(order)  # where each block stands among the ordered ones
+    at_once = max(1, _LARGEST // blocks.size)
+    found = []
+    for start in range(0, _RESAMPLES, at_once):
+        count = min(at_once, _RESAMPLES - start)
+        process = np.arange(rows)[None, :, None]
+        if processes:
+            process = random.integers(rows, size=(count, rows, 1))
+        drawn = place[process * columns + random.integers(columns, size=(count, rows, columns))]
+        first = np.arange(count)[:, None] * blocks.size
+        times = np.bincount(
+            (drawn.reshape(count, -1) + first).ravel(), minlength=count * blocks.size
+        )
+        heaps = (times.reshape(count, -1) * weight).cumsum(axis=1)
+        found.append(_halves(ordered, heaps))
+    return np.concatenate(found)
+
+
+def _halves(ordered: Matrix, heaps: Matrix) -> Matrix:
+    """Return where each row of running sums of weights comes to half of its last."""
+    half = heaps[:, -1:] / 2
+    slack = 1e-9 * half
+    low = (heaps >= half - slack).argmax(axis=1)
+    high = (heaps > half + slack).argmax(axis=1)
+    middles: Matrix = (ordered[low] + ordered[high]) / 2
+    return middles
+
+
+def spent(budget: float, fraction: float) -> float:
+    """Return how much of an error budget may be spent after a fraction of the time.
+
+    What a look adds to it is the level of that look: the chances of being wrong at any look add
+    up to the budget at most, whatever the looks have in common.
+    Source: K. K. G. Lan, D. L. DeMets, Discrete sequential boundaries for clinical trials,
+    Biometrika 70 (1983), 659-663: the spending function of Pocock's type.
+
+    >>> spent(0.05, 0), round(spent(0.05, 0.5), 4), spent(0.05, 1), spent(0.05, 2)
+    (0.0, 0.031, 0.05, 0.05)
+    """
+    return budget * math.log(1 + (math.e - 1) * min(max(fraction, 0.0), 1.0))
+
+
+def holm(chances: Sequence[float], level: float) -> list[bool]:
+    """Return which of several hypotheses are rejected, so that any is wrongly with ``level``.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian
+    Journal of Statistics 6 (1979), 65-70.
+
+    >>> holm([0.01, 0.04, 0.03], 0.05)  # 0.01 < 0.05 / 3; 0.03 > 0.05 / 2, and there it ends
+    [True, False, False]
+    """
+    rejected = [False] * len(chances)
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    for rank, index in enumerate(order):
+        if chances[index] >= level / (len(chances) - rank):
+            break
+        rejected[index] = True
+    return rejected
+
+
+def student_tail(distance: float, freedom: int) -> float:
+    """Return the chance that Student's t is above ``distance``.
+
+    Source: M. Abramowitz, I. A. Stegun, Handbook of Mathematical Functions, 1964, 26.7.3-4.
+
+    >>> round(student_tail(1.8946, 7), 4), student_tail(0.0, 7), student_tail(math.inf, 7)
+    (0.05, 0.5, 0.0)
+    """
+    if freedom < 1:
+        return 0.5
+    if math.isinf(distance):
+        return 0.0 if distance > 0 else 1.0
+    # Far out, 1 - (almost 1) would lose every digit, but not one that a level depends on.
+    angle = math.atan(distance / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for step in range(1 if odd else 0, freedom - 1, 2):
+        total += term
+        term *= cosine * cosine * (step + 1) / (step + 2)
+    between = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return min(max((1 - between) / 2, 0.0), 1.0)
+
+
+def student_quantile(tail: float, freedom: int) -> float:
+    """Return the distance that Student's t is above with chance ``tail``, at most one half.
+
+    >>> round(student_quantile(0.025, 7), 3), round(student_quantile(0.005, 15), 3)
+    (2.365, 2.947)
+    """
+    low, high = 0.0, 1.0
+    while student_tail(high, freedom) > tail and high < 1e6:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_tail(middle, freedom) > tail else (low, middle)
+    return high
