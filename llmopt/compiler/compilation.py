@@ -17,6 +17,7 @@ from llmopt.backends.base import Backend, Demand, Lowered, Run
 from llmopt.bundle.manifest import Manifest
 from llmopt.bundle.report import write_report
 from llmopt.bundle.writer import staged_folder
+from llmopt.compiler.activations import activation_bytes
 from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
@@ -113,9 +114,9 @@ class Compilation:
                 self._exemplify(program, rounding, runner.target, folder)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
             manifest = self._manifest(program, lowered, text, proof, quality)
-            work, compiled = count_work(program).to_dict(), self._compiled(done)
-            manifest = dataclasses.replace(manifest, work=work, compiled=compiled)
-            self._finish(folder, manifest)
+            work = count_work(program).to_dict() | {"activation_bytes": activation_bytes(program)}
+            did = self._compiled(done)
+            self._finish(folder, dataclasses.replace(manifest, work=work, compiled=did))
         notes = (*source.notes, *self.notes, *lowered.notes)
         return Artifact(place, Manifest.read(place), tuple(done), self.optimized.fusion, notes)
 

@@ -29,7 +29,7 @@ COUNTED: Final = (
     "flops_per_token",
     "attention_flops_per_pair",
     "cache_bytes_per_token",
-    "planned_memory_bytes",
+    "activation_bytes",
 )
 QUALITY: Final = ("kl_mean", "kl_p99", "top1", "cosine_mean", "cosine_min")
 LOSSES: Final = frozenset({"kl_mean", "kl_p99"})

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from llmopt.benchmark.gate import proxies
 from llmopt.benchmark.gate.baselines import Baseline, Stored
-from llmopt.benchmark.gate.budgets import COUNTED, METRICS, QUALITY, Budget, budgets_for
+from llmopt.benchmark.gate.budgets import COUNTED, QUALITY, Budget, budgets_for
 from llmopt.benchmark.gate.decisions import Answer, Question, ask
 from llmopt.benchmark.gate.process import WORKER, Task
 from llmopt.benchmark.gate.rounds import (
@@ -18,6 +18,7 @@ from llmopt.benchmark.gate.rounds import (
     ENCODE,
     LOAD,
     MEMORY,
+    METRICS,
     STEP,
     TTFT,
     Rounds,

@@ -67,8 +67,8 @@ def totals(manifest: Manifest) -> dict[str, float]:
     found["flops_per_token"] = 2 * sum(macs.values())
     found["attention_flops_per_pair"] = 2 * work.get("attention_macs", 0)
     found["cache_bytes_per_token"] = work.get("cache_bytes", 0)
-    if "planned_memory_bytes" in work:
-        found["planned_memory_bytes"] = work["planned_memory_bytes"]
+    if "activation_bytes" in work:
+        found["activation_bytes"] = work["activation_bytes"]
     return found
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from llmopt.benchmark.gate.amounts import percent, shown
-from llmopt.benchmark.gate.decisions import Answer
+from llmopt.benchmark.gate.decisions import PROCESSES, Answer
 from llmopt.benchmark.gate.proxies import Change
 from llmopt.benchmark.gate.results import CheckResult, verdict_of
 
@@ -28,7 +28,7 @@ NAMES: Final = {
     "flops_per_token": "operations for a token",
     "attention_flops_per_pair": "operations of attention for a pair of tokens",
     "cache_bytes_per_token": "cache of a token",
-    "planned_memory_bytes": "planned memory",
+    "activation_bytes": "planned memory of activations",
 }
 HEADER: Final = ("metric", "baseline", "candidate", "change", "95 % interval", "allowed", "verdict")
 _MARKS: Final = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "refused": "⛔", "reported": "·"}
@@ -96,6 +96,12 @@ def summary(result: CheckResult) -> str:
     """Return the verdict in one line."""
     same = len(result.changes) - len(told(result))
     counted = f"; {same} counts are the same" if same else ""
+    few = [a for a in result.answers if a.verdict == "open" and a.processes < PROCESSES]
+    if result.verdict == "inconclusive" and few:
+        return (
+            f"inconclusive: there was time for {few[0].processes} processes of each side, and "
+            f"{PROCESSES} are needed; give more with --max-time{counted}"
+        )
     return f"{_WORDS[result.verdict]}{counted}"
 
 

@@ -32,7 +32,7 @@ _ORDERS: Final = ((0, 1, 3, 2), (2, 3, 1, 0), (1, 0, 2, 3), (3, 2, 0, 1))
 place each worker equally often."""
 _SHORTEST_S: Final = 0.004
 """Of a block: waking a worker takes some 0.2 ms."""
-_TURN_S: Final = 2.0
+_TURN_S: Final = 1.5
 """What one worker measures in one round; starting it takes about a third of that."""
 _BEGINS: Final = 0.6
 """The share of it that first tokens get: they are long, so that there are few of them."""
@@ -164,7 +164,7 @@ def plan_slots(workload: Workload, begin_s: float, step_s: float) -> list[Slot]:
 
     >>> slots = plan_slots(Generate(64, 33), 0.1, 0.008)
     >>> [slot.metric for slot in slots].count("ttft_s"), len(slots)
-    (12, 108)
+    (9, 73)
     """
     if not isinstance(workload, Generate) or workload.decode < 2:
         return list(_equal(measurable(workload)[0], _TURN_S, begin_s, 64))

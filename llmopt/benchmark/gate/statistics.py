@@ -22,7 +22,7 @@ FALSE_ALARMS: Final = 0.005
 """How often one check may fail for nothing, over all its looks and comparisons."""
 MISSES: Final = 0.05
 """How often one comparison may pass although it is slower than allowed, over all its looks."""
-_RESAMPLES: Final = 2000
+_RESAMPLES: Final = 1000
 _LARGEST: Final = 1 << 21
 """Numbers that are resampled at once: sixteen megabytes of each kind."""
 _QUIET: Final = 0.1

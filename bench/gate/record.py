@@ -1,0 +1,98 @@
+"""Record sessions of the gate's measuring beside a noisy neighbour: ``record.py ARTIFACT``.
+
+Each session measures an artifact against itself, the candidate slowed by 0, 2, 5 or 10 % by
+turns, for as long as a check may take. A session is one file; those that are there are not
+recorded again, so it may be stopped and started at will. ``decide.py`` replays them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from gate.neighbour import noisy_neighbour
+
+from llmopt.benchmark.gate.pairs import gate_workload
+from llmopt.benchmark.gate.process import WORKER, Task
+from llmopt.benchmark.gate.rounds import BASELINE, CANDIDATE, Rounds
+from llmopt.benchmark.machine import this_machine
+from llmopt.bundle.manifest import Manifest
+
+HERE: Final = Path(__file__).parent
+SESSIONS: Final = HERE / "sessions"
+SPINS: Final = (0.0, 0.02, 0.05, 0.10)
+
+
+def command(spin: float) -> list[str]:
+    """Return what starts a worker that is slower by ``spin``."""
+    return list(WORKER) if not spin else [sys.executable, str(HERE / "slow_worker.py"), str(spin)]
+
+
+def record(artifact: Path, number: int, seconds: float, *, noisy: bool) -> dict[str, Any]:
+    """Return a session: as many rounds as there is time for."""
+    spin, workload = SPINS[number % len(SPINS)], str(gate_workload(Manifest.read(artifact)))
+    tasks = {
+        BASELINE: Task(artifact, workload),
+        CANDIDATE: Task(artifact, workload, command=command(spin)),
+    }
+    rounds = Rounds(tasks, seed=number)
+    with noisy_neighbour(number) if noisy else _nobody() as log:
+        while not rounds.took_s or sum(rounds.took_s) + max(rounds.took_s) <= seconds:
+            rounds.measure()
+    return {
+        "schema": 1,
+        "artifact": artifact.name,
+        "workload": workload,
+        "spin": spin,
+        "seconds": seconds,
+        "rounds_s": rounds.took_s,
+        "neighbour": list(log),
+        "machine": vars(this_machine()),
+        "measured": [_rounded(each.to_dict()) for each in rounds.found],
+    }
+
+
+def main() -> None:
+    """Record the sessions that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--sessions", type=int, default=60, help="how many there are to be")
+    parser.add_argument("--most", type=int, default=10_000, help="how many to record now")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of each, at most")
+    parser.add_argument("--quiet", action="store_true", help="without the neighbour")
+    parser.add_argument("--folder", type=Path, default=SESSIONS)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    places = [options.folder / f"{number:03}.json.gz" for number in range(options.sessions)]
+    missing = [number for number, place in enumerate(places) if not place.exists()]
+    for number in missing[: options.most]:
+        session = record(options.artifact, number, options.seconds, noisy=not options.quiet)
+        partial = places[number].with_suffix(".partial")
+        with gzip.GzipFile(partial, "wb", mtime=0) as file:
+            file.write(json.dumps(session).encode())
+        partial.rename(places[number])
+        took = sum(session["rounds_s"])
+        print(f"{places[number].name}: {session['spin']:.0%}, {took:.0f} s", flush=True)
+
+
+def _nobody() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext([])
+
+
+def _rounded(measured: dict[str, Any]) -> dict[str, Any]:
+    """Keep a hundredth of a microsecond: the rest is noise, and takes half of the file."""
+    blocks = {
+        metric: [[round(sample, 8) for sample in block] for block in found]
+        for metric, found in measured["blocks"].items()
+    }
+    return measured | {"blocks": blocks}
+
+
+if __name__ == "__main__":
+    main()
