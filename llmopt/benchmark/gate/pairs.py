@@ -19,11 +19,11 @@ from llmopt.benchmark.gate.rounds import (
     LOAD,
     MEMORY,
     METRICS,
+    RUN,
     STEP,
     TTFT,
     Rounds,
     logarithms,
-    measurable,
     metrics_of,
 )
 from llmopt.benchmark.workload import Generate, Workload, default_workload, parse_workload
