@@ -125,6 +125,8 @@ def _budget(where: str, data: dict[str, Any]) -> Budget:
         raise UsageError(f"{where}: it limits nothing; give max, min or max_regression")
     if limits["min"] is not None and data["metric"] in METRICS:
         raise UsageError(f"{where}: {data['metric']} is measured, and may be limited by max alone")
+    if limits["max"] == 0 and data["metric"] in METRICS:
+        raise UsageError(f"{where}: max has to be more than 0")
     return Budget(
         data["artifact"], data["metric"], limits["max"], limits["min"], limits["max_regression"]
     )

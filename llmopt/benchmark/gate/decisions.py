@@ -132,7 +132,7 @@ def ask(question: Question, found: Sequence[Measured], stored: Matrix | None = N
         ratio = estimate(candidate - limit, quietness(candidate, limit))
     paired = stored is None and question.most is None
     sides = [limit, candidate] if paired else [candidate]
-    middle, other = (math.exp(float(np.median(side))) for side in (limit, candidate))
+    middle, other = (math.exp(float(np.nanmedian(side))) for side in (limit, candidate))
     return Answer(question, ratio, control(sides), middle, other, processes=len(candidate))
 
 

@@ -24,6 +24,7 @@ from llmopt.benchmark.gate.rounds import (
     TTFT,
     Rounds,
     logarithms,
+    measurable,
     metrics_of,
 )
 from llmopt.benchmark.workload import Generate, Workload, default_workload, parse_workload

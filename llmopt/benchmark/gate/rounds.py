@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,6 +37,9 @@ _TURN_S: Final = 1.5
 """What one worker measures in one round; starting it takes about a third of that."""
 _BEGINS: Final = 0.6
 """The share of it that first tokens get: they are long, so that there are few of them."""
+_STEPS: Final = 8
+"""The fewest blocks of steps after a first token."""
+_MOST_BEGINS: Final = 32
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Rounds:
         self._tasks = [task for _ in range(2) for task in tasks.values()]
         self._workload = parse_workload(self._tasks[0].workload)
         self._seed = seed
-        self._plan: list[Slot] = []
+        self._cycle: list[Slot] = []
         self.found: list[Measured] = []
         self.threads = 0
         self.took_s: list[float] = []
@@ -112,9 +116,12 @@ class Rounds:
         orders = _ORDERS if len(self._tasks) == 4 else ((0, 1), (1, 0))
         with started(self._tasks, orders[number % len(orders)]) as workers:
             self.threads = workers[0].threads
-            plan = self._warmed_up(workers, number)
+            cycle = self._warmed_up(workers, number)
             samples: list[dict[str, list[list[float]]]] = [{} for _ in workers]
-            for turn, slot in enumerate(plan):
+            begun = time.perf_counter()
+            for turn, slot in enumerate(itertools.cycle(cycle)):
+                if turn >= len(cycle) and time.perf_counter() - begun > _TURN_S * len(workers):
+                    break
                 seed = self._seed + 10_000 * number + turn
                 for index in orders[(number + turn) % len(orders)]:
                     block = workers[index].block(slot.metric, slot.count, seed)
@@ -125,7 +132,7 @@ class Rounds:
         self.took_s.append(time.perf_counter() - start)
 
     def _warmed_up(self, workers: Sequence[WorkerProcess], number: int) -> list[Slot]:
-        """Let each worker do everything once or twice; return what the rounds measure."""
+        """Let each worker do everything once or twice; return what is measured again and again."""
         first = measurable(self._workload)[0]
         seed = self._seed + 10_000 * number + 9_999
         took = [worker.block(first, 2, seed)[-1] for worker in workers]
@@ -133,9 +140,9 @@ class Rounds:
         if isinstance(self._workload, Generate) and self._workload.decode > 1:
             count = min(4, self._workload.decode - 1)
             steps = [min(worker.block(STEP, count, seed)) for worker in workers]
-        if not self._plan:
-            self._plan = plan_slots(self._workload, min(took), min(steps))
-        return self._plan
+        if not self._cycle:
+            self._cycle = plan_cycle(self._workload, min(took), min(steps))
+        return self._cycle
 
     def _keep(self, samples: Sequence[Mapping[str, list[list[float]]]], number: int) -> None:
         for index, found in enumerate(samples):
@@ -151,38 +158,31 @@ def measurable(workload: Workload) -> list[str]:
     return [RUN if isinstance(workload, Inputs) else ENCODE, LOAD, MEMORY]
 
 
-def plan_slots(workload: Workload, begin_s: float, step_s: float) -> list[Slot]:
-    """Return the blocks of one round: as many as its time allows, the shorter the better.
+def plan_cycle(workload: Workload, begin_s: float, step_s: float) -> list[Slot]:
+    """Return the blocks that a round measures again and again until its time is over.
 
     What slows the machine down for a second slows down both blocks of a short pair, and only one
-    of a long one.
+    of a long one, so that blocks are as short as can be; and two cycles fit into a round, so that
+    it has some of each metric wherever it ends.
 
     Args:
         workload: What is measured.
-        begin_s: How long a first token, or encoding a batch, takes about.
+        begin_s: How long a first token, or another run, takes about.
         step_s: How long each token after it takes about.
 
-    >>> slots = plan_slots(Generate(64, 33), 0.1, 0.008)
+    >>> slots = plan_cycle(Generate(64, 64), 0.1, 0.008)
     >>> [slot.metric for slot in slots].count("ttft_s"), len(slots)
-    (9, 73)
+    (5, 43)
     """
     if not isinstance(workload, Generate) or workload.decode < 2:
-        return list(_equal(measurable(workload)[0], _TURN_S, begin_s, 64))
-    begins = len(list(_equal(TTFT, _TURN_S * _BEGINS, begin_s, 64)))
+        count = max(1, math.ceil(_SHORTEST_S / begin_s))
+        return [Slot(measurable(workload)[0], count)]
     count = min(max(1, math.ceil(_SHORTEST_S / step_s)), workload.decode - 1)
-    in_one = (workload.decode - 1) // count
-    blocks = min(max(8, round(_TURN_S * (1 - _BEGINS) / (step_s * count))), 256)
-    sequences = max(1, round(blocks / in_one))
-    slots: list[Slot] = []
-    for sequence in range(sequences):
-        share = (begins * (sequence + 1)) // sequences - (begins * sequence) // sequences
-        slots += [Slot(TTFT)] * max(1, share) + [Slot(STEP, count)] * min(in_one, blocks)
-    return slots
-
-
-def _equal(metric: str, time_s: float, once_s: float, most: int) -> Iterator[Slot]:
-    count = max(1, math.ceil(_SHORTEST_S / once_s))
-    yield from [Slot(metric, count)] * min(max(2, round(time_s / (once_s * count))), most)
+    fitting = round(_TURN_S / 2 * (1 - _BEGINS) / (step_s * count))
+    blocks = min(max(_STEPS, fitting), (workload.decode - 1) // count)
+    steps_s = blocks * count * step_s
+    begins = min(max(1, round(steps_s * _BEGINS / (1 - _BEGINS) / begin_s)), _MOST_BEGINS)
+    return [Slot(TTFT)] * begins + [Slot(STEP, count)] * blocks
 
 
 def _once(worker: WorkerProcess) -> dict[str, list[list[float]]]:
@@ -196,14 +196,18 @@ def _once(worker: WorkerProcess) -> dict[str, list[list[float]]]:
 def logarithms(found: Sequence[Measured], side: str, metric: str) -> Matrix:
     """Return log of the mean of each block: [processes, blocks], in the order of the rounds.
 
+    Rounds have as many blocks as there was time for; where one has fewer than others, NaN stands.
+
     Raises:
-        LlmoptError: A sample is no positive number.
+        LlmoptError: A sample is no positive number, or there is none.
     """
     rows = [m.blocks[metric] for m in found if m.side == side and metric in m.blocks]
-    means = np.array([[np.mean(block) for block in row] for row in rows], np.float64)
-    if not (np.isfinite(means).all() and (means > 0).all()):
-        raise LlmoptError(f"{metric} of the {side}: a sample is not a positive number")
-    logs: Matrix = np.log(means)
+    logs = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    for row, blocks in zip(logs, rows, strict=True):
+        means = np.array([np.mean(block) if block else np.nan for block in blocks], np.float64)
+        if not (blocks and np.isfinite(means).all() and (means > 0).all()):
+            raise LlmoptError(f"{metric} of the {side}: a sample is not a positive number")
+        row[: len(means)] = np.log(means)
     return logs
 
 

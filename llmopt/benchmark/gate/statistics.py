@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
-"""One row a process (or a pair of them), one column a block."""
+"""One row a process (or a pair of them), one column a block; NaN fills up short rows."""
 
 FALSE_ALARMS: Final = 0.005
 """How often one check may fail for nothing, over all its looks and comparisons."""
@@ -95,7 +95,7 @@ def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> Es
     Estimate(value=1.0, error=0.0, freedom=2)
     """
     weights = np.ones_like(blocks) if weights is None else weights
-    value, freedom = float(weighted_median(blocks, weights)), len(blocks) - 1
+    value, freedom = weighted_median(blocks, weights), len(blocks) - 1
     if freedom < 1:
         return Estimate(value, math.inf, 0)
     both = float(resampled(blocks, weights, seed).var(ddof=1))
@@ -122,7 +122,7 @@ def quietness(left: Matrix, right: Matrix) -> Matrix:
         right: The same of the other.
     """
     level = (left + right) / 2
-    excess = np.maximum(0.0, level - np.quantile(level, _QUIET))
+    excess = np.maximum(0.0, level - np.nanquantile(level, _QUIET))
     weights: Matrix = 1 / (_SPREAD + excess)
     return weights
 
@@ -135,17 +135,20 @@ def weighted_median(values: Matrix, weights: Matrix) -> float:
     >>> weighted_median(np.array([1.0, 2.0]), np.array([1.0, 1.0]))
     1.5
     """
-    order = np.argsort(values, axis=None)
-    heaps = weights.ravel()[order].cumsum()[None]
-    return float(_halves(values.ravel()[order], heaps)[0])
+    known = np.isfinite(values)
+    order = np.argsort(values[known])
+    heaps = weights[known][order].cumsum()[None]
+    return float(_halves(values[known][order], heaps)[0])
 
 
 def resampled(blocks: Matrix, weights: Matrix, seed: int, *, processes: bool = True) -> Matrix:
     """Return weighted medians of draws of processes, or each once, and of blocks within each."""
     random = np.random.default_rng(seed)
     rows, columns = blocks.shape
-    order = np.argsort(blocks, axis=None)
-    ordered, weight = blocks.ravel()[order], weights.ravel()[order]
+    lengths = np.isfinite(blocks).sum(axis=1)
+    order = np.argsort(blocks, axis=None)  # NaN comes last
+    total = int(lengths.sum())
+    ordered, weight = blocks.ravel()[order][:total], weights.ravel()[order][:total]
     place = np.argsort(order)  # where each block stands among the ordered ones
     at_once = max(1, _LARGEST // blocks.size)
     found = []
@@ -154,13 +157,14 @@ def resampled(blocks: Matrix, weights: Matrix, seed: int, *, processes: bool = T
         process = np.arange(rows)[None, :, None]
         if processes:
             process = random.integers(rows, size=(count, rows, 1))
-        drawn = place[process * columns + random.integers(columns, size=(count, rows, columns))]
-        first = np.arange(count)[:, None] * blocks.size
-        times = np.bincount(
-            (drawn.reshape(count, -1) + first).ravel(), minlength=count * blocks.size
-        )
-        heaps = (times.reshape(count, -1) * weight).cumsum(axis=1)
-        found.append(_halves(ordered, heaps))
+        length = lengths[process]
+        block = (random.random((count, rows, columns), np.float32) * length).astype(np.int64)
+        # A process gives as many blocks as it has; what is drawn beyond them goes nowhere.
+        drawn = np.where(np.arange(columns) < length, place[process * columns + block], total)
+        first = np.arange(count)[:, None] * (total + 1)
+        flat = (drawn.reshape(count, -1) + first).ravel()
+        times = np.bincount(flat, minlength=count * (total + 1)).reshape(count, -1)[:, :total]
+        found.append(_halves(ordered, (times * weight).cumsum(axis=1)))
     return np.concatenate(found)
 
 
