@@ -90,7 +90,7 @@ _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, every sample in it.")
 @click.pass_context
 def check_command(ctx: click.Context, /, artifacts: tuple[Path, ...], **options: Any) -> None:
-    """Find out whether artifacts became slower, larger or worse than their baseline.
+    """Fail if artifacts are slower or larger than before.
 
     Baseline and candidate are measured in turns, in fresh processes, until it is known whether
     they differ by more than is allowed. Exit codes: 0 no regression, 1 a regression, 3 the
