@@ -28,14 +28,18 @@ _MEAN_S: Final = 5.0
 
 
 @contextlib.contextmanager
-def noisy_neighbour(seed: int) -> Iterator[list[tuple[float, int]]]:
-    """Let a neighbour work half of the time, for some 5 s each time, on one core or on two.
+def noisy_neighbour(seed: int, cores: int = 2) -> Iterator[list[tuple[float, int]]]:
+    """Let a neighbour work half of the time, for some 5 s each time.
 
     Yields what it did so far: when, and on how many cores from then on.
+
+    Args:
+        seed: Of when it works.
+        cores: The most it works on: with 2, on two every third time.
     """
     log: list[tuple[float, int]] = []
     stop = threading.Event()
-    thread = threading.Thread(target=_come_and_go, args=(random.Random(seed), stop, log))  # noqa: S311 - noise
+    thread = threading.Thread(target=_come_and_go, args=(random.Random(seed), cores, stop, log))  # noqa: S311 - noise
     thread.start()
     try:
         yield log
@@ -44,10 +48,12 @@ def noisy_neighbour(seed: int) -> Iterator[list[tuple[float, int]]]:
         thread.join()
 
 
-def _come_and_go(rng: random.Random, stop: threading.Event, log: list[tuple[float, int]]) -> None:
+def _come_and_go(
+    rng: random.Random, most: int, stop: threading.Event, log: list[tuple[float, int]]
+) -> None:
     start = time.perf_counter()
     while not stop.is_set():
-        cores = rng.choice((1, 1, 2)) if rng.random() < 0.5 else 0
+        cores = min(rng.choice((1, 1, 2)), most) if rng.random() < 0.5 else 0
         log.append((round(time.perf_counter() - start, 2), cores))
         process = None
         if cores:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from gate.neighbour import noisy_neighbour
 
 from llmopt.benchmark.gate.pairs import gate_workload
@@ -32,15 +33,15 @@ def command(spin: float) -> list[str]:
     return list(WORKER) if not spin else [sys.executable, str(HERE / "slow_worker.py"), str(spin)]
 
 
-def record(artifact: Path, number: int, seconds: float, *, noisy: bool) -> dict[str, Any]:
-    """Return a session: as many rounds as there is time for."""
+def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str, Any]:
+    """Return a session: as many rounds as there is time for, beside a neighbour on some cores."""
     spin, workload = SPINS[number % len(SPINS)], str(gate_workload(Manifest.read(artifact)))
     tasks = {
         BASELINE: Task(artifact, workload),
         CANDIDATE: Task(artifact, workload, command=command(spin)),
     }
     rounds = Rounds(tasks, seed=number)
-    with noisy_neighbour(number) if noisy else _nobody() as log:
+    with noisy_neighbour(number, cores) as log:
         while not rounds.took_s or sum(rounds.took_s) + max(rounds.took_s) <= seconds:
             rounds.measure()
     return {
@@ -62,27 +63,23 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--sessions", type=int, default=60, help="how many there are to be")
     parser.add_argument("--most", type=int, default=10_000, help="how many to record now")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each, at most")
+    parser.add_argument("--seconds", type=float, default=180.0, help="of each, at most")
+    parser.add_argument("--cores", type=int, default=2, help="the most the neighbour works on")
     parser.add_argument("--quiet", action="store_true", help="without the neighbour")
     parser.add_argument("--folder", type=Path, default=SESSIONS)
     options = parser.parse_args()
+    cores = 0 if options.quiet else options.cores
     options.folder.mkdir(parents=True, exist_ok=True)
     places = [options.folder / f"{number:03}.json.gz" for number in range(options.sessions)]
     missing = [number for number, place in enumerate(places) if not place.exists()]
     for number in missing[: options.most]:
-        session = record(options.artifact, number, options.seconds, noisy=not options.quiet)
+        session = record(options.artifact, number, options.seconds, cores)
         partial = places[number].with_suffix(".partial")
         with gzip.GzipFile(partial, "wb", mtime=0) as file:
             file.write(json.dumps(session).encode())
         partial.rename(places[number])
         took = sum(session["rounds_s"])
         print(f"{places[number].name}: {session['spin']:.0%}, {took:.0f} s", flush=True)
-
-
-def _nobody() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext([])
 
 
 def _rounded(measured: dict[str, Any]) -> dict[str, Any]:

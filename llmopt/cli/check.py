@@ -54,13 +54,13 @@ _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 @click.option(
     "--workload",
     metavar="TEXT",
-    help="prefill=64,decode=64, encode=8x128 (rows x tokens), or FILE.npz, one array for each "
+    help="prefill=32,decode=64, encode=8x128 (rows x tokens), or FILE.npz, one array for each "
     "input.  [default: by task]",
 )
 @click.option("--threads", type=int, metavar="N", help="Threads.  [default: every usable core]")
 @click.option(
     "--max-time",
-    default="120s",
+    default="180s",
     show_default=True,
     metavar="SECONDS",
     help="How long each artifact may be measured; what is not known then is inconclusive.",

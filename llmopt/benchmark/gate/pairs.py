@@ -36,7 +36,7 @@ ALLOWANCES: Final[Mapping[str, float]] = {MEMORY: 0.10, LOAD: 0.20}
 """Of what varies more from process to process than latencies do."""
 GATED: Final = (TTFT, STEP, ENCODE, RUN, MEMORY)
 """What is gated where nothing is asked for; how long loading takes is up to the disk too."""
-_PREFILL: Final = 64
+_PREFILL: Final = 32
 """Tokens of a prompt: fewer than `bench` takes, because short blocks pair better."""
 
 Proxies = Literal["gate", "report", "only"]
@@ -67,7 +67,7 @@ class Request:
     metrics: tuple[str, ...] = ()
     workload: str | None = None
     threads: int | None = None
-    max_time_s: float = 120.0
+    max_time_s: float = 180.0
     proxies: Proxies = "gate"
     budgets: tuple[Budget, ...] = ()
     seed: int = 0
