@@ -17,7 +17,7 @@ from llmopt.errors import ArtifactError, LlmoptError, SourceError
 
 SCHEMA: Final = 1
 KIND: Final = "llmopt-baseline"
-_UPDATE: Final = "write it anew with `llmopt check … --baseline FILE.json --update`"
+_UPDATE: Final = "remove it, and write it anew with `llmopt check … --baseline FILE.json --update`"
 _MEMORY_STEP: Final = 2**28  # the same machine reports a few pages more or less after a start
 
 

@@ -202,7 +202,9 @@ def logarithms(found: Sequence[Measured], side: str, metric: str) -> Matrix:
         LlmoptError: A sample is no positive number, or there is none.
     """
     rows = [m.blocks[metric] for m in found if m.side == side and metric in m.blocks]
-    logs = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    if not rows:
+        raise LlmoptError(f"{metric} of the {side}: it was not measured")
+    logs = np.full((len(rows), max(map(len, rows))), np.nan)
     for row, blocks in zip(logs, rows, strict=True):
         means = np.array([np.mean(block) if block else np.nan for block in blocks], np.float64)
         if not (blocks and np.isfinite(means).all() and (means > 0).all()):
