@@ -223,6 +223,7 @@ class Compilation:
     def _recipe(self, source: str) -> str:
         """Return the command that makes the artifact again."""
         return recipe(source, self.backend.target, self.options, self.optimized.reading)
+
     def _compiled(self, done: Sequence[Ran]) -> dict[str, Any]:
         """Return what passes did, for the manifest; why they left things alone is told once."""
         passes = [{"name": r.name, "applied": r.applied, "missed": len(r.missed)} for r in done]

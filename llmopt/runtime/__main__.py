@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     signed = parser.add_argument_group("of a signed bundle")
-    signed.add_argument("--key", type=Path, metavar="FILE", help="a public key: refuse others' work")
+    signed.add_argument("--key", type=Path, metavar="FILE", help="a public key: refuse any other's")
     signed.add_argument(
         "--certificate-chain",
         type=Path,
