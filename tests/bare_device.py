@@ -9,7 +9,7 @@ from typing import Final
 
 ONNXRUNTIME: Final = ("onnxruntime",)
 TVM: Final = ("tvm", "tvm_ffi", "ml_dtypes")
-_ALWAYS: Final = ("llmopt", "numpy", "tokenizers", "typing_extensions")
+_ALWAYS: Final = ("llmopt", "numpy", "tokenizers", "typing_extensions", "backports")
 _BARE: Final = """
 import runpy, sys
 from importlib.machinery import PathFinder

@@ -12,6 +12,7 @@ from llmopt.benchmark.profiling import profile
 from llmopt.benchmark.results import BenchmarkResult
 from llmopt.benchmark.roofline import phases, reached
 from llmopt.bundle.manifest import Manifest
+from llmopt.runtime.opening import artifact_of
 
 
 def explain(
@@ -30,7 +31,7 @@ def explain(
         profiled: Whether each artifact is also profiled; of one whose engine tells nothing of its
             operators, the profile stays empty.
     """
-    works = [Manifest.read(Path(artifact.path)).work for artifact in result.artifacts]
+    works = [Manifest.read(artifact_of(Path(artifact.path))).work for artifact in result.artifacts]
     kinds = {
         dtype for work in works for phase in phases(work, plan.workload) for dtype in phase.macs
     }
@@ -47,6 +48,6 @@ def explain(
     with_profiles = []
     for artifact in result.artifacts:
         progress(f"profiling {artifact.path}")
-        found = profile(Path(artifact.path), plan.workload, plan.threads)
+        found = profile(artifact_of(Path(artifact.path)), plan.workload, plan.threads)
         with_profiles.append(replace(artifact, profile=tuple(p.to_dict() for p in found)))
     return replace(result, artifacts=tuple(with_profiles))

@@ -90,12 +90,13 @@ class Pair:
 
     Args:
         request: What to check.
-        candidate: Its directory.
+        candidate: Its directory, or a bundle.
         baseline: The other artifact's, what was stored of it, or None where there is none yet.
     """
 
     def __init__(self, request: Request, candidate: Path, baseline: Path | Stored | None) -> None:
         self.name = name_of(candidate)
+        candidate = artifact_of(candidate)
         self.candidate = candidate
         self.manifest = Manifest.read(candidate)
         self.manifest.check_sizes(candidate)
@@ -103,6 +104,7 @@ class Pair:
         self.before = self.stored.manifest if self.stored is not None else self.manifest
         places = {CANDIDATE: candidate}
         if isinstance(baseline, Path):
+            baseline = artifact_of(baseline)
             self.before = Manifest.read(baseline)
             self.before.check_sizes(baseline)
             places = {BASELINE: baseline, CANDIDATE: candidate}
