@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from conformance import Subject
-from edge.arm64 import Arm64, MissingError, machine
+from edge.arm64 import Arm64
 from families import Model, write_random
 
 import llmopt
@@ -69,15 +69,6 @@ CASES: Final = (
     Case("bert", None, FLOAT),
     Case("bert", "w8a8-dynamic", INTEGER),
 )
-
-
-@pytest.fixture(scope="module")
-def emulated() -> Arm64:
-    """The arm64 machine, or a skip that says what it needs."""
-    try:
-        return machine()
-    except MissingError as error:
-        pytest.skip(f"needs an arm64 machine: {error}")
 
 
 @pytest.fixture(scope="module")

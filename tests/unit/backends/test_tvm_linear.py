@@ -24,8 +24,10 @@ tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
 from emulated_tiles import EmulatedTiles  # noqa: E402 - needs TVM
 
-from llmopt.backends.tvm.kernels import amx  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels import amx, linear_products  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.linear_panel import Form  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.linear_script import cast  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.vectors import shuffled  # noqa: E402 - needs TVM
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -522,3 +524,50 @@ def test_arm64_code_is_generated(mcpu: str, instruction: str) -> None:
         module = tvm.IRModule({kernel.name: kernel.function})
         code = tvm.compile(module, target=tvm.target.Target(arm.target))
         assert instruction in code.mod.inspect_source("asm")
+
+
+MATRICES = Features(neon=True, dotprod=True, i8mm=True)
+
+
+def emulated_smmla(total: Any, rows: Any, outputs: Any) -> Any:
+    """Return the sums of two rows and two outputs, by multiplications that every processor has."""
+    for k in range(8):
+        x = shuffled(rows, rows, [k, k, 8 + k, 8 + k])
+        w = shuffled(outputs, outputs, [k, 8 + k, k, 8 + k])
+        total = total + cast("int32", x, 4) * cast("int32", w, 4)
+    return total
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES[1::4], DynamicInt8()], ids=str)
+def test_products_of_two_rows_and_two_outputs_are_exact(
+    scheme: Blockwise | DynamicInt8, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_products, "smmla", emulated_smmla)
+    rng = np.random.default_rng(15)
+    n, k = 37, 250
+    if isinstance(scheme, DynamicInt8):
+        block, codes = k, rng.integers(-127, 128, (k, n)).astype(np.int8)
+        weight: Any = Columns(codes, np.ones(n, np.float32))
+        numbers = codes.T.astype(np.int64)
+    else:
+        block, weight = scheme.block, random_codes(rng, n, k, scheme)
+        numbers = dequantize(weight).astype(np.int64)
+    wanted = Linear(n, k, scheme, "many", (), MATRICES, limit=127)
+    product = Product(wanted, "avx2", weight)
+    for m in (1, 8, 17):
+        x = whole_numbers(rng, m, k, block)
+        np.testing.assert_array_equal(product(x), x.astype(np.int64) @ numbers.T)
+
+
+@pytest.mark.parametrize("scheme", [Blockwise(4, 32), Blockwise(8, 16), DynamicInt8()], ids=str)
+def test_many_rows_use_smmla_where_the_processor_has_it(scheme: Blockwise | DynamicInt8) -> None:
+    arm = find_processor("aarch64", "neoverse-n2")
+    assert arm.features == MATRICES
+    for rows, used, other in (("many", "smmla", "sdot"), ("one", "sdot", "smmla")):
+        wanted = Linear(32, 64, scheme, rows, (), arm.features)  # type: ignore[arg-type]
+        kernel = choose(wanted).kernels[0]
+        module = tvm.IRModule({kernel.name: kernel.function})
+        code = tvm.compile(module, target=tvm.target.Target(arm.target))
+        text = code.mod.inspect_source("asm")
+        assert used in text
+        assert other not in text

@@ -42,6 +42,8 @@ _SHAPES: Final = {
     (4, 16): (2, HALF),
 }
 """Lanes and registers of a processor: rows and outputs at once."""
+_PAIRS: Final = (6, 8)
+"""Rows and outputs where two are multiplied with two: 12 sums and 12 parts, of 32 registers."""
 
 
 def emit(
@@ -77,6 +79,8 @@ def emit(
 
 def _shape(storage: Storage, products: Products) -> tuple[int, int]:
     """Return how many rows and outputs are computed at once."""
+    if products.pair is not None:
+        return _PAIRS
     rows, width = _SHAPES[products.lanes, products.registers]
     if products.registers == 16 and storage.block * storage.bits <= 128:
         width = products.lanes  # sums and scales of short blocks leave fewer registers

@@ -16,8 +16,12 @@ avxvnni             8     vpdpbusd                                     unsigned
 avx512, avx2        16, 8 vpmaddubsw, vpaddw; vpmaddwd, vpaddd once    unsigned, few bits
 avx512, avx2        16, 8 vpabsb, vpsignb, vpmaddubsw, vpmaddwd        signed, eight bits
 dotprod (arm64)     4     sdot                                         signed
+i8mm (arm64)        2 x 2 smmla: eight products, of two rows, if many   signed
 none                4     four times shift, multiply, add              signed
 =================== ===== ============================================ ======================
+
+``smmla`` multiplies a matrix [2 rows, 8 columns] with one of two outputs [2, 8]: twice the products
+of ``sdot`` in as many instructions. Its sums are (r0 o0), (r0 o1), (r1 o0), (r1 o1).
 
 All are exact: no sum of 16 bits can saturate. Weights of 4 bits are 0 … 15, and 8 sums of two
 products stay below 2**15: 8 * 2 * 15 * 127; those of 6 bits are 0 … 63, depth 2; int8 codes
@@ -53,6 +57,8 @@ class Products:
         start: The sums so far [lanes] int32 to what ``step`` adds to.
         step: That, weights and activations [lanes] int32 (four bytes a lane) to the next one.
         finish: The sums so far and the last one to the sums.
+        pair: Sums of two rows and two outputs [4] int32, eight activations of each row and eight
+            codes of each output [16] int8 to the next sums; None where no instruction does that.
     """
 
     lanes: int
@@ -62,6 +68,7 @@ class Products:
     start: Callable[[Expr], Expr]
     step: Callable[[Expr, Expr, Expr], Expr]
     finish: Callable[[Expr, Expr], Expr]
+    pair: Callable[[Expr, Expr, Expr], Expr] | None = None
 
 
 def products(features: Features, *, largest: int, signed: bool) -> Products:
@@ -72,8 +79,9 @@ def products(features: Features, *, largest: int, signed: bool) -> Products:
         largest: The largest stored code of a weight: 15, 63, 128 or 255.
         signed: Whether codes are stored signed, as `linear_storage` decides.
     """
-    if signed and features.dotprod:
-        return Products(4, 32, 32, 8, _same, _sdot, _last)
+    if features.dotprod:
+        pair = smmla if features.i8mm else None
+        return Products(4, 32, 32, 8, _same, _sdot, _last, pair)
     if features.avx512vnni and not signed:
         return Products(16, 32, 32, 64, _same, _vnni(16), _last)
     if features.avxvnni and not signed:
@@ -83,8 +91,6 @@ def products(features: Features, *, largest: int, signed: bool) -> Products:
         step = _signed_pairs(lanes) if signed else _pairs(lanes)
         depth = _most_sums(128 if signed else largest)
         return Products(lanes, registers, 32, depth, _nothing, step, _widen(lanes))
-    if features.dotprod:
-        return Products(4, 32, 32, 8, _same, _sdot, _last)
     registers = 32 if features.neon else 16
     return Products(4, registers, 8, 8, _same, _multiply(signed=signed), _last)
 
@@ -123,6 +129,11 @@ def _vnni(lanes: int) -> Callable[[Expr, Expr, Expr], Expr]:
 def _sdot(total: Expr, weights: Expr, activations: Expr) -> Expr:
     operands = (bits("int8", value, 16) for value in (weights, activations))
     return intrinsic("llvm.aarch64.neon.sdot", "int32x4", total, *operands)
+
+
+def smmla(total: Expr, rows: Expr, outputs: Expr) -> Expr:
+    """Return the sums of two rows and two outputs, with eight products more in each."""
+    return intrinsic("llvm.aarch64.neon.smmla.v4i32.v16i8", "int32x4", total, rows, outputs)
 
 
 def _pairs(lanes: int) -> Callable[[Expr, Expr, Expr], Expr]:

@@ -15,6 +15,14 @@ weights and of the activations are applied once::
 Registers: rows * vectors of sums and as many of parts, the weights and a mask; results wait in
 memory. With AVX-512 all 32 outputs go at once, two vectors; with shorter vectors one half after
 the other.
+
+Where an instruction multiplies two rows with two outputs, eight columns deep, the sums of two rows
+lie in pairs of outputs as long as a block lasts::
+
+    of rows r0 and r1    r0 | o0 o1 o2 o3        to r0o0 r0o1 r1o0 r1o1
+                         r1 | o0 o1 o2 o3           r0o2 r0o3 r1o2 r1o3
+
+and the four bytes of four outputs in two neighbouring quads are zipped to eight of each output.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ from llmopt.backends.tvm.kernels.linear_script import (
     Expr,
     Register,
     bind,
+    bits,
     cast,
     integer,
     load,
@@ -38,6 +47,7 @@ from llmopt.backends.tvm.kernels.linear_script import (
     splat,
 )
 from llmopt.backends.tvm.kernels.linear_storage import TILE, Storage
+from llmopt.backends.tvm.kernels.vectors import shuffled
 
 Vectors = list[list[Expr]]
 
@@ -64,13 +74,14 @@ class Tile:
         Args:
             rows: The rows' numbers.
             tile: The tile's number.
-            width: How many outputs are computed at once, 16 or 32.
+            width: How many outputs are computed at once: 8, 16 or 32.
 
         Returns:
             The vectors of each row.
         """
+        kind = _Pairs if self.products.pair and len(rows) > 1 else _Run
         runs = [
-            _Run(self, rows, tile, range(at, at + width)).emit() for at in range(0, TILE, width)
+            kind(self, rows, tile, range(at, at + width)).emit() for at in range(0, TILE, width)
         ]
         return [[vector for run in runs for vector in run[i]] for i in range(len(rows))]
 
@@ -121,7 +132,12 @@ class _Run:
 
     def _sums(self, block: Expr) -> Vectors:
         """Emit the integer sums of one block."""
-        start = [[self._start(row, block) for _ in self.places] for row in self.rows]
+        return self._chunks(
+            block, [[self._start(row, block) for _ in self.places] for row in self.rows]
+        )
+
+    def _chunks(self, block: Expr, start: Vectors) -> Vectors:
+        """Emit the products of one block, added to ``start``."""
         chunks = self.tile.storage.block // self.chunk
         if chunks == 1:
             return self._chunk(block, start)
@@ -200,6 +216,57 @@ class _Run:
         points = self.tile.buffers["zero_point"]
         loaded = [load(points, [self.number, block, at], self.lanes) for at in self.places]
         return [bind(cast("float32", cast("int32", p, self.lanes), self.lanes)) for p in loaded]
+
+
+class _Pairs(_Run):
+    """The same, two rows and two outputs in one instruction; there are as many rows as pairs."""
+
+    def _chunks(self, block: Expr, start: Vectors) -> Vectors:
+        return _exchanged(super()._chunks(block, _exchanged(start)))
+
+    def _chunk(self, chunk: Expr, sums: Vectors) -> Vectors:
+        for octet in range(self.chunk // 8):
+            sums = self._octet(chunk, octet, sums)
+        return sums
+
+    def _octet(self, chunk: Expr, octet: int, sums: Vectors) -> Vectors:
+        """Emit the products of eight columns."""
+        multiply = self.tile.products.pair
+        assert multiply is not None
+        outputs = [self._outputs(at, chunk, octet) for at in self.places]
+        place = chunk * (self.chunk // 4) + 2 * octet
+        found = []
+        for i in range(0, len(sums), 2):
+            x = bind(self._two_rows(self.rows[i], self.rows[i + 1], place))
+            found += [
+                [
+                    bind(multiply(v, x, w[half]))
+                    for v, w in zip(sums[i + half], outputs, strict=True)
+                ]
+                for half in (0, 1)
+            ]
+        return found
+
+    def _two_rows(self, first: Expr, second: Expr, place: Expr) -> Expr:
+        """Return eight codes of one row and eight of another."""
+        codes = self.tile.activations.codes
+        words = [load(codes, [row, place], 2) for row in (first, second)]
+        return bits("int8", shuffled(words[0], words[1], [0, 1, 2, 3]), 16)
+
+    def _outputs(self, at: int, chunk: Expr, octet: int) -> list[Expr]:
+        """Return eight codes of outputs 0 and 1, and of 2 and 3."""
+        even, odd = (bind(self._weights(at, chunk, 2 * octet + i)) for i in (0, 1))
+        zips = ([0, 4, 1, 5], [2, 6, 3, 7])
+        return [bind(bits("int8", shuffled(even, odd, lanes), 16)) for lanes in zips]
+
+
+def _exchanged(sums: Vectors) -> Vectors:
+    """Return the sums of rows as those of pairs, or the other way: it is the same exchange."""
+    return [
+        [bind(shuffled(*both, lanes)) for both in zip(*pair, strict=True)]
+        for pair in zip(sums[::2], sums[1::2], strict=True)
+        for lanes in ([0, 1, 4, 5], [2, 3, 6, 7])
+    ]
 
 
 def _values(registers: list[list[Register]]) -> Vectors:
