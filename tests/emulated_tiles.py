@@ -72,5 +72,6 @@ def places(buffer: Any, index: tuple[Any, ...], stride: int) -> Callable[[Any, A
     """Return where a tile's words are in a buffer whose elements have 4 bytes."""
     if len(index) == 1:
         return lambda i, j: [index[0] + i * (stride // 4) + j]
-    assert stride == 4 * int(buffer.shape[1])
-    return lambda i, j: [index[0] + i, index[1] + j]
+    assert stride == 4 * int(buffer.shape[-1])
+    *before, row, column = index
+    return lambda i, j: [*before, row + i, column + j]

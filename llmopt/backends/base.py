@@ -99,7 +99,8 @@ class Backend(abc.ABC):
         name: The target's name, without options.
         summary: One line for ``llmopt targets``.
         schemes: The quantization schemes it has kernels for.
-        islands: What ``convert-float`` keeps in float32 for it.
+        islands: What ``convert-float`` keeps in float32 for it; with ``"activations"``,
+            ``narrow-weights`` runs instead, and weights of products alone are of 16 bits.
     """
 
     name: ClassVar[str]

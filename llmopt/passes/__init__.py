@@ -21,6 +21,7 @@ PASSES: Final[Mapping[str, str]] = {
     "fuse-rotary": "llmopt.passes.fuse_rotary:FuseRotary",
     "merge-gate-up": "llmopt.passes.merge_projections:MergeGateUp",
     "merge-qkv": "llmopt.passes.merge_projections:MergeQkv",
+    "narrow-weights": "llmopt.passes.narrow_weights:NarrowWeights",
     "quantize-dynamic": "llmopt.passes.quantize_dynamic:QuantizeDynamic",
     "quantize-weights": "llmopt.passes.quantize_weights:QuantizeWeights",
     "raise-attention": "llmopt.passes.raise_attention:RaiseAttention",

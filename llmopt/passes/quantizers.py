@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmopt.passes.base import Pass
 from llmopt.passes.convert_float import ConvertFloat
+from llmopt.passes.narrow_weights import NarrowWeights
 from llmopt.passes.quantize_dynamic import QuantizeDynamic
 from llmopt.passes.quantize_weights import QuantizeWeights
 from llmopt.quantization.schemes import Blockwise, Cast, DynamicInt8, Scheme
@@ -14,13 +15,15 @@ def quantizers(scheme: Scheme | None, islands: str) -> tuple[Pass, ...]:
 
     Args:
         scheme: None keeps float32. ``Static`` is the backend's own: it calibrates what it lowers.
-        islands: What ``convert-float`` keeps in float32.
+        islands: What ``convert-float`` keeps in float32; ``activations`` for all but weights.
     """
     match scheme:
         case Blockwise(bits, block, symmetric, positive, scale, head):
             return (QuantizeWeights(bits, block, symmetric, positive, scale, head),)
         case DynamicInt8():
             return (QuantizeDynamic(),)
+        case Cast("bfloat16") if islands == "activations":
+            return (NarrowWeights(),)
         case Cast(dtype):
             return (ConvertFloat(dtype, islands),)
     return ()

@@ -224,7 +224,7 @@ SCHEMES: Final[dict[str, str]] = {
     "w4": "weights in 4 bits, a scale per block of 32 columns; activations stay float",
     "w8a8-dynamic": "int8 weights per output channel, int8 activations scaled per token; encoders",
     "fp16": "weights and activations in IEEE half precision",
-    "bf16": "weights and activations in bfloat16",
+    "bf16": "weights and activations in bfloat16; tvm-cpu: weights alone",
     "w8a8": "int8 weights per output channel, int8 activations per tensor, calibrated; encoders",
     "fp8": "float8 (E4M3) weights per output channel, activations per tensor, calibrated; encoders",
 }

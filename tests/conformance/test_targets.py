@@ -34,6 +34,7 @@ def cases() -> list[tuple[str, str, str]]:
         for target in TARGETS
         for scheme in conformance.schemes(target, model)
         if name in EVERYWHERE or (target in MAIN and wanted(model, scheme))
+        if not spared(name, target, scheme)
     ]
 
 
@@ -47,6 +48,12 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     """Every model, not written yet."""
     work = tmp_path_factory.mktemp("models")
     return {name: Subject(model, work / name) for name, model in MODELS.items()}
+
+
+def spared(name: str, target: str, scheme: str) -> bool:
+    """Whether a case is left to bench/conformance.py: TVM's bf16 is run on one model here."""
+    tvm = target.startswith("tvm-cpu") and scheme == "bf16"
+    return tvm and (name, target) != ("llama", "tvm-cpu")
 
 
 @pytest.mark.parametrize(("name", "target", "scheme"), cases())

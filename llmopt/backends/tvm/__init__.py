@@ -46,6 +46,7 @@ class Tvm(Backend):
     """
 
     schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w6", "w8", "w8a8-dynamic"})
+    islands: ClassVar[str] = "activations"
     mcpu: str = HOST
     without: str = ""
 
@@ -114,6 +115,7 @@ class TvmCpu(Tvm):
     """A shared library for an x86-64 processor."""
 
     name: ClassVar[str] = "tvm-cpu"
+    schemes: ClassVar[frozenset[str]] = Tvm.schemes | {"bf16"}
     summary: ClassVar[str] = "a shared library of our own kernels, for an x86-64 processor"
 
     @override

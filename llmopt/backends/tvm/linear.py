@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from llmopt.backends.tvm.kernels import linear as kernels
 from llmopt.backends.tvm.kernels.rows import gather_packed
-from llmopt.backends.tvm.lower_linear import DOMAIN, DYNAMIC, quantized
+from llmopt.backends.tvm.lower_linear import BF16, DOMAIN, DYNAMIC, quantized
 from llmopt.backends.tvm.weights import Stored
 from llmopt.backends.tvm.writing import shape_of
 from llmopt.ir import graph as g
@@ -18,7 +18,7 @@ from llmopt.ir import weights
 from llmopt.ir.program import Program
 from llmopt.quantization.dynamic import Columns
 from llmopt.quantization.lazy import QuantizedWeight
-from llmopt.quantization.schemes import Blockwise, DynamicInt8
+from llmopt.quantization.schemes import Blockwise, Cast, DynamicInt8
 
 if TYPE_CHECKING:
     from llmopt.backends.tvm.function import Function
@@ -57,8 +57,8 @@ def _wanted(f: Function, node: ir.Node, k: int) -> kernels.Linear:
 
 def _scheme(node: ir.Node) -> Any:
     text = g.attribute(node, "scheme", "")
-    if not text:
-        return None
+    if text in {"", BF16}:
+        return Cast("bfloat16") if text else None
     return DynamicInt8() if text == DYNAMIC else _kernel_scheme(quantized(g.operand(node, 1)))
 
 
@@ -85,8 +85,8 @@ def key_of(node: ir.Node) -> Hashable:
     tensor = g.weight(value)
     assert tensor is not None
     text = g.attribute(node, "scheme", "")
-    if not text:
-        return weights.identity(weights.transposed(tensor))
+    if text in {"", BF16}:
+        return weights.identity(tensor if gathered else weights.transposed(tensor))
     if text == DYNAMIC:
         return weights.identity(tensor)
     codes = quantized(value)
@@ -95,11 +95,12 @@ def key_of(node: ir.Node) -> Hashable:
 
 def _reader(node: ir.Node) -> Callable[[], kernels.Weight]:
     """Return what reads the weight of a Linear."""
-    value = g.operand(node, 0 if node.op_type == "GatherRows" else 1)
+    gathered = node.op_type == "GatherRows"
+    value = g.operand(node, 0 if gathered else 1)
     tensor, text = g.weight(value), g.attribute(node, "scheme", "")
     assert tensor is not None
-    if not text:
-        return weights.transposed(tensor).numpy
+    if text in {"", BF16}:
+        return (tensor if gathered else weights.transposed(tensor)).numpy
     if text == DYNAMIC:
         scale = g.weight(node.inputs[2])
         assert scale is not None
@@ -119,11 +120,22 @@ def products(program: Program) -> dict[Hashable, ir.Node]:
 
 def gather_rows(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write a lookup of rows of a rounded table."""
-    codes = quantized(g.operand(node, 0))
-    wanted = kernels.Linear(codes.rows, codes.columns, _kernel_scheme(codes), features=f.features)
+    wanted = kernels.Linear(*_table(node), features=f.features)
     packing = f.module.made(kernels.choose, wanted).packing
     like = f.module.products.get(key_of(node))
     return looked_up(f, f.tensor(node.inputs[1]), packing, like if like is not None else node)
+
+
+def _table(node: ir.Node) -> tuple[int, int, Cast | Blockwise]:
+    """Return the sizes and the scheme of what a GatherRows reads."""
+    value = g.operand(node, 0)
+    if g.attribute(node, "scheme", "") == BF16:
+        rows, columns = g.static(value, 0), g.static(value, 1)
+        assert rows is not None
+        assert columns is not None
+        return rows, columns, Cast("bfloat16")
+    codes = quantized(value)
+    return codes.rows, codes.columns, _kernel_scheme(codes)
 
 
 def looked_up(f: Function, ids: Any, packing: kernels.Packing, of: ir.Node) -> Sequence[Any]:

@@ -3,10 +3,12 @@
 Rewrites::
 
     MatMul(x, W)                                        into    Linear(x, W)
+    MatMul(x, Cast<float>(W'))                          into    Linear<bf16>(x, W')
     MatMul(x, Transpose(DequantizeLinear(codes)))       into    Linear<w4>(x, codes)
     Mul(MatMul(DequantizeLinear(QuantizeLinear(x / m)),
                DequantizeLinear(codes, scale)), m)      into    Linear<w8a8-dynamic>(x, codes)
     Gather(DequantizeLinear(codes), ids)                into    GatherRows<w4>(codes, ids)
+    Gather(Cast<float>(E'), ids)                        into    GatherRows<bf16>(E', ids)
 
 and what follows a product and reads nothing else of it: a bias, a Gelu, a gated feed-forward, the
 residual.
@@ -27,6 +29,7 @@ from llmopt.quantization.lazy import QuantizedPart, QuantizedWeight
 
 DOMAIN: Final = "llmopt.tvm"
 DYNAMIC: Final = "w8a8-dynamic"
+BF16: Final = "bf16"
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,7 @@ class LowerLinear(Pass):
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         for node in g.nodes(program.graph, "Gather"):
-            codes = _codes(node.inputs[0])
-            if codes is not None:
-                _lower_rows(node, codes)
+            if _lower_rows(node):
                 outcome.hit()
         for node in g.nodes(program.graph, "MatMul"):
             found = _product(node)
@@ -78,7 +79,7 @@ class _Found:
 
 def _product(node: ir.Node) -> _Found | None:
     """Return the product of ``node`` with a weight, if it is one, and what follows it."""
-    found = _rounded(node) or _dynamic(node) or _plain(node)
+    found = _rounded(node) or _dynamic(node) or _narrow(node) or _plain(node)
     if found is None or (g.rank(found.x) or 0) < 2:
         return None
     _take_bias(found)
@@ -105,6 +106,25 @@ def _rounded(node: ir.Node) -> _Found | None:
     weight = quantized(codes)
     x, scheme = g.operand(node, 0), str(weight.scheme)
     return _Found(x, codes, None, scheme, node.outputs[0], weight.rows, node.name)
+
+
+def _narrow(node: ir.Node) -> _Found | None:
+    """Return a product with weights in bfloat16."""
+    value = _stored(node.inputs[1])
+    if value is None:
+        return None
+    rows = g.static(value, 1)
+    assert rows is not None
+    return _Found(g.operand(node, 0), value, None, BF16, node.outputs[0], rows, node.name)
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """Return the matrix in bfloat16 that ``value`` is widened from, if `narrow-weights` made it."""
+    cast = g.producer(value, "Cast")
+    tensor = None if cast is None else g.weight(cast.inputs[0])
+    if cast is None or tensor is None or tensor.dtype != ir.DataType.BFLOAT16:
+        return None
+    return g.operand(cast, 0) if len(tensor.shape) == 2 else None
 
 
 def _dynamic(node: ir.Node) -> _Found | None:
@@ -208,10 +228,18 @@ def _emit(found: _Found) -> None:
     g.replace(found.last, out)
 
 
-def _lower_rows(node: ir.Node, codes: ir.Value) -> None:
-    weight = quantized(codes)
-    attributes = {"scheme": str(weight.scheme), "columns": weight.columns}
+def _lower_rows(node: ir.Node) -> bool:
+    """Lower a lookup of rounded rows; return whether it is one."""
+    codes, stored = _codes(node.inputs[0]), _stored(node.inputs[0])
+    if codes is not None:
+        weight = quantized(codes)
+        attributes = {"scheme": str(weight.scheme), "columns": weight.columns}
+    elif stored is not None and g.attribute(node, "axis", 0) == 0:
+        attributes = {"scheme": BF16, "columns": g.static(stored, 1)}
+    else:
+        return False
     build = g.Builder(node)
-    inputs = [codes, node.inputs[1]]
+    inputs = [codes or stored, node.inputs[1]]
     out = build.op("GatherRows", inputs, attributes, domain=DOMAIN, name=node.name)
     g.replace(node.outputs[0], out)
+    return True

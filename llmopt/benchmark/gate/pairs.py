@@ -30,6 +30,7 @@ from llmopt.benchmark.gate.rounds import (
 from llmopt.benchmark.workload import Generate, Workload, default_workload, parse_workload
 from llmopt.bundle.manifest import MANIFEST, Manifest
 from llmopt.errors import SourceNotFoundError, UsageError
+from llmopt.runtime.opening import artifact_of
 
 ALLOWANCE: Final = 0.05
 ALLOWANCES: Final[Mapping[str, float]] = {MEMORY: 0.10, LOAD: 0.20}

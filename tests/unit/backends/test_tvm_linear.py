@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,7 +18,7 @@ from llmopt.errors import UnsupportedModelError
 from llmopt.quantization import packing
 from llmopt.quantization.dynamic import Columns, quantize_columns
 from llmopt.quantization.numerics import Quantized, dequantize, quantize_blockwise
-from llmopt.quantization.schemes import Blockwise, DynamicInt8
+from llmopt.quantization.schemes import Blockwise, Cast, DynamicInt8
 from llmopt.runtime.processor import tiles_allowed
 
 tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
@@ -27,6 +28,7 @@ from emulated_tiles import EmulatedTiles  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels import amx, linear_products  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.linear_panel import Form  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.linear_script import cast  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.rows import gather_packed  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.vectors import shuffled  # noqa: E402 - needs TVM
 
 Array = npt.NDArray[Any]
@@ -249,6 +251,39 @@ def test_float_products_are_numpys(name: str) -> None:
             close(product(x), x.astype(np.float64) @ weight.T.astype(np.float64), 1e-5)
 
 
+BF16 = Cast("bfloat16")
+
+
+def nearest(values: Array) -> Floats:
+    """Return the nearest numbers of bfloat16."""
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["avx512vnni", "avx2", "portable"])
+def test_products_with_bfloat16_weights_leave_activations_alone(name: str) -> None:
+    rng = np.random.default_rng(15)
+    n, k = 75, 131
+    weight = rng.standard_normal((n, k)).astype(np.float32)
+    for rows, sizes in (("one", (1,)), ("many", (1, 2, 17))):
+        wanted = Linear(n, k, BF16, rows, (), PROCESSORS[name][1])  # type: ignore[arg-type]
+        product = Product(wanted, name, weight)
+        for m in sizes:
+            x = rng.standard_normal((m, k)).astype(np.float32)
+            close(product(x), x.astype(np.float64) @ nearest(weight).T.astype(np.float64), 1e-5)
+
+
+def test_rows_of_bfloat16_are_looked_up_in_the_weight_of_a_product() -> None:
+    rng = np.random.default_rng(16)
+    weight = rng.standard_normal((70, 45)).astype(np.float32)
+    for features in (PROCESSORS["portable"][1], BFLOAT):
+        packed = choose(Linear(70, 45, BF16, features=features)).packing
+        lookup = compiled(LinearKernels((gather_packed(packed),), packed), processor("avx2").target)
+        ids = np.array([69, 0, -1, 33])
+        y = tvm.runtime.tensor(np.zeros((4, 45), np.float32))
+        lookup(tvm.runtime.tensor(pack(weight, packed)["weights"]), tvm.runtime.tensor(ids), y)
+        np.testing.assert_array_equal(y.numpy(), nearest(weight)[ids])
+
+
 def erf(x: Array) -> Array:
     return np.vectorize(math.erf)(x)  # type: ignore[no-any-return]
 
@@ -307,9 +342,9 @@ def test_bias_and_residual_are_added(rows: str, scheme: Blockwise | None) -> Non
 
 
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("scheme", [*SCHEMES, None, DynamicInt8()], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, None, BF16, DynamicInt8()], ids=str)
 def test_packed_arrays_are_what_the_packing_says(
-    scheme: Blockwise | DynamicInt8 | None, *, paired: bool
+    scheme: Blockwise | DynamicInt8 | Cast | None, *, paired: bool
 ) -> None:
     rng = np.random.default_rng(8)
     weight: Any = rng.standard_normal((70, 45)).astype(np.float32)
@@ -394,6 +429,7 @@ def test_kernels_of_different_products_have_different_names() -> None:
 
 
 SAPPHIRE_RAPIDS = Features(avx2=True, avx512=True, avx512vnni=True, amx_int8=True)
+BFLOAT = Features(avx2=True, avx512=True, avx512bf16=True, amx_bf16=True)
 TILED = [
     Blockwise(4, 32),
     Blockwise(4, 128, symmetric=False),
@@ -462,6 +498,47 @@ def test_weights_of_4_bits_get_one_scale_a_row_on_tiles(
     assert np.linalg.norm(found - exact) < lost / 3
 
 
+@pytest.mark.parametrize("k", [250, 64, 20])
+def test_bfloat16_on_tiles_is_right_with_emulated_tiles(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amx, "Intrinsics", EmulatedTiles)
+    rng = np.random.default_rng(17)
+    weight = rng.standard_normal((70, k)).astype(np.float32)
+    product = Product(Linear(70, k, BF16, "many", (), BFLOAT), "avx512vnni", weight)
+    for m in (1, 17, 70):
+        x = nearest(rng.standard_normal((m, k)))  # so that only weights are rounded
+        close(product(x), x.astype(np.float64) @ nearest(weight).T.astype(np.float64), 1e-5)
+
+
+def test_bfloat16_on_tiles_rounds_rows_and_finishes_with_the_epilogue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(amx, "Intrinsics", EmulatedTiles)
+    rng = np.random.default_rng(18)
+    n, k, m = 64, 96, 40
+    weight, x = (rng.standard_normal((rows, k)).astype(np.float32) for rows in (n, m))
+    bias, residual = rng.standard_normal(n), rng.standard_normal((m, n // 2))
+    wanted = Linear(n, k, BF16, "many", ("bias", "swiglu", "residual"), BFLOAT)
+    given = {"bias": bias.astype(np.float32), "residual": residual.astype(np.float32)}
+    found = Product(wanted, "avx512vnni", weight)(x, **given)
+    gate, up = np.split(nearest(x) @ nearest(weight).T + bias, 2, axis=1)
+    close(found, gate / (1 + np.exp(-gate)) * up + residual, 1e-5)
+
+
+def test_bfloat16_runs_on_amx() -> None:
+    with open("/proc/cpuinfo", encoding="ascii") as file:  # noqa: PTH123 - a device, not a path
+        if "amx_bf16" not in file.read():
+            pytest.skip("this processor has no amx_bf16")
+    assert tiles_allowed()
+    rng = np.random.default_rng(19)
+    weight, x = (rng.standard_normal((rows, 170)).astype(np.float32) for rows in (70, 300))
+    product = Product(
+        Linear(70, 170, BF16, "many", (), BFLOAT), "avx512vnni", weight, "sapphirerapids"
+    )
+    close(product(x), nearest(x).astype(np.float64) @ nearest(weight).T.astype(np.float64), 1e-5)
+
+
 def test_panels_are_as_even_as_can_be() -> None:
     def sizes(k: int, scheme: Blockwise | None = None) -> tuple[int, int]:
         wanted = Linear(32, k, scheme or Blockwise(4, 32), features=SAPPHIRE_RAPIDS)
@@ -502,6 +579,12 @@ def test_code_for_amx_is_generated() -> None:
     assert "tdpbssd" in text
     assert "ldtilecfg" in text
     assert "tilerelease" in text
+    kernel = choose(Linear(32, 64, BF16, "many", (), target.features)).kernels[0]
+    code = tvm.compile(
+        tvm.IRModule({kernel.name: kernel.function}), target=tvm.target.Target(target.target)
+    )
+    assert code.mod.inspect_source("asm").count("tdpbf16ps") % 4 == 0
+    assert "tdpbf16ps" in code.mod.inspect_source("asm")
 
 
 def test_code_for_256_bit_vnni_is_generated() -> None:

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from programs import only, operators, program, reasons
 
+from llmopt.backends.tvm.linear import key_of
 from llmopt.backends.tvm.lower_attention import LowerAttention
 from llmopt.backends.tvm.lower_linear import LowerLinear
 from llmopt.backends.tvm.sizes import bounds, evaluate, known
 from llmopt.ir import graph as g
+from llmopt.passes.fold_weights import FoldWeights
+from llmopt.passes.narrow_weights import NarrowWeights
 from llmopt.passes.quantize_weights import QuantizeWeights
 
 CACHED = """main (float[B,S,E] x, float[B,S,20] row, int64[B,S] position_ids,
@@ -161,6 +164,32 @@ def test_a_rounded_table_and_its_tied_head_read_the_same_codes() -> None:
 
     assert operators(made) == ["GatherRows", "Linear"]
     assert g.attribute(only(made, "GatherRows"), "scheme", "") == "w4{block=16}"
+
+
+def test_a_table_in_bfloat16_and_its_tied_head_read_the_same_weight() -> None:
+    made = program(
+        """main (int64[B,S] input_ids) => (float[B,S,3] logits)
+<float[3,2] e = {1.001, 2, 3, 4, 5, 6}>
+{
+   x = Gather (e, input_ids)
+   t = Transpose <perm = [1, 0]> (e)
+   logits = MatMul (x, t)
+}""",
+        weights=["e"],
+    )
+    FoldWeights().run(made)
+    rounded = NarrowWeights().rounding(made, lambda _, array: array)
+    assert NarrowWeights().run(made).applied == 2
+    assert operators(made).count("Cast") == 2
+    LowerLinear().run(made)
+
+    assert operators(made) == ["GatherRows", "Linear"]
+    rows, product = only(made, "GatherRows"), only(made, "Linear")
+    assert g.attribute(product, "scheme", "") == g.attribute(rows, "scheme", "") == "bf16"
+    assert key_of(rows) == key_of(product)
+    table = np.asarray([[1.001, 2], [3, 4], [5, 6]], np.float32)
+    assert rounded("e", table)[0].tolist() == [1, 2]
+    assert rounded("f", table) is table
 
 
 def test_slices_count_from_the_end_as_onnx_does() -> None:

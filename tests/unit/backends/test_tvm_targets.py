@@ -82,6 +82,23 @@ def test_rounded_weights_are_proven_and_their_quality_measured(
     assert len(runner.generate_ids(PROMPTS[0], **ALL_STEPS)) == 12
 
 
+def test_weights_in_bfloat16_are_half_the_bytes_and_proven(
+    source: Path, llama: llmopt.Artifact, tmp_path: Path
+) -> None:
+    artifact = llmopt.compile(source, target="tvm-cpu", output=tmp_path / "out", quantize="bf16")
+
+    assert artifact.manifest.precision == {"weights": "bf16"}
+    assert artifact.manifest.verification["worst_error_rel"] <= 1e-5  # rounded alike
+    assert 0 < artifact.manifest.quality["kl_mean"] < 1e-3
+    index = json.loads((artifact.path / engine.INDEX).read_text())
+    tables = [each["shape"] for each in index["weights"] if "embed" in each["name"]]
+    assert tables == [[2, 16, 32]]  # 60 rows of 32, in pairs: head and lookup share one
+    sizes = [(each.path / engine.WEIGHTS).stat().st_size for each in (artifact, llama)]
+    assert sizes[0] < 0.55 * sizes[1]
+    tokens = llmopt.load(artifact).generate_ids(PROMPTS[0], **ALL_STEPS)
+    assert tokens == llmopt.load(llama).generate_ids(PROMPTS[0], **ALL_STEPS)
+
+
 SCHEMES = [None, "w4{block=16}", pytest.param("w8a8-dynamic", marks=pytest.mark.slow)]
 
 

@@ -18,15 +18,17 @@ from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels import linear_pack
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.kernels.linear_storage import (
+    Halves,
     Storage,
     block_storage,
     channel_storage,
+    half_storage,
     tiles,
 )
 from llmopt.quantization.dynamic import Columns
 from llmopt.quantization.numerics import Quantized
 from llmopt.quantization.packing import Packed
-from llmopt.quantization.schemes import Blockwise, DynamicInt8
+from llmopt.quantization.schemes import Blockwise, Cast, DynamicInt8
 
 Array = npt.NDArray[Any]
 Weight = Array | Quantized | Packed | Columns
@@ -40,7 +42,7 @@ class Linear:
     Args:
         n: Rows of the weight; gate and up rows together, where the epilogue is gated.
         k: Columns of the weight.
-        scheme: How the weight is rounded; None for float32.
+        scheme: How the weight is rounded: None for float32, `Cast` for bfloat16.
         rows: ``"one"`` for M = 1, ``"many"`` for any M, known when the kernel runs.
         epilogue: Of ``"bias"``, then one of ``"gelu"``, ``"gelu_tanh"``, ``"swiglu"`` (the first
             half of the rows are gates, the result has N / 2 columns), then ``"residual"``.
@@ -56,7 +58,7 @@ class Linear:
 
     n: int
     k: int
-    scheme: Blockwise | DynamicInt8 | None = None
+    scheme: Blockwise | DynamicInt8 | Cast | None = None
     rows: Literal["one", "many"] = "many"
     epilogue: tuple[str, ...] = ()
     features: Features = Features()  # noqa: RUF009 - frozen
@@ -84,12 +86,14 @@ class Linear:
         return self.n // 2 if self.paired else self.n
 
     @property
-    def storage(self) -> Storage | None:
-        """How integer weights are stored; None for float32."""
+    def storage(self) -> Storage | Halves | None:
+        """How integer weights, or bfloat16 ones, are stored; None for float32."""
         if isinstance(self.scheme, Blockwise):
             return block_storage(self.scheme, self.k, self.scale, self.features)
         if isinstance(self.scheme, DynamicInt8):
             return channel_storage(self.k, self.limit, self.features)
+        if isinstance(self.scheme, Cast):
+            return half_storage(self.k, self.features)
         return None
 
 
@@ -100,13 +104,13 @@ class Packing:
     Args:
         n: Rows of the weight.
         k: Columns of the weight.
-        storage: Of integer weights; None for float32.
+        storage: Of integer weights, or of bfloat16; None for float32.
         paired: Whether each tile has gates and what they multiply.
     """
 
     n: int
     k: int
-    storage: Storage | None
+    storage: Storage | Halves | None
     paired: bool
 
     @property
@@ -115,6 +119,8 @@ class Packing:
         count = tiles(self.n, paired=self.paired)
         if self.storage is None:
             return {"weights": ((count, self.k, 32), "float32")}
+        if isinstance(self.storage, Halves):
+            return {"weights": ((count, self.storage.columns // 2, 32), "int32")}
         storage = self.storage
         found: dict[str, tuple[tuple[int, ...], str]] = {
             "codes": ((count, storage.columns * storage.bits // 32, 32), "int32"),
@@ -161,9 +167,11 @@ def pack(weight: Weight, packing: Packing) -> dict[str, Array]:
     """
     n, paired, storage = packing.n, packing.paired, packing.storage
     _check(weight, packing)
-    if storage is None:
+    if not isinstance(storage, Storage):
         assert isinstance(weight, np.ndarray)
-        return linear_pack.pack_floats(weight, n, paired=paired)
+        if storage is None:
+            return linear_pack.pack_floats(weight, n, paired=paired)
+        return linear_pack.pack_halves(weight, n, storage.columns, paired=paired)
     if isinstance(weight, Columns):
         return linear_pack.pack_channels(weight, n, storage, paired=paired)
     return linear_pack.pack_blocks(weight, n, storage, paired=paired)
@@ -178,12 +186,12 @@ def _check(weight: Weight, packing: Packing) -> None:
         found = (len(weight.scale), weight.columns)
     if found != (packing.n, packing.k):
         raise ValueError(f"weight {found} for a packing of {(packing.n, packing.k)}")
-    channels = packing.storage is not None and packing.storage.channels
-    fits = isinstance(weight, Columns) == channels
+    storage = packing.storage
+    fits = isinstance(weight, Columns) == (isinstance(storage, Storage) and storage.channels)
     if isinstance(weight, Packed | Quantized):
-        fits = packing.storage is not None and weight.scheme == packing.storage.scheme
+        fits = isinstance(storage, Storage) and weight.scheme == storage.scheme
     if not fits:
-        raise ValueError(f"a {type(weight).__name__} does not fit {packing.storage}")
+        raise ValueError(f"a {type(weight).__name__} does not fit {storage}")
 
 
 def _kernel(wanted: Linear, packing: Packing) -> Kernel:
@@ -205,6 +213,7 @@ def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
     from llmopt.backends.tvm.kernels import (
         amx,
         linear_amx,
+        linear_bfloat,
         linear_exact,
         linear_float,
         linear_gemm,
@@ -218,7 +227,9 @@ def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
 
     def body(buffers: Mapping[str, Any]) -> None:
         epilogue = Epilogue(wanted.n, wanted.epilogue, buffers)
-        if storage is None:
+        if isinstance(storage, Halves) and features.amx_bf16 and not (one or wanted.exact):
+            linear_bfloat.emit(buffers, epilogue, k, amx.Intrinsics())
+        elif not isinstance(storage, Storage):
             emit = linear_float.emit_row if one else linear_float.emit_rows
             emit(buffers, epilogue, k, features)
         elif wanted.exact:
@@ -235,12 +246,12 @@ def _body(wanted: Linear) -> Callable[[Mapping[str, Any]], None]:
 def _name(wanted: Linear) -> str:
     """Return a name that no other product has."""
     scheme = wanted.scheme
-    kind = "f32" if scheme is None else "w8a8"
+    kind = "f32" if scheme is None else str(scheme)
     if isinstance(scheme, Blockwise):
         zero = "" if scheme.symmetric else "z"
         kind = f"w{scheme.bits}{zero}_b{scheme.block}_{wanted.scale}"
-    elif scheme is not None:
-        kind += f"_{wanted.limit}"
+    elif isinstance(scheme, DynamicInt8):
+        kind = f"w8a8_{wanted.limit}"
     use = ("decode" if wanted.rows == "one" else "prefill") + ("_exact" if wanted.exact else "")
     parts = [f"linear_{kind}_{use}_n{wanted.n}_k{wanted.k}", *wanted.epilogue]
     return "_".join([*parts, wanted.features.label])

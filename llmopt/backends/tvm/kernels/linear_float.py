@@ -1,4 +1,4 @@
-"""Products with float32 weights: one row for decoding, many for prefill and encoders.
+"""Products in float32, of weights in float32 or bfloat16: one row for decoding, many for others.
 
 Weights are [T, K, 32]: for each column the 32 outputs of a tile are two vectors of 512 bits, four
 of 256, eight of 128. One row is read as it is. Of many rows, those that are computed together are
@@ -7,10 +7,13 @@ of the cache::
 
     x [M, K]  ->  [M / R, K, R]        step k:   result[r, :] += x[k, r] * weights[k, :]
 
+Weights of bfloat16, [T, K'/2, 32] pairs, are widened in registers: a number is the upper half of
+the float32 that it is, so the first of a pair is moved up, and of the second the rest masked out.
+
 R rows times 32 outputs stay in registers with AVX-512 (8 * 2), 16 outputs with shorter vectors.
 
-Roofline: one row: memory, 4 bytes for each product. Many: multiply-adds; with AVX-512 16 of them
-a step, beside two loads of weights.
+Roofline: one row: memory, 4 bytes for each product, or 2. Many: multiply-adds; with AVX-512 16 of
+them a step, beside two loads of weights, or one and two operations that widen it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from llmopt.backends.tvm.kernels.linear_script import (
     Register,
     T,
     bind,
+    bits,
+    integer,
     load,
     number,
     parallel,
@@ -103,27 +108,60 @@ def _sums(
     """Emit sums over columns and return, of each row, a vector for each place.
 
     Args:
-        weights: [T, K, 32] float32, and the tile.
+        weights: [T, K, 32] float32 or [T, K'/2, 32] pairs of bfloat16, and the tile.
         places: Outputs of the tile at which vectors begin.
         sizes: Rows, columns and lanes.
         x: Row and column to a number.
     """
     rows, k, lanes = sizes
-    buffer, tile = weights
     registers = [[Register(lanes) for _ in places] for _ in range(rows)]
     for row in registers:
         for register in row:
             register.set(number(0, lanes))
 
-    def step(column: Expr) -> None:
-        vectors = [bind(load(buffer, [tile, column, at], lanes)) for at in places]
+    def step(column: Expr, vectors: list[Expr]) -> None:
         for i, row in enumerate(registers):
             value = bind(splat(x(i, column), lanes))
             for register, vector in zip(row, vectors, strict=True):
                 register.set(register.get() + value * vector)
 
-    each_column(k, step)
+    _each_column(weights, places, (k, lanes), step)
     return [[register.get() for register in row] for row in registers]
+
+
+def _each_column(
+    weights: tuple[Any, Expr],
+    places: range,
+    sizes: tuple[int, int],
+    step: Callable[[Expr, list[Expr]], None],
+) -> None:
+    """Emit ``step`` for each column, with its weights in float32."""
+    (buffer, tile), (k, lanes) = weights, sizes
+
+    def vectors(line: Expr) -> list[Expr]:
+        return [bind(load(buffer, [tile, line, at], lanes)) for at in places]
+
+    def pair(line: Expr) -> None:
+        both = vectors(line)
+        step(2 * line, [bind(_first(vector, lanes)) for vector in both])
+        step(2 * line + 1, [bind(_second(vector, lanes)) for vector in both])
+
+    if str(buffer.ty.dtype) == "float32":
+        each_column(k, lambda column: step(column, vectors(column)))
+        return
+    each_column(k // 2, pair)
+    if k % 2:
+        step(k - 1, [bind(_first(vector, lanes)) for vector in vectors(k // 2)])
+
+
+def _first(pair: Expr, lanes: int) -> Expr:
+    """Return the first of two bfloat16, widened."""
+    return bits("float32", pair << integer(16, lanes), lanes)
+
+
+def _second(pair: Expr, lanes: int) -> Expr:
+    """Return the second of two bfloat16, widened."""
+    return bits("float32", pair & integer(-0x10000, lanes), lanes)
 
 
 def each_column(k: int, step: Callable[[Expr], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +26,17 @@ def pack_floats(weight: Array, n: int, *, paired: bool) -> dict[str, Array]:
     packed = np.empty((tiles(n, paired=paired), k, TILE), np.float32)
     for part, rows in _parts(n, k, paired=paired):
         packed[part] = _by_lane(_take(weight, rows).astype(np.float32))
+    return {"weights": packed}
+
+
+def pack_halves(weight: Array, n: int, columns: int, *, paired: bool) -> dict[str, Array]:
+    """Return ``weights`` [T, K'/2, 32], pairs of bfloat16, of a weight [N, K] rounded to it."""
+    k = weight.shape[1]
+    packed = np.empty((tiles(n, paired=paired), columns // 2, TILE), np.int32)
+    for part, rows in _parts(n, columns, paired=paired):
+        halves = np.zeros((len(rows), columns), ml_dtypes.bfloat16)
+        halves[:, :k] = _take(weight, rows)
+        packed[part] = _by_lane(halves.view(np.int32))
     return {"weights": packed}
 
 

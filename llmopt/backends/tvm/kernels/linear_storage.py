@@ -5,6 +5,7 @@ byte to its last, one stream. The halves of a tile of a gated feed-forward are 1
 rows that they gate. Rows that fill the last tile are zeros. For T tiles::
 
     float32   weights [T, K, 32] float32          weights[t, k, i] = W[row(t, i), k]
+    bf16      weights [T, K'/2, 32] int32         a lane is 2 numbers of one row, the first low
 
     w4        codes   [T, K'/8, 32] int32         a lane is 8 codes of one row:
                 bits  31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
@@ -23,6 +24,8 @@ rows that they gate. Rows that fill the last tile are zeros. For T tiles::
 the next four: a *quad*, which is what products of four bytes take, and a row of a tile of AMX. In 6
 bits two bits are added from the third lane; `Storage.quad` says which bits of which lanes. A row of
 an embedding tied to a head can be gathered from the same arrays, 128 bytes apart.
+
+Sixteen such lanes of ``bf16`` below each other are what a tile of AMX takes: no panel is unpacked.
 
 Codes of 4 and 6 bits are stored as they are. Codes of 8 bits are stored as what multiplies exactly:
 unsigned for VNNI, signed for the others; int8 codes of -64 … 64 as 0 … 128 for AVX2. `middle` is
@@ -45,6 +48,10 @@ STEP: Final = 32
 """The padded length of a row of int8 codes is a multiple of it, of twice that for AMX."""
 SHARED: Final = 128
 """Columns of activations that share a scale, at most, where weights have 4 bits."""
+
+
+DEPTH: Final = 32
+"""Columns of bfloat16 in a tile of AMX."""
 
 
 class Piece(NamedTuple):
@@ -125,6 +132,23 @@ class Storage:
     def largest(self) -> int:
         """The largest stored code, or magnitude of one."""
         return 2 * self.middle if self.middle == 64 else (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How weights in bfloat16 are stored.
+
+    Args:
+        columns: Length of a padded row, K'.
+    """
+
+    columns: int
+
+
+def half_storage(k: int, features: Features) -> Halves:
+    """Return how a weight in bfloat16 is stored: whole pairs, and whole tiles for AMX."""
+    step = DEPTH if features.amx_bf16 else 2
+    return Halves(-(-k // step) * step)
 
 
 def block_storage(scheme: Blockwise, k: int, scale: str, features: Features) -> Storage:

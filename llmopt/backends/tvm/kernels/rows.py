@@ -14,7 +14,7 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.kernels.linear import Packing
-from llmopt.backends.tvm.kernels.linear_storage import TILE, Storage
+from llmopt.backends.tvm.kernels.linear_storage import TILE, Halves, Storage
 from llmopt.backends.tvm.kernels.signature import Argument, kernel
 
 
@@ -40,18 +40,21 @@ def gather_packed(packing: Packing) -> Kernel:
     return kernel(name, inputs, [Argument("y", ("m", width))], body)
 
 
-def _label(storage: Storage | None) -> str:
-    if storage is None:
-        return "f32"
+def _label(storage: Storage | Halves | None) -> str:
+    if not isinstance(storage, Storage):
+        return "f32" if storage is None else f"bf16_{storage.columns}"
     blocks = f"w{storage.bits}_b{storage.block}_{storage.scale}"
     return f"{blocks}_z{storage.middle}" + "_signed" * storage.signed
 
 
-def _number(buffers: Mapping[str, Any], row: Any, k: Any, storage: Storage | None) -> Any:
+def _number(buffers: Mapping[str, Any], row: Any, k: Any, storage: Storage | Halves | None) -> Any:
     """Return number k of a row, float32."""
     tile, lane = row // TILE, row % TILE
     if storage is None:
         return buffers["weights"][tile, k, lane]
+    if isinstance(storage, Halves):
+        pair = T.shift_right(buffers["weights"][tile, k // 2, lane], T.cast(k % 2 * 16, "int32"))
+        return T.reinterpret(T.shift_left(pair, T.int32(16)), dtype="float32")
     block = T.bind(k // storage.block)
     middle: Any = storage.middle
     if storage.zero_points:
