@@ -30,7 +30,7 @@ from llmopt.benchmark.gate.rounds import (
 from llmopt.benchmark.workload import Generate, Workload, default_workload, parse_workload
 from llmopt.bundle.manifest import MANIFEST, Manifest
 from llmopt.errors import SourceNotFoundError, UsageError
-from llmopt.runtime.opening import artifact_of
+from llmopt.runtime.opening import artifact_of, is_bundle
 
 ALLOWANCE: Final = 0.05
 ALLOWANCES: Final[Mapping[str, float]] = {MEMORY: 0.10, LOAD: 0.20}
@@ -206,6 +206,10 @@ def stored_of(baseline: Baseline, candidate: Path, path: Path) -> Stored:
     )
 
 
+def _is_one(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or is_bundle(path)
+
+
 def beside(baseline: Path, candidate: Path, *, alone: bool) -> Path:
     """Return the artifact that a candidate is compared with.
 
@@ -218,7 +222,7 @@ def beside(baseline: Path, candidate: Path, *, alone: bool) -> Path:
         SourceNotFoundError: There is none.
         UsageError: One baseline is given for several candidates.
     """
-    if (baseline / MANIFEST).is_file():
+    if _is_one(baseline):
         if alone:
             return baseline
         raise UsageError(
@@ -226,7 +230,7 @@ def beside(baseline: Path, candidate: Path, *, alone: bool) -> Path:
             "give the folder that holds one of the same name for each"
         )
     found = baseline / name_of(candidate)
-    if (found / MANIFEST).is_file():
+    if _is_one(found):
         return found
     raise SourceNotFoundError(
         found if baseline.exists() else baseline,
