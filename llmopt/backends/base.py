@@ -23,8 +23,10 @@ TOLERANCE: Final = 1e-3
 """Sums of thousands of float32 products in another order; rounded weights are compared with the
 source's own, rounded the same way, and multiplied in float32."""
 ROUNDED: Final = 5e-2
-"""Of outputs of quantized models on two machines: where activations become int8, each processor's
-kernels group them their way."""
+"""Of outputs whose activations kernels round to int8, as each processor's kernels group them."""
+ROUNDED_TOGETHER: Final = 1e-1
+"""Of outputs of weights of 4 bits: KleidiAI's kernels for arm64 and those for tiles of AMX scale
+many more activations together than a block has, and large ones cost the small ones two bits."""
 COUNTED: Final = 0.95
 """Part of the tokens that has to keep it: in a trained model a small change can move a token onto
 or off an attention sink (Xiao et al. 2024, arXiv:2309.17453), and its logits are others then."""
@@ -46,7 +48,7 @@ class Availability:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far the outputs of an artifact on a device may be from those of the machine it is from.
+    """How far outputs on a device may be from those of the same weights in exact arithmetic.
 
     Args:
         tolerance: ``max|a - b| / max|b|``.
@@ -170,10 +172,11 @@ class Backend(abc.ABC):
         return TOLERANCE
 
     def example_bounds(self, scheme: str | None) -> Bounds | None:
-        """Return how far a device's outputs may be from this machine's; None for no example."""
+        """Return how far a device may be from exact arithmetic here; None for no example."""
         if scheme is None:
             return Bounds(self.tolerance(None))
-        return Bounds(max(self.tolerance(scheme), ROUNDED), COUNTED)
+        rounded = ROUNDED_TOGETHER if scheme.startswith("w4") else ROUNDED
+        return Bounds(max(self.tolerance(scheme), rounded), COUNTED)
 
     @abc.abstractmethod
     def available(self) -> Availability:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import resource
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -108,10 +107,8 @@ class Compilation:
             lowering = self._lower(program, done)
             lowered = self._write(program, folder, demand)
             with self._runnable(program, folder / lowered.entry, demand) as (runner, entry):
-                proof = self._prove(program, runner, entry)
-                rounding = functools.cache(lambda: runner.open(entry))
-                quality = self._quality(program, rounding)
-                self._exemplify(program, rounding, runner.target, folder)
+                proof = self._prove(program, runner, entry, folder)
+                quality = self._quality(program, runner, entry)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
             manifest = self._manifest(program, lowered, text, proof, quality)
             work = count_work(program).to_dict() | {"activation_bytes": activation_bytes(program)}
@@ -156,25 +153,28 @@ class Compilation:
                 lowered = runner.write(program, Path(place), demand)
             yield runner, Path(place) / lowered.entry
 
-    def _prove(self, program: Program, runner: Backend, entry: Path) -> Verification:
+    def _prove(self, program: Program, runner: Backend, entry: Path, folder: Path) -> Verification:
+        """Compare the artifact with its source, and write what it computed as an example."""
         if self.options.verify == "off":
             return Verification("off")
         with self.clock("verifying against the source"):
+            exact = runner.open(entry, exact=True)
             proof = verify(
                 program,
-                runner.open(entry, exact=True),
+                exact,
                 self.optimized.source.reference,
                 tolerance=self.backend.tolerance(self.options.quantize),
                 transform=self.rounding(),
             )
+        self._exemplify(program, exact, runner.target, folder)
         by = self.backend.proven_by or ("" if runner is self.backend else runner.target)
         return dataclasses.replace(proof, proven_by=by)
 
-    def _quality(self, program: Program, opened: Callable[[], Run]) -> dict[str, Any]:
+    def _quality(self, program: Program, runner: Backend, entry: Path) -> dict[str, Any]:
         if self.scheme is None or self.options.verify == "off":
             return {}
         with self.clock("measuring quality against the source"):
-            quality = measure_quality(program, opened(), self.optimized.source.reference)
+            quality = measure_quality(program, runner.open(entry), self.optimized.source.reference)
         bound, found = self.options.max_kl, quality.get("kl_mean")
         if bound is not None and found is None:
             raise UsageError("--max-kl: this model gives no logits to measure it on")
@@ -183,16 +183,13 @@ class Compilation:
             raise AccuracyError("mean KL divergence from the source", found, bound, hint)
         return quality
 
-    def _exemplify(
-        self, program: Program, opened: Callable[[], Run], target: str, folder: Path
-    ) -> None:
+    def _exemplify(self, program: Program, exact: Run, target: str, folder: Path) -> None:
         """Write the example that the artifact tests itself with on a device."""
         bounds = self.backend.example_bounds(self.options.quantize)
-        if bounds is None or self.options.verify == "off":
+        if bounds is None:
             return
         with self.clock("making the example"):
-            rows = min(ROWS, self.options.batch)
-            made = make_golden(program, opened(), folder, rows)
+            made = make_golden(program, exact, folder, min(ROWS, self.options.batch))
             within = dataclasses.asdict(bounds)
             dataclasses.replace(made, made_with=target, **within).write(folder)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from edge import arm64
+from edge import arm64, headers
 from edge.arm64 import Arm64, MissingError
 
 
@@ -93,3 +93,19 @@ def test_packages_come_from_the_mirror_that_the_machine_has(
     ]
     with pytest.raises(MissingError, match="a source of Debian trixie"):
         list(arm64._sources("trixie"))
+
+
+def test_headers_that_are_not_there_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MissingError, match="make edge-test"):
+        headers.headers(tmp_path)
+    monkeypatch.setattr(headers, "_done", lambda _: "amd64\n")
+    monkeypatch.setattr(arm64, "_system", lambda: {"ID": "fedora", "PRETTY_NAME": "Fedora 44"})
+    monkeypatch.setattr(sys, "argv", ["headers.py", str(tmp_path / "made")])
+
+    headers.main()
+
+    assert "Fedora 44" in capsys.readouterr().err
+    with pytest.raises(MissingError, match="Fedora 44 does not reach"):
+        headers.headers(tmp_path / "made")

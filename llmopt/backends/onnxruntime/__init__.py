@@ -10,7 +10,7 @@ from typing import ClassVar, Final, Self
 
 from typing_extensions import override
 
-from llmopt.backends.base import Availability, Backend, Bounds, Demand, Lowered, Run
+from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
 from llmopt.backends.onnxruntime import openvino
 from llmopt.backends.onnxruntime.artifact import DATA, ENTRY, finish, installed, write_model
 from llmopt.backends.onnxruntime.kernels import decomposes
@@ -23,11 +23,6 @@ from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 
 __all__ = ["DATA", "ENTRY", "OnnxRuntimeArm64", "OnnxRuntimeCpu", "finish", "installed"]
-
-
-BY_ROW: Final = 1e-1
-"""Of logits where KleidiAI multiplies: it scales the activations of a token together, and not 32 at
-a time as the kernels for x86-64 do; large ones then cost the small ones two bits."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +109,6 @@ class OnnxRuntimeArm64(_OnProcessor):
 
     name: ClassVar[str] = "onnxruntime-arm64"
     summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for arm64 processors"
-
-    @override
-    def example_bounds(self, scheme: str | None) -> Bounds | None:
-        found = super().example_bounds(scheme)
-        if found is None or scheme is None or not scheme.startswith("w4"):
-            return found
-        return replace(found, tolerance=BY_ROW)
 
     @property
     @override

@@ -6,7 +6,7 @@ import pytest
 from programs import program
 
 from llmopt.backends import ALIASES, BACKENDS, find_backend, known_backends
-from llmopt.backends.base import split_target
+from llmopt.backends.base import Bounds, split_target
 from llmopt.backends.onnxruntime import OnnxRuntimeCpu, finish, installed
 from llmopt.errors import UnknownNameError, UsageError
 
@@ -74,3 +74,19 @@ def test_a_finished_model_imports_the_vendors_domain_only_where_it_is_used() -> 
 
 def test_an_absent_package_has_no_version() -> None:
     assert installed("no-such-package-anywhere") == "absent"
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "bounds"),
+    [
+        ("onnxruntime-cpu", None, Bounds(1e-3)),
+        ("tvm-cpu", "w8", Bounds(5e-2, 0.95)),
+        ("onnxruntime-arm64", "w4{block=16}", Bounds(1e-1, 0.95)),
+        ("onnxruntime-cuda", "fp16", Bounds(5e-2, 0.95)),
+        ("tensorrt-rtx", "fp16", None),  # no engine runs where it is built
+    ],
+)
+def test_what_a_device_may_be_off_follows_from_what_kernels_round(
+    target: str, scheme: str | None, bounds: Bounds | None
+) -> None:
+    assert find_backend(target).example_bounds(scheme) == bounds

@@ -502,8 +502,8 @@ def test_a_bug_is_a_server_error_and_the_server_goes_on(
     def broken() -> Runner:
         runner = load(chatty, threads=1)
 
-        def divide(_batch: int, _capacity: int) -> Any:
-            return 1 // 0
+        def divide(batch: int, capacity: int) -> Any:
+            return batch * capacity // 0
 
         vars(runner.session)["stepper"] = divide
         return runner
