@@ -13,7 +13,7 @@ import pytest
 
 from llmopt.backends.tvm.features import Features, Processor, find_processor
 from llmopt.backends.tvm.kernels.linear import Linear, LinearKernels, Packing, choose, pack
-from llmopt.backends.tvm.kernels.linear_storage import tiles
+from llmopt.backends.tvm.kernels.linear_storage import Storage, tiles
 from llmopt.errors import UnsupportedModelError
 from llmopt.quantization import packing
 from llmopt.quantization.dynamic import Columns, quantize_columns
@@ -488,7 +488,7 @@ def test_weights_of_4_bits_get_one_scale_a_row_on_tiles(
     values = rng.standard_normal((n, k)) * np.exp(rng.standard_normal((n, k // 4)).repeat(4, 1))
     weight = quantize_blockwise(values.astype(np.float32), scheme)
     wanted = Linear(n, k, scheme, "many", (), SAPPHIRE_RAPIDS)
-    assert wanted.storage is not None
+    assert isinstance(wanted.storage, Storage)
     form = Form.of(wanted.storage)
     x = rng.standard_normal((m, k)).astype(np.float32)
     found = Product(wanted, "avx512vnni", weight)(x)
@@ -542,7 +542,7 @@ def test_bfloat16_runs_on_amx() -> None:
 def test_panels_are_as_even_as_can_be() -> None:
     def sizes(k: int, scheme: Blockwise | None = None) -> tuple[int, int]:
         wanted = Linear(32, k, scheme or Blockwise(4, 32), features=SAPPHIRE_RAPIDS)
-        assert wanted.storage is not None
+        assert isinstance(wanted.storage, Storage)
         form = Form.of(wanted.storage)
         return form.columns, form.count
 
