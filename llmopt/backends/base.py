@@ -48,7 +48,7 @@ class Availability:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far outputs on a device may be from those of the same weights in exact arithmetic.
+    """How far outputs on a device may be from the example that an artifact carries.
 
     Args:
         tolerance: ``max|a - b| / max|b|``.
@@ -172,7 +172,7 @@ class Backend(abc.ABC):
         return TOLERANCE
 
     def example_bounds(self, scheme: str | None) -> Bounds | None:
-        """Return how far a device may be from exact arithmetic here; None for no example."""
+        """Return how far a device may be from an artifact's example; None for no example."""
         if scheme is None:
             return Bounds(self.tolerance(None))
         rounded = ROUNDED_TOGETHER if scheme.startswith("w4") else ROUNDED

@@ -32,7 +32,7 @@ from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantizers import quantizers
 from llmopt.passes.rounding import Rounding, rounding_of
-from llmopt.quantization.schemes import Blockwise, Scheme, parse_scheme
+from llmopt.quantization.schemes import Blockwise, DynamicInt8, Scheme, Static, parse_scheme
 from llmopt.verification import Verification, verify
 
 
@@ -166,7 +166,11 @@ class Compilation:
                 tolerance=self.backend.tolerance(self.options.quantize),
                 transform=self.rounding(),
             )
-        self._exemplify(program, exact, runner.target, folder)
+        # A scheme that rounds activations says how; otherwise kernels do it each their way, and
+        # a device is to answer for its own way alone.
+        settled = isinstance(self.scheme, DynamicInt8 | Static)
+        shown = runner.open(entry) if settled else exact
+        self._exemplify(program, shown, runner.target, folder)
         by = self.backend.proven_by or ("" if runner is self.backend else runner.target)
         return dataclasses.replace(proof, proven_by=by)
 
@@ -183,13 +187,13 @@ class Compilation:
             raise AccuracyError("mean KL divergence from the source", found, bound, hint)
         return quality
 
-    def _exemplify(self, program: Program, exact: Run, target: str, folder: Path) -> None:
+    def _exemplify(self, program: Program, run: Run, target: str, folder: Path) -> None:
         """Write the example that the artifact tests itself with on a device."""
         bounds = self.backend.example_bounds(self.options.quantize)
         if bounds is None:
             return
         with self.clock("making the example"):
-            made = make_golden(program, exact, folder, min(ROWS, self.options.batch))
+            made = make_golden(program, run, folder, min(ROWS, self.options.batch))
             within = dataclasses.asdict(bounds)
             dataclasses.replace(made, made_with=target, **within).write(folder)
 

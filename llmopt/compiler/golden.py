@@ -29,8 +29,7 @@ def make_golden(program: Program, run: Run, artifact: Path, rows: int = ROWS) ->
 
     Args:
         program: What inputs and outputs mean.
-        run: The artifact, or what is proven in its place, with nothing rounded but weights: so
-            that what a device is off is its own rounding, and not this machine's too.
+        run: The artifact, or what is proven in its place.
         artifact: Its folder, for the tokenizer.
         rows: How many sequences.
     """
