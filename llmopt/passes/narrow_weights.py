@@ -2,7 +2,7 @@
 
 Rewrites::
 
-    MatMul(x, W)         into    MatMul(x, Cast<float>(W'))       W' is W in bfloat16, to nearest
+    MatMul(x, W)         into    MatMul(x, Cast<float>(W'))    W' the nearest bfloat16 numbers
     Gather(E, ids)       into    Gather(Cast<float>(E'), ids)
 
 An embedding and the head tied to it share one W'. Backends lower the pattern to kernels that read
