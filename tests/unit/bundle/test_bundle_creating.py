@@ -177,7 +177,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, number: signal.Signals) -> 
         import signal
         from pathlib import Path
         from llmopt.bundle.creating import create
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else not in the background
         while True:
             create([Path("a")], Path("x.llmopt"), version="1", force=Path("x.llmopt").exists())
         """)
