@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from llmopt.errors import LlmoptError
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 INTERRUPTED: Final = 130
 """What shells report of a process that SIGINT ended."""
@@ -38,7 +44,8 @@ def told(arguments: Sequence[str]) -> Iterator[None]:
         arguments: The command line, to be shown where it has to be run again.
     """
     try:
-        yield
+        with _no_ctrl_c_is_lost():
+            yield
     except LlmoptError as error:
         _end(str(error), error.exit_code)
     except InterruptedByUser as error:
@@ -55,6 +62,31 @@ def told(arguments: Sequence[str]) -> Iterator[None]:
     except Exception:  # noqa: BLE001 - the outermost frame: nobody else could say it
         _report_bug(arguments)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _no_ctrl_c_is_lost() -> Iterator[None]:
+    """Interrupt again after a Ctrl-C that struck where Python can only print what is raised.
+
+    That is in finalizers and in callbacks of weak references, which run while modules are imported.
+    """
+    before, main = sys.unraisablehook, threading.get_ident()
+
+    def again() -> None:
+        time.sleep(0.01)  # out of the callback
+        signal.pthread_kill(main, signal.SIGINT)  # wakes it, too
+
+    def hook(unraisable: UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Thread(target=again, daemon=True).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _end(message: str, code: int) -> None:

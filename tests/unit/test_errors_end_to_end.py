@@ -294,11 +294,24 @@ def test_ctrl_c_ends_quietly_and_leaves_what_was_there(stage: str, tmp_path: Pat
     assert everything(tmp_path) == before
 
 
-def test_ctrl_c_inside_an_exec_has_the_same_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("exec('raise KeyboardInterrupt')", id="exec"),
+        pytest.param(
+            "type('Finalized', (), {'__del__': lambda _: raised()})(); time.sleep(60)",
+            id="finalizer",
+        ),
+    ],
+)
+def test_ctrl_c_where_python_loses_it_has_the_same_exit_code(where: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
+        "import time\n"
         "import llmopt.cli.catalog\n"
+        "def raised():\n"
+        "    raise KeyboardInterrupt\n"
         "def interrupted(*_, **__):\n"
-        "    exec('raise KeyboardInterrupt')\n"
+        f"    {where}\n"
         "llmopt.cli.catalog.targets_command.callback = interrupted\n"
     )
     result = subprocess.run(

@@ -459,9 +459,9 @@ def test_a_server_that_ends_finishes_what_it_began_and_no_more(chatty: Path) -> 
     gate = Gate()
     asked = {"prompt": "Hello", **GREEDY}
     with served(lambda: gate.slow_runner(chatty), "slow") as found, ExitStack() as stack:
-        running, waiting = (
-            stack.enter_context(closing(found.begin("/v1/completions", asked))) for _ in range(2)
-        )
+        running = stack.enter_context(closing(found.begin("/v1/completions", asked)))
+        found.eventually(1)
+        waiting = stack.enter_context(closing(found.begin("/v1/completions", asked)))
         found.eventually(2)
         gate.tickets.release(2)
         found.line.close()
