@@ -44,14 +44,14 @@ class Task:
 
 
 class WorkerProcess:
-    """A fresh process that has loaded an artifact.
+    """A fresh process, on its way: see `ready`, then `load`.
 
     Args:
         task: What it is for.
-
-    Raises:
-        LlmoptError: It could not load the artifact, or does not fit the workload.
     """
+
+    load_s: float
+    threads: int
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -67,22 +67,28 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
-        try:
-            loaded = self._answer()
-            self._freeze()
-        except BaseException:  # interrupted too: no process stays behind
-            self.end()
-            raise
-        self.load_s: float = loaded["load_s"]
-        self.threads: int = loaded["threads"]
 
     def __enter__(self) -> Self:
-        """Return it, frozen."""
+        """Return it."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the process."""
         self.end()
+
+    def ready(self) -> None:
+        """Wait until it has imported what it needs, and freeze it."""
+        self._answer()
+        self._freeze()
+
+    def load(self) -> None:
+        """Let it load its artifact, and keep how long that took.
+
+        Raises:
+            LlmoptError: It could not, or the artifact does not fit the workload.
+        """
+        loaded = self._ask({"do": "load"})
+        self.load_s, self.threads = loaded["load_s"], loaded["threads"]
 
     def block(self, metric: str, count: int, seed: int) -> list[float]:
         """Return the seconds of ``count`` repetitions; see `worker.Worker.block`."""
@@ -153,9 +159,16 @@ class WorkerProcess:
 
 @contextlib.contextmanager
 def started(tasks: Sequence[Task], order: Sequence[int]) -> Iterator[list[WorkerProcess]]:
-    """Yield a fresh worker for each task, started one after another in this order."""
+    """Yield a fresh worker for each task.
+
+    They start at the same time, and then load one after another in this order.
+    """
     with contextlib.ExitStack() as stack:
         found = {index: stack.enter_context(WorkerProcess(tasks[index])) for index in order}
+        for worker in found.values():
+            worker.ready()
+        for worker in found.values():
+            worker.load()
         yield [found[index] for index in range(len(tasks))]
 
 

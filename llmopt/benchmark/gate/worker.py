@@ -1,7 +1,8 @@
 """A fresh process that runs blocks of a workload when it is told to: ``python -m`` this module.
 
-It answers each line on stdin, a JSON object, with a line on stdout: first for the time to load,
-then for blocks as `Worker.block` and `Worker.peak` ask for them. It ends when stdin does.
+It says on stdout when it is ready, and answers each line on stdin with another, JSON objects all
+of them: first it loads, then it runs blocks as `Worker.block` says or tells its memory. It ends
+when stdin does.
 """
 
 from __future__ import annotations
@@ -96,13 +97,16 @@ def main(request: str, asked: TextIO = sys.stdin, answers: TextIO = sys.stdout) 
     """Load what ``request`` names and answer until there is nothing more to answer."""
     _end_with_parent()
     wanted = json.loads(request)
+    _answer(answers, {"ready": True})
+    if not asked.readline():
+        return
     start = time.perf_counter()
     runner = load(wanted["artifact"], threads=wanted["threads"])
     taken = time.perf_counter() - start
     workload = parse_workload(wanted["workload"])
     check_fits(runner, workload)
-    _answer(answers, {"load_s": taken, "threads": runner.session.threads})
     worker = Worker(runner, workload)
+    _answer(answers, {"load_s": taken, "threads": runner.session.threads})
     for line in asked:
         command = json.loads(line)
         if command["do"] == "peak":

@@ -24,9 +24,12 @@ from llmopt.errors import LlmoptError
 
 ECHO = """
 import json, sys, time
-print(json.dumps({"load_s": 0.1, "threads": 1}), flush=True)
+print("{}", flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
+    if asked["do"] == "load":
+        print(json.dumps({"load_s": 0.1, "threads": 1}), flush=True)
+        continue
     if asked["do"] == "peak":
         print(json.dumps({"peak_rss_bytes": None}), flush=True)
         continue
@@ -64,9 +67,11 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def run(artifact: Path, workload: str, *commands: dict[str, Any]) -> list[dict[str, Any]]:
         request = {"artifact": str(artifact), "workload": workload, "threads": 1}
-        asked = io.StringIO("".join(json.dumps(command) + "\n" for command in commands))
-        worker.main(json.dumps(request), asked, answers := io.StringIO())
-        return [json.loads(line) for line in answers.getvalue().splitlines()]
+        lines = (json.dumps(command) + "\n" for command in ({"do": "load"}, *commands))
+        worker.main(json.dumps(request), io.StringIO("".join(lines)), answers := io.StringIO())
+        ready, *found = [json.loads(line) for line in answers.getvalue().splitlines()]
+        assert ready == {"ready": True}
+        return found
 
     yield run
     assert signal.getsignal(signal.SIGINT) == before
@@ -128,14 +133,20 @@ def test_a_worker_that_fails_says_why() -> None:
         pytest.raises(LlmoptError, match="no memory left"),
     ):
         one.block("ttft_s", 1, 0)
-    with pytest.raises(LlmoptError, match="exit code 3"):
-        WorkerProcess(echo(code="import sys; sys.exit(3)"))
+    with (
+        pytest.raises(LlmoptError, match="exit code 3"),
+        started([echo(code="import sys; sys.exit(3)")], [0]),
+    ):
+        pass
 
 
 def test_a_worker_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmopt.benchmark.gate.process._PATIENCE_S", 0.05)
-    with pytest.raises(LlmoptError, match="no answer within 0 s"):
-        WorkerProcess(echo(code="import time; time.sleep(60)"))
+    with (
+        pytest.raises(LlmoptError, match="no answer within 0 s"),
+        started([echo(code="import time; time.sleep(60)")], [0]),
+    ):
+        pass
 
 
 def test_an_artifact_that_does_not_load_is_an_error(artifacts: Path, tmp_path: Path) -> None:
@@ -144,8 +155,11 @@ def test_an_artifact_that_does_not_load_is_an_error(artifacts: Path, tmp_path: P
     broken = tmp_path / "broken"
     shutil.copytree(artifacts / "shared", broken)
     rewrite_manifest(broken, target="nothing")
-    with pytest.raises(LlmoptError, match=r"broken: the process .* ended: .*nothing"):
-        WorkerProcess(Task(broken, "prefill=2,decode=2", 1))
+    with (
+        pytest.raises(LlmoptError, match=r"broken: the process .* ended: .*nothing"),
+        started([Task(broken, "prefill=2,decode=2", 1)], [0]),
+    ):
+        pass
 
 
 def test_rounds_give_every_process_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
