@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--runs", type=int, default=30, help="how many there are to be")
     parser.add_argument("--most", type=int, default=10_000, help="how many to make now")
-    parser.add_argument("--cores", type=int, default=2, help="the most the neighbour works on")
+    parser.add_argument("--cores", type=int, default=1, help="the most the neighbour works on")
     parser.add_argument("--file", type=Path, default=HERE / "live.jsonl")
     options = parser.parse_args()
     done = options.file.read_text().splitlines() if options.file.exists() else []

@@ -28,7 +28,7 @@ _MEAN_S: Final = 5.0
 
 
 @contextlib.contextmanager
-def noisy_neighbour(seed: int, cores: int = 2) -> Iterator[list[tuple[float, int]]]:
+def noisy_neighbour(seed: int, cores: int = 1) -> Iterator[list[tuple[float, int]]]:
     """Let a neighbour work half of the time, for some 5 s each time.
 
     Yields what it did so far: when, and on how many cores from then on.

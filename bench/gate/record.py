@@ -17,7 +17,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gate.neighbour import noisy_neighbour
 
-from llmopt.benchmark.gate.pairs import gate_workload
+from llmopt.benchmark.gate.pairs import gate_threads, gate_workload
 from llmopt.benchmark.gate.process import WORKER, Task
 from llmopt.benchmark.gate.rounds import BASELINE, CANDIDATE, Rounds
 from llmopt.benchmark.machine import this_machine
@@ -37,8 +37,8 @@ def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str,
     """Return a session: as many rounds as there is time for, beside a neighbour on some cores."""
     spin, workload = SPINS[number % len(SPINS)], str(gate_workload(Manifest.read(artifact)))
     tasks = {
-        BASELINE: Task(artifact, workload),
-        CANDIDATE: Task(artifact, workload, command=command(spin)),
+        BASELINE: Task(artifact, workload, gate_threads()),
+        CANDIDATE: Task(artifact, workload, gate_threads(), command(spin)),
     }
     rounds = Rounds(tasks, seed=number)
     with noisy_neighbour(number, cores) as log:
@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--sessions", type=int, default=60, help="how many there are to be")
     parser.add_argument("--most", type=int, default=10_000, help="how many to record now")
-    parser.add_argument("--seconds", type=float, default=180.0, help="of each, at most")
-    parser.add_argument("--cores", type=int, default=2, help="the most the neighbour works on")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of each, at most")
+    parser.add_argument("--cores", type=int, default=1, help="the most the neighbour works on")
     parser.add_argument("--quiet", action="store_true", help="without the neighbour")
     parser.add_argument("--folder", type=Path, default=SESSIONS)
     options = parser.parse_args()

@@ -54,13 +54,15 @@ _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 @click.option(
     "--workload",
     metavar="TEXT",
-    help="prefill=32,decode=64, encode=8x128 (rows x tokens), or FILE.npz, one array for each "
+    help="prefill=8,decode=64, encode=1x128 (rows x tokens), or FILE.npz, one array for each "
     "input.  [default: by task]",
 )
-@click.option("--threads", type=int, metavar="N", help="Threads.  [default: every usable core]")
+@click.option(
+    "--threads", type=int, metavar="N", help="Threads.  [default: every usable core but one]"
+)
 @click.option(
     "--max-time",
-    default="180s",
+    default="120s",
     show_default=True,
     metavar="SECONDS",
     help="How long each artifact may be measured; what is not known then is inconclusive.",

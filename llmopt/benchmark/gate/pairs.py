@@ -27,9 +27,10 @@ from llmopt.benchmark.gate.rounds import (
     measurable,
     metrics_of,
 )
-from llmopt.benchmark.workload import Generate, Workload, default_workload, parse_workload
+from llmopt.benchmark.workload import Encode, Generate, Workload, default_workload, parse_workload
 from llmopt.bundle.manifest import MANIFEST, Manifest
 from llmopt.errors import SourceNotFoundError, UsageError
+from llmopt.runtime.cores import usable_cores
 from llmopt.runtime.opening import artifact_of, is_bundle
 
 ALLOWANCE: Final = 0.05
@@ -37,8 +38,10 @@ ALLOWANCES: Final[Mapping[str, float]] = {MEMORY: 0.10, LOAD: 0.20}
 """Of what varies more from process to process than latencies do."""
 GATED: Final = (TTFT, STEP, ENCODE, RUN, MEMORY)
 """What is gated where nothing is asked for; how long loading takes is up to the disk too."""
-_PREFILL: Final = 32
-"""Tokens of a prompt: fewer than `bench` takes, because short blocks pair better."""
+_PREFILL: Final = 8
+_ROWS: Final = 1
+"""Tokens of a prompt, and rows of a batch: fewer than `bench` takes, because between two slices of
+a neighbour's time a short block fits."""
 
 Proxies = Literal["gate", "report", "only"]
 
@@ -54,7 +57,7 @@ class Request:
             latencies that are not named.
         metrics: What is gated; none for `GATED`.
         workload: As text; None for one that fits.
-        threads: Threads inside one operator; None for as many as the process may use.
+        threads: Threads inside one operator; None for `gate_threads`.
         max_time_s: How long each artifact may be measured before it stays inconclusive.
         proxies: Whether counts are gated, only reported, or all that is gated.
         budgets: From ``llmopt.toml``.
@@ -68,7 +71,7 @@ class Request:
     metrics: tuple[str, ...] = ()
     workload: str | None = None
     threads: int | None = None
-    max_time_s: float = 180.0
+    max_time_s: float = 120.0
     proxies: Proxies = "gate"
     budgets: tuple[Budget, ...] = ()
     seed: int = 0
@@ -120,7 +123,8 @@ class Pair:
         """Return the workload and the threads: those of a stored baseline, if there is one."""
         asked = None if request.workload is None else parse_workload(request.workload)
         if self.stored is None:
-            return asked or gate_workload(self.manifest), request.threads
+            threads = request.threads or gate_threads()
+            return asked or gate_workload(self.manifest), threads
         stored = parse_workload(self.stored.workload), self.stored.threads
         for wish, has, what in (
             (asked, stored[0], "workload"),
@@ -187,7 +191,18 @@ def gate_workload(manifest: Manifest) -> Workload:
     found = default_workload(manifest.task, manifest.model.max_length)
     if isinstance(found, Generate):
         return replace(found, prefill=min(_PREFILL, found.prefill))
+    if isinstance(found, Encode):
+        return replace(found, batch=_ROWS)
     return found
+
+
+def gate_threads() -> int:
+    """Return how many threads a check measures with when nothing is asked for: all cores but one.
+
+    A pool of threads waits for its slowest one. With a thread on every core, whatever else runs on
+    the machine stops the whole pool; with a core left over it has one to run on.
+    """
+    return max(1, usable_cores() - 1)
 
 
 def stored_of(baseline: Baseline, candidate: Path, path: Path) -> Stored:
