@@ -44,7 +44,7 @@ class Task:
 
 
 class WorkerProcess:
-    """A fresh process, on its way: see `ready`, then `load`.
+    """A fresh process, on its way: see `ready`, then `begin_to_load`.
 
     Args:
         task: What it is for.
@@ -81,14 +81,19 @@ class WorkerProcess:
         self._answer()
         self._freeze()
 
-    def load(self) -> None:
-        """Let it load its artifact, and keep how long that took.
+    def begin_to_load(self) -> None:
+        """Let it load its artifact."""
+        self._tell({"do": "load"})
+
+    def loaded(self) -> None:
+        """Wait until it has loaded, freeze it, and keep how long that took.
 
         Raises:
             LlmoptError: It could not, or the artifact does not fit the workload.
         """
-        loaded = self._ask({"do": "load"})
-        self.load_s, self.threads = loaded["load_s"], loaded["threads"]
+        answer = self._answer()
+        self._freeze()
+        self.load_s, self.threads = answer["load_s"], answer["threads"]
 
     def block(self, metric: str, count: int, seed: int) -> list[float]:
         """Return the seconds of ``count`` repetitions; see `worker.Worker.block`."""
@@ -111,6 +116,12 @@ class WorkerProcess:
                     pipe.close()
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        self._tell(command)
+        answer = self._answer()
+        self._freeze()
+        return answer
+
+    def _tell(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(command).encode() + b"\n")
@@ -118,9 +129,6 @@ class WorkerProcess:
         except BrokenPipeError as error:
             raise self._ended() from error
         self._signal(signal.SIGCONT)
-        answer = self._answer()
-        self._freeze()
-        return answer
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -161,14 +169,18 @@ class WorkerProcess:
 def started(tasks: Sequence[Task], order: Sequence[int]) -> Iterator[list[WorkerProcess]]:
     """Yield a fresh worker for each task.
 
-    They start at the same time, and then load one after another in this order.
+    They start at the same time, and then load in this order, one of each side at a time.
     """
     with contextlib.ExitStack() as stack:
         found = {index: stack.enter_context(WorkerProcess(tasks[index])) for index in order}
         for worker in found.values():
             worker.ready()
-        for worker in found.values():
-            worker.load()
+        ordered = list(found.values())
+        for pair in (ordered[:2], ordered[2:]):
+            for worker in pair:
+                worker.begin_to_load()
+            for worker in pair:
+                worker.loaded()
         yield [found[index] for index in range(len(tasks))]
 
 

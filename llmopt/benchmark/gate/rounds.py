@@ -33,8 +33,8 @@ _ORDERS: Final = ((0, 1, 3, 2), (2, 3, 1, 0), (1, 0, 2, 3), (3, 2, 0, 1))
 place each worker equally often."""
 _SHORTEST_S: Final = 0.004
 """Of a block: waking a worker takes some 0.2 ms."""
-_TURN_S: Final = 2.25
-"""What one worker measures in one round; starting it takes about a quarter of that."""
+_TURN_S: Final = 1.5
+"""What one worker measures in one round; starting it takes about half of that."""
 _BEGINS: Final = 0.5
 """The share of it that first tokens get."""
 _STEPS: Final = 8
@@ -172,7 +172,7 @@ def plan_cycle(workload: Workload, begin_s: float, step_s: float) -> list[Slot]:
 
     >>> slots = plan_cycle(Generate(64, 64), 0.1, 0.008)
     >>> [slot.metric for slot in slots].count("ttft_s"), len(slots)
-    (5, 68)
+    (4, 51)
     """
     if not isinstance(workload, Generate) or workload.decode < 2:
         count = max(1, math.ceil(_SHORTEST_S / begin_s))

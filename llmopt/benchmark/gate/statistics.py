@@ -25,10 +25,10 @@ MISSES: Final = 0.05
 _RESAMPLES: Final = 1000
 _LARGEST: Final = 1 << 21
 """Numbers that are resampled at once: sixteen megabytes of each kind."""
-_QUIET: Final = 0.1
-"""The share of blocks that show how fast it goes while the machine is quiet."""
-_SPREAD: Final = 0.03
-"""By how much times differ even then."""
+_LIKES: Final = 41
+"""Pairs of blocks that took about as long, and show how exact one of them is."""
+_LEAST: Final = 0.003
+"""What is added to it, lest a few that are equal by chance outweigh all others."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,26 @@ def difference(left: Matrix, right: Matrix, seed: int = 0) -> Estimate:
 def quietness(left: Matrix, right: Matrix) -> Matrix:
     """Return how much each pair of blocks should count: the more, the quieter the machine was.
 
-    A neighbour slows down both blocks of a pair, and the slower both are than when it is quiet,
-    the less their ratio tells. What is looked at is their sum, which says nothing of which is
-    the slower one: if nothing differs, the ratio stays as likely above 1 as below.
+    A neighbour slows down both blocks of a pair, and then their ratio tells little. Pairs are
+    sorted by how long both took together, and the weight of each is one over how far ratios of
+    its likes lie from their median: what a weighted median is most exact with. How long both took
+    says nothing of which is the slower one, nor does a distance, so that if nothing differs the
+    ratio stays as likely above 1 as below.
 
     Args:
         left: [processes, blocks] logarithms of one side.
         right: The same of the other.
     """
-    level = (left + right) / 2
-    excess = np.maximum(0.0, level - np.nanquantile(level, _QUIET))
-    weights: Matrix = 1 / (_SPREAD + excess)
+    ratios = left - right
+    known = np.isfinite(ratios)
+    order = np.argsort((left + right)[known])
+    away = np.abs(ratios[known] - np.median(ratios[known]))[order]
+    likes = min(_LIKES, len(away)) | 1  # odd
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(away, likes // 2, "reflect"), likes)
+    found = np.empty(len(away))
+    found[order] = 1 / (_LEAST + np.median(around, axis=-1))
+    weights = np.ones_like(left)
+    weights[known] = found
     return weights
 
 
