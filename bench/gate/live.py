@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gate.decide import GOALS, Goal
@@ -18,8 +18,6 @@ from gate.neighbour import noisy_neighbour
 from gate.record import HERE, command
 
 from llmopt.benchmark.gate import Request, check
-
-LIVE: Final = tuple(goal for goal in GOALS if goal.spin is not None)
 
 
 def run(artifact: Path, goal: Goal, seed: int, cores: int) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def run(artifact: Path, goal: Goal, seed: int, cores: int) -> dict[str, Any]:
         artifact,
         {"": goal.allowance},
         seed=seed,
-        commands={"candidate": command(goal.spin or 0.0)},
+        commands={"candidate": command(goal.spin)},
     )
     start = time.perf_counter()
     with noisy_neighbour(10_000 + seed, cores):
@@ -55,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     done = options.file.read_text().splitlines() if options.file.exists() else []
     for number in range(len(done), min(options.runs, len(done) + options.most)):
-        found = run(options.artifact, LIVE[number % len(LIVE)], number, options.cores)
+        found = run(options.artifact, GOALS[number % len(GOALS)], number, options.cores)
         with options.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         print(f"{found['goal']}: {found['verdict']} in {found['time_s']} s", flush=True)

@@ -1,8 +1,9 @@
 """Record sessions of the gate's measuring beside a noisy neighbour: ``record.py ARTIFACT``.
 
-Each session measures an artifact against itself, the candidate slowed by 0, 2, 5 or 10 % by
-turns, for as long as a check may take. A session is one file; those that are there are not
-recorded again, so it may be stopped and started at will. ``decide.py`` replays them.
+Each session measures an artifact against itself, the candidate not slowed or by 2, 5 or 10 % by
+turns, for as long as a check may take, or until errors are so small that any check would have
+known before. A session is one file; those that are there are not recorded again, so it may be
+stopped and started at will. ``decide.py`` replays them.
 """
 
 from __future__ import annotations
@@ -11,21 +12,32 @@ import argparse
 import gzip
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gate.neighbour import noisy_neighbour
 
-from llmopt.benchmark.gate.pairs import gate_threads, gate_workload
+from llmopt.benchmark.gate.decisions import PROCESSES, Question, ask
+from llmopt.benchmark.gate.pairs import GATED, gate_threads, gate_workload
 from llmopt.benchmark.gate.process import WORKER, Task
-from llmopt.benchmark.gate.rounds import BASELINE, CANDIDATE, Rounds
+from llmopt.benchmark.gate.rounds import (
+    BASELINE,
+    CANDIDATE,
+    MEMORY,
+    Measured,
+    Rounds,
+    metrics_of,
+)
 from llmopt.benchmark.machine import this_machine
 from llmopt.bundle.manifest import Manifest
 
 HERE: Final = Path(__file__).parent
 SESSIONS: Final = HERE / "sessions"
-SPINS: Final = (0.0, 0.02, 0.05, 0.10)
+SPINS: Final = (0.0, 0.02, 0.0, 0.05, 0.0, 0.10)
+_ENOUGH: Final = 0.003
+"""The error of a comparison that any check is sure with."""
 
 
 def command(spin: float) -> list[str]:
@@ -44,6 +56,8 @@ def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str,
     with noisy_neighbour(number, cores) as log:
         while not rounds.took_s or sum(rounds.took_s) + max(rounds.took_s) <= seconds:
             rounds.measure()
+            if 2 * rounds.count > PROCESSES and largest_error(rounds.found) <= _ENOUGH:
+                break
     return {
         "schema": 1,
         "artifact": artifact.name,
@@ -55,6 +69,12 @@ def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str,
         "machine": vars(this_machine()),
         "measured": [_rounded(each.to_dict()) for each in rounds.found],
     }
+
+
+def largest_error(found: Sequence[Measured]) -> float:
+    """Return the largest error of the comparisons of latencies."""
+    metrics = [metric for metric in metrics_of(found) if metric in GATED and metric != MEMORY]
+    return max(ask(Question("recorded", metric), found).found.error for metric in metrics)
 
 
 def main() -> None:
