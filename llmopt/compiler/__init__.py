@@ -177,5 +177,5 @@ def _check_dialect(program: Program) -> None:
     from llmopt.errors import PassError
     from llmopt.ir.dialect import invariants
 
-    if problems := invariants(program.model):
+    if problems := [each for m in program.components.values() for each in invariants(m)]:
         raise PassError("default", "; ".join(problems[:3]))

@@ -102,7 +102,12 @@ class Pipeline:
         """
         for item in self.passes:
             start = time.perf_counter()
-            outcome = self._step(item, program)
+            outcome = Outcome()
+            for part in program.parts():
+                found = self._step(item, part)
+                outcome.hit(found.applied)
+                outcome.missed += found.missed
+                program.absorb(part)
             ran = Ran(
                 item.name, outcome.applied, tuple(outcome.missed), time.perf_counter() - start
             )

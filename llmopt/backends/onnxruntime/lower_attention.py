@@ -274,11 +274,24 @@ def _multi_head(program: Program, node: ir.Node) -> None:
     if g.attribute(node, "is_causal", 0):
         attributes["unidirectional"] = 1
     padding, bias = _masks(program, node, build)
-    inputs = [*node.inputs[:3], None, padding, bias]
+    pair = [_by_head(node.inputs[i]) for i in (1, 2)]
+    # keys and values that come from elsewhere by head are taken as they are, if both do
+    operands = [node.inputs[0], *(node.inputs[1:3] if None in pair else pair)]
+    inputs = [*operands, None, padding, bias]
     out = build.op(
         "MultiHeadAttention", _trimmed(inputs), attributes, domain=MICROSOFT, name=node.name
     )
     g.replace(node.outputs[0], out)
+
+
+def _by_head(value: ir.Value | None) -> ir.Value | None:
+    """Return [B, H, T, D] where ``value`` [B, T, H * D] is made of it, and it is an input."""
+    flat = g.producer(value, "Reshape")
+    turned = g.producer(flat.inputs[0], "Transpose") if flat is not None else None
+    if turned is None or list(g.attribute(turned, "perm", ())) != [0, 2, 1, 3]:
+        return None
+    source = g.operand(turned, 0)
+    return source if source.is_graph_input() else None
 
 
 def _masks(

@@ -11,7 +11,8 @@ import torch
 from llmopt.errors import UnsupportedModelError
 from llmopt.models import DecoderConfig, Definition, EncoderConfig, Recipe, define
 from llmopt.models.definition import FAMILIES, build
-from llmopt.models.encoder import Encoder, distance_buckets
+from llmopt.models.buckets import distance_buckets
+from llmopt.models.encoder import Encoder
 
 LLAMA: Mapping[str, Any] = {
     "model_type": "llama",
@@ -209,7 +210,7 @@ def test_positions_counted_past_the_padding_token_shorten_the_longest_text() -> 
 
 
 def test_distance_buckets_are_symmetric_halves_that_widen() -> None:
-    table = distance_buckets()
+    table = distance_buckets(32, 128, ahead=True)
     assert table.shape == (257,)
     behind, ahead = table[:128].flip(0), table[129:]
     assert torch.equal(behind + 16, ahead)

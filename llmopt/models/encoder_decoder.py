@@ -1,0 +1,389 @@
+"""A model that reads one sequence and writes another, from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from llmopt.models.buckets import distance_buckets
+from llmopt.models.config import EncoderDecoderConfig, LayerConfig, StackConfig
+from llmopt.models.decoder import FeedForward
+
+Pair = tuple[Tensor, Tensor]  # key and value, each [B, H, tokens, D]
+
+
+class EncoderDecoder(nn.Module):
+    """Both stacks and the head; ``forward`` only composes the methods of its parts.
+
+    Args:
+        config: The whole model.
+        layers: The indices of the layers to make, of either stack that has them; parameters keep
+            them in their names.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        if config.source_vocabulary:
+            self.source_tokens = nn.Embedding(config.source_vocabulary, config.hidden)
+        if config.bands:
+            self.sounds = Sounds(config.bands, config.hidden)
+        self.encoder = Stack(config, config.encoder, layers, writes=False)
+        self.decoder = Stack(config, config.decoder, layers, writes=True)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        if config.logits_bias:
+            self.logits_bias = Bias(config.vocabulary)
+
+    def read(self, source: Tensor) -> Tensor:
+        """Return the hidden states [B, C, E] that enter the encoder.
+
+        Args:
+            source: Tokens [B, C] int64; or sounds [B, bands, 2 * C] float.
+        """
+        if self.config.bands:
+            hidden: Tensor = self.sounds(source)
+        else:
+            table = self.source_tokens if self.config.source_vocabulary else self.embed_tokens
+            hidden = self._scaled(table(source))
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        return self.encoder.begin(hidden, places[None])
+
+    def seen(self, attention_mask: Tensor) -> Tensor:
+        """Return what the encoder's attentions add to or mask in their scores.
+
+        Args:
+            attention_mask: [B, C] int64, 0 where a token is padding.
+
+        Returns:
+            [B, 1, 1, C] bool, true for keys that are seen; with a bias by distance
+            [B, H, C, C] float.
+        """
+        keys = attention_mask[:, None, None, :] != 0
+        if not self.config.encoder.buckets:
+            return keys
+        places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        return _masked(self.encoder.bias(places, places), keys)
+
+    def remember(self, hidden: Tensor, layer: str) -> Pair:
+        """Return the keys and values of what was read for one layer of the decoder.
+
+        Args:
+            hidden: [B, C, E], after the encoder's last norm.
+            layer: Its name, as the decoder lists it.
+        """
+        attention: Attention = self.decoder.layers[layer].cross_attention
+        return attention.pair(hidden)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the hidden states [B, S, E] that enter the decoder."""
+        return self.decoder.begin(self._scaled(self.embed_tokens(input_ids)), position_ids)
+
+    def context(self, attention_mask: Tensor, length: int) -> Tensor:
+        """Return what the decoder's attentions to itself add to or mask in their scores.
+
+        Args:
+            attention_mask: [B, T] int64, 0 where a key is padding.
+            length: S, how many of the T tokens are new.
+
+        Returns:
+            [B, 1, S, T] bool; with a bias by distance [B, H, S, T] float.
+        """
+        total = attention_mask.shape[1]
+        keys = torch.arange(total, device=attention_mask.device)
+        queries = torch.arange(length, device=attention_mask.device) + (total - length)
+        real = attention_mask[:, None, None, :] != 0
+        allowed = (keys <= queries[:, None]) & real
+        if not self.config.decoder.buckets:
+            return allowed
+        return _masked(self.decoder.bias(queries, keys), allowed)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [B, K, V] of hidden states [B, K, E] after the decoder's last norm."""
+        if self.config.logits_multiplier != 1.0:
+            hidden = hidden * self.config.logits_multiplier
+        weight = self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        logits = functional.linear(hidden, weight)
+        return self.logits_bias(logits) if self.config.logits_bias else logits
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
+        factor = self.config.embedding_multiplier
+        return embedded if factor == 1.0 else embedded * factor
+
+    @override
+    def forward(
+        self,
+        source: Tensor,
+        source_mask: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of every token that is written, and what was read, [B, C, E].
+
+        Args:
+            source: Tokens [B, C] int64; or sounds [B, bands, 2 * C] float.
+            source_mask: [B, C] int64, 0 where a token is padding; None where none can be.
+            input_ids: [B, S] int64.
+            attention_mask: [B, S] int64, 0 where a token is padding.
+            position_ids: [B, S] int64.
+        """
+        hidden = self.read(source)
+        seen = None if source_mask is None else self.seen(source_mask)
+        for layer in self.encoder.layers.values():
+            hidden = layer(hidden, seen)
+        memory = self.encoder.finish(hidden)
+        keys = None if source_mask is None else source_mask[:, None, None, :] != 0
+        hidden = self.embed(input_ids, position_ids)
+        mask = self.context(attention_mask, input_ids.shape[1])
+        for name, layer in self.decoder.layers.items():
+            past = layer.attention.nothing(hidden)
+            hidden, _ = layer(hidden, mask, past, self.remember(memory, name), keys)
+        return self.head(self.decoder.finish(hidden)), memory
+
+
+class Bias(nn.Module):
+    """Numbers that are added to every row.
+
+    Args:
+        width: How many.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(1, width))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., width] for ``x`` [..., width]."""
+        return x + self.bias
+
+
+class Sounds(nn.Module):
+    """Two convolutions over time, the second of which halves it.
+
+    Args:
+        bands: Frequency bands.
+        hidden: Width of the embedding.
+    """
+
+    def __init__(self, bands: int, hidden: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(bands, hidden, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(hidden, hidden, kernel_size=3, stride=2, padding=1)
+
+    @override
+    def forward(self, features: Tensor) -> Tensor:
+        """Return [B, C, E] for features [B, bands, 2 * C]."""
+        hidden = functional.gelu(self.conv1(features))
+        return functional.gelu(self.conv2(hidden)).permute(0, 2, 1)
+
+
+class Stack(nn.Module):
+    """The layers of one side, and what stands before and behind them.
+
+    Args:
+        config: The whole model.
+        stack: This side.
+        layers: The indices of the layers to make.
+        writes: Whether it attends to the other side, too.
+    """
+
+    places: Tensor
+    buckets: Tensor
+
+    def __init__(
+        self,
+        config: EncoderDecoderConfig,
+        stack: StackConfig,
+        layers: Sequence[int],
+        *,
+        writes: bool,
+    ) -> None:
+        super().__init__()
+        self.stack = stack
+        if stack.sinusoidal:
+            table = sinusoids(stack.positions, config.hidden)
+            self.register_buffer("places", table, persistent=False)
+        elif stack.positions:
+            self.embed_positions = nn.Embedding(stack.positions, config.hidden)
+        if stack.buckets:
+            self.relative_bias = nn.Embedding(stack.buckets, stack.layers[0].heads)
+            with torch.device("cpu"):
+                known = distance_buckets(stack.buckets, stack.furthest, ahead=not writes)
+                self.register_buffer("buckets", known, persistent=False)
+        if stack.embed_norm:
+            self.embed_norm = _norm(config)
+        kind = WritingLayer if writes else Layer
+        made = [i for i in layers if i < len(stack.layers)]
+        self.layers = nn.ModuleDict(
+            {str(i): kind(config, stack.layers[i]) for i in made}
+        )
+        if stack.final_norm:
+            self.norm = _norm(config)
+
+    def begin(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return what enters the first layer, [B, S, E]; positions [B or 1, S] int64."""
+        if self.stack.sinusoidal:
+            hidden = hidden + self.places[positions]
+        elif self.stack.positions:
+            hidden = hidden + self.embed_positions(positions + self.stack.offset)
+        return self.embed_norm(hidden) if self.stack.embed_norm else hidden
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Return what leaves it, [B, S, E]."""
+        return self.norm(hidden) if self.stack.final_norm else hidden
+
+    def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the bias [1, H, S, T] of the distances from places [S] to places [T]."""
+        furthest = self.stack.furthest
+        distances = (keys[None, :] - queries[:, None]).clamp(-furthest, furthest)
+        bias: Tensor = self.relative_bias(self.buckets[distances + furthest])
+        return bias.permute(2, 0, 1)[None]
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward: a layer that reads.
+
+    Args:
+        config: The whole model.
+        kind: The layer.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, kind: LayerConfig) -> None:
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config, kind)
+        self.feed_forward_norm = _norm(config)
+        self.feed_forward = FeedForward(config.hidden, kind)
+
+    @override
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the next hidden states [B, C, E]."""
+
+        def attend(x: Tensor) -> Tensor:
+            result: Tensor = self.attention(x, self.attention.pair(x), mask)
+            return result
+
+        hidden = self.add(hidden, self.attention_norm, attend)
+        return self.add(hidden, self.feed_forward_norm, self.feed_forward)
+
+    def add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``x`` and what ``part`` makes of it, normalized before or after."""
+        if self.norm_first:
+            return x + part(norm(x))
+        normed: Tensor = norm(x + part(x))
+        return normed
+
+
+class WritingLayer(Layer):
+    """Attention, attention to what was read, and feed-forward: a layer with a cache.
+
+    Args:
+        config: The whole model.
+        kind: The layer.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, kind: LayerConfig) -> None:
+        super().__init__(config, kind)
+        self.cross_attention_norm = _norm(config)
+        self.cross_attention = Attention(config, kind)
+
+    @override
+    def forward(  # type: ignore[override] # a layer that writes takes more
+        self, hidden: Tensor, mask: Tensor, past: Pair, memory: Pair, seen: Tensor | None
+    ) -> tuple[Tensor, Pair]:
+        """Return the next hidden states [B, S, E] and the keys and values with the new ones.
+
+        Args:
+            hidden: [B, S, E].
+            mask: As ``context`` gives it.
+            past: Keys and values [B, H, P, D].
+            memory: Those of what was read, [B, H, C, D].
+            seen: [B, 1, 1, C] bool; None where all of it is.
+        """
+        kept: list[Tensor] = []
+
+        def attend(x: Tensor) -> Tensor:
+            new = self.attention.pair(x)
+            kept.extend(torch.cat(parts, dim=2) for parts in zip(past, new, strict=True))
+            result: Tensor = self.attention(x, (kept[0], kept[1]), mask)
+            return result
+
+        def consult(x: Tensor) -> Tensor:
+            result: Tensor = self.cross_attention(x, memory, seen)
+            return result
+
+        hidden = self.add(hidden, self.attention_norm, attend)
+        hidden = self.add(hidden, self.cross_attention_norm, consult)
+        hidden = self.add(hidden, self.feed_forward_norm, self.feed_forward)
+        return hidden, (kept[0], kept[1])
+
+
+class Attention(nn.Module):
+    """Attention to keys and values that may be of another sequence.
+
+    Args:
+        config: The whole model.
+        kind: The layer.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, kind: LayerConfig) -> None:
+        super().__init__()
+        self.kind = kind
+        inner, bias = kind.heads * kind.head_width, kind.qkv_bias
+        self.q_proj = nn.Linear(config.hidden, inner, bias=bias)
+        self.k_proj = nn.Linear(config.hidden, inner, bias=bias and config.key_bias)
+        self.v_proj = nn.Linear(config.hidden, inner, bias=bias)
+        self.o_proj = nn.Linear(inner, config.hidden, bias=kind.output_bias)
+
+    def pair(self, x: Tensor) -> Pair:
+        """Return the keys and values [B, H, S, D] of ``x`` [B, S, E]."""
+        return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+
+    def nothing(self, x: Tensor) -> Pair:
+        """Return keys and values of no tokens, for the batch of ``x``."""
+        empty = x.new_zeros(x.shape[0], self.kind.heads, 0, self.kind.head_width)
+        return empty, empty
+
+    @override
+    def forward(self, x: Tensor, pair: Pair, mask: Tensor | None) -> Tensor:
+        """Return [B, S, E] for ``x`` [B, S, E]."""
+        query = self._heads(self.q_proj(x))
+        mixed = functional.scaled_dot_product_attention(
+            query, *pair, attn_mask=mask, scale=self.kind.scale
+        )
+        result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return result
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.kind.head_width).transpose(1, 2)
+
+
+def sinusoids(rows: int, width: int) -> Tensor:
+    """Return a table of positions [rows, width] float32: sines first, then cosines.
+
+    Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5.
+    """
+    half = (width + 1) // 2
+    angles = np.arange(rows)[:, None] / np.power(10000.0, 2 * np.arange(half) / width)
+    table = np.concatenate([np.sin(angles), np.cos(angles[:, : width - half])], axis=1)
+    with torch.device("cpu"):
+        return torch.tensor(table, dtype=torch.float32)
+
+
+def _norm(config: EncoderDecoderConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.hidden, eps=config.norm_epsilon)
+
+
+def _masked(bias: Tensor, allowed: Tensor) -> Tensor:
+    # the lowest number, not -inf: a query that sees nothing must not become NaN
+    return torch.where(allowed, bias, torch.finfo(bias.dtype).min)
