@@ -167,10 +167,13 @@ def error_table() -> None:
 def families() -> None:
     """Print the model families by their ``model_type``."""
     from llmopt.models.decoder_families import DECODERS
+    from llmopt.models.encoder_decoder_families import ENCODER_DECODERS
     from llmopt.models.encoder_families import ENCODERS
 
     print(f"\n- decoders: {', '.join(f'`{name}`' for name in DECODERS)}")
     print(f"- encoders: {', '.join(f'`{name}`' for name in ENCODERS)}")
+    both = ", ".join(f"`{name}`" for name in ENCODER_DECODERS)
+    print(f"- encoder–decoders (`onnxruntime-cpu`, `onnxruntime-arm64`, `reference`): {both}")
 
 
 def commands() -> dict[str, click.Context]:

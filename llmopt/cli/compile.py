@@ -182,6 +182,9 @@ def _tell(artifact: Artifact, *, as_json: bool) -> None:
 
 def _use(artifact: Artifact) -> str:
     """Return the options of ``llmopt run`` that try it out."""
-    use = {"generate": '--prompt "The sky is"', "embed": '--text "The sky is blue."'}
+    text = '--text "The sky is blue."'
+    use = {"generate": '--prompt "The sky is"', "embed": text, "text-to-text": text}
     reads_text = (artifact.path / "tokenizer.json").is_file()
+    if artifact.manifest.task == "speech-to-text" and reads_text:
+        return "--inputs FEATURES.npz"
     return use.get(artifact.manifest.task if reads_text else "", "--inputs FILE.npz -o OUT.npz")

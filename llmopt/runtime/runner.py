@@ -23,7 +23,7 @@ from llmopt.runtime.generation import (
     check_tokens,
 )
 from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
-from llmopt.runtime.rewriting import Asked, Rewriter
+from llmopt.runtime.rewriting import ENCODER, Asked, Rewriter
 from llmopt.runtime.session import Array, open_session
 from llmopt.runtime.steps import Sequences
 from llmopt.runtime.tokens import Tokenizer
@@ -228,12 +228,20 @@ class Runner:
         """Return every output of the model, by name.
 
         Args:
-            feeds: Arrays by input name; see `complete_feeds` for what may be left out.
+            feeds: Arrays by input name; see `complete_feeds` for what may be left out. Of a model
+                with an encoder, that one's begin with ``encoder.``.
 
         Raises:
             UsageError: A name, element type or shape is not what the model takes.
         """
-        return self.session.run(complete_feeds(self.session, feeds))
+        start = f"{ENCODER}."
+        source = {n.removeprefix(start): a for n, a in feeds.items() if n.startswith(start)}
+        if self.rewriter is None or not source:
+            return self.session.run(complete_feeds(self.session, feeds))
+        reader = self.rewriter.reader
+        memory = reader.read(complete_feeds(reader.encoder, source))
+        rest = {name: array for name, array in feeds.items() if not name.startswith(start)}
+        return self.session.run(complete_feeds(self.session, {**rest, **memory}))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

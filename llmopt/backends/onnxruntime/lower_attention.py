@@ -20,6 +20,8 @@ from typing_extensions import override
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.fuse_attention import FORBIDDEN
+from llmopt.passes.masks import Meaning, understand
 
 MICROSOFT: Final = "com.microsoft"
 TURNED: Final = "rows/turned"
@@ -71,7 +73,7 @@ class LowerAttention(Pass):
         padded = g.optional(node, 3) is not None
         if padded and not self.bias and _named(program, TURNED) is None:
             return "GroupQueryAttention takes no mask here, and rows could not be turned round"
-        return not_grouped(program, node)
+        return not_grouped(program, node, bias=self.bias)
 
 
 def _remember_cache(program: Program) -> None:
@@ -82,12 +84,19 @@ def _remember_cache(program: Program) -> None:
         program.learn(model=model)
 
 
-def not_grouped(program: Program, node: ir.Node) -> str | None:
-    """Return why GroupQueryAttention would compute something else, or None."""
-    if not g.attribute(node, "is_causal", 0):
-        return "GroupQueryAttention is causal, this is not"
+def not_grouped(program: Program, node: ir.Node, *, bias: bool = False) -> str | None:
+    """Return why GroupQueryAttention would compute something else, or None.
+
+    Args:
+        program: Where it is.
+        node: An Attention with a cache.
+        bias: Whether GroupQueryAttention takes a bias.
+    """
     mask = g.optional(node, 3)
-    if mask is not None and mask is not _padding(program):
+    causal = bool(g.attribute(node, "is_causal", 0))
+    if not causal and not (bias and _forbids_later(program, mask)):
+        return "GroupQueryAttention is causal, this is not"
+    if causal and mask is not None and mask is not _padding(program):
         return "its mask is not padding alone"
     widths = [g.static(node.inputs[i], -1) for i in range(3)]
     heads, groups = g.attribute(node, "q_num_heads", 1), g.attribute(node, "kv_num_heads", 1)
@@ -134,7 +143,10 @@ def _grouped(program: Program, node: ir.Node, *, bias: bool) -> None:
     packed = _packed(q, k, v)
     qkv = [packed, None, None] if packed is not None else [q, k, v]
     last, total = _lengths(program)
-    added = _bias(program) if bias and g.optional(node, 3) is not None else None
+    mask = g.optional(node, 3)
+    added = mask
+    if mask is not None and g.attribute(node, "is_causal", 0):
+        added = _bias(program) if bias else None
     inputs = [*qkv, node.inputs[4], node.inputs[5], last, total, *tables, added]
     outputs = build.ops(
         "GroupQueryAttention",
@@ -146,6 +158,20 @@ def _grouped(program: Program, node: ir.Node, *, bias: bool) -> None:
     )
     for old, new in zip(node.outputs, outputs, strict=True):
         g.replace(old, new)
+
+
+def _forbids_later(program: Program, mask: ir.Value | None) -> bool:
+    """Whether a mask is a bias of full size where keys are not later than the query.
+
+    It may forbid more of them, padding or what is out of a window: it goes on as it is.
+    """
+    where = g.producer(mask, "Where")
+    lowest = g.scalar(where.inputs[2]) if where is not None else None
+    full = mask is not None and (g.shape(mask) or [])[2:] == ["S", "T"]
+    if where is None or not full or lowest is None or lowest > FORBIDDEN:
+        return False
+    meaning = understand(program, g.operand(where, 0))
+    return isinstance(meaning, Meaning) and meaning.causal
 
 
 def _scale(node: ir.Node) -> dict[str, float]:
@@ -312,7 +338,7 @@ def _masks(
         return known, None
     low = build.constant(np.finfo(np.float32).min, "float32")
     bias = build.op("Where", [mask, build.constant(0.0, "float32"), low])
-    bias.shape = mask.shape
+    bias.shape, bias.type = mask.shape, ir.TensorType(ir.DataType.FLOAT)
     return None, _expanded(build, bias, node)
 
 
