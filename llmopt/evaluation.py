@@ -204,6 +204,11 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
     Raises:
         UsageError: The text is too short, or the reference is another kind of model.
     """
+    if candidate.rewriter is not None:
+        raise UsageError(
+            f"{candidate.folder}: reads one sequence and writes another, and texts come without "
+            "what they become; `llmopt compile --quantize` prints what its quantization cost"
+        )
     language = candidate.manifest.task == "generate"
     if candidate.session.find("tokens") is None:
         raise UsageError(

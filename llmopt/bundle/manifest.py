@@ -205,7 +205,9 @@ class Component:
     @classmethod
     def read(cls, data: Fields) -> Self:
         """Return the component written as ``data``."""
-        return cls(data.text("name"), inside(data, "entry"), Signature.read(data.child("signature")))
+        return cls(
+            data.text("name"), inside(data, "entry"), Signature.read(data.child("signature"))
+        )
 
 
 @dataclass(frozen=True)

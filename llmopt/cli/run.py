@@ -139,7 +139,9 @@ def _transcribe(runner: Runner, options: Mapping[str, Any]) -> None:
         raise UsageError("--inputs writes arrays: say where with -o FILE.npz")
     feeds = read_npz(options["inputs"])
     if len(feeds) != 1:
-        raise UsageError(f"{options['inputs']}: one array of features was expected, not {len(feeds)}")
+        raise UsageError(
+            f"{options['inputs']}: one array of features was expected, not {len(feeds)}"
+        )
     for text in runner.transcribe(next(iter(feeds.values())), **_wanted(options)):
         click.echo(text)
 

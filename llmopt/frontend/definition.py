@@ -5,15 +5,13 @@ One layer of each kind is traced, the rest repeat it with their own weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature
 from llmopt.frontend.assemble import Assembly

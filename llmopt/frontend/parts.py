@@ -98,6 +98,8 @@ def keep_last(whole: Assembly, hidden: ir.Value, ports: list[Port]) -> ir.Value:
 
 
 def renamer(old: str, new: str) -> Callable[[str], str]:
+    """Return a function that gives what lies in module ``old`` the name it has in ``new``."""
+
     def rename(name: str) -> str:
         return new + name[len(old) :] if name.startswith((f"{old}.", f"{old}/")) else name
 

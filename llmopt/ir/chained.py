@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
-from llmopt.bundle.manifest import Signature, handed_over
+from llmopt.bundle.manifest import handed_over
 from llmopt.ir.feeds import Arrays, Case, feeds
 from llmopt.ir.program import Program
 

@@ -222,9 +222,7 @@ class Stack(nn.Module):
             self.embed_norm = _norm(config)
         kind = WritingLayer if writes else Layer
         made = [i for i in layers if i < len(stack.layers)]
-        self.layers = nn.ModuleDict(
-            {str(i): kind(config, stack.layers[i]) for i in made}
-        )
+        self.layers = nn.ModuleDict({str(i): kind(config, stack.layers[i]) for i in made})
         if stack.final_norm:
             self.norm = _norm(config)
 

@@ -262,9 +262,7 @@ _WRITES: Final = ("ForConditionalGeneration", "MTModel")
 
 ENCODER_DECODERS: Final[Mapping[str, Family]] = {
     "bart": _row(_Traits()),
-    "marian": _row(
-        _Traits(embed_norm=False, offset=0, sinusoidal=True, activation="swish")
-    ),
+    "marian": _row(_Traits(embed_norm=False, offset=0, sinusoidal=True, activation="swish")),
     "mbart": _row(_Traits(norm_first=True)),
     "mt5": Family(_t5, _T5, _WRITES),
     "pegasus": _row(

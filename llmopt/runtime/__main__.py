@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--top-k", type=int, metavar="N", help="so many of the likeliest tokens")
     one.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     text = parser.add_argument_group("with --text, of a model that writes what a text becomes")
-    text.add_argument("--beams", type=int, metavar="N", help="search with so many; the model's if not")
+    text.add_argument(
+        "--beams", type=int, metavar="N", help="search with so many; the model's if not"
+    )
     test = parser.add_argument_group("with --selftest")
     test.add_argument("--json", action="store_true", default=None, help="print one JSON object")
     _add_serving(parser)
@@ -161,7 +163,9 @@ def _text(asked: argparse.Namespace) -> int:
             sys.stdout.write(f"{text}\n")
         return 0
     if options:
-        raise UsageError(f"{asked.artifact}: makes embeddings; --{min(options).replace('_', '-')} has no effect")
+        raise UsageError(
+            f"{asked.artifact}: makes embeddings; --{min(options).replace('_', '-')} has no effect"
+        )
     for row in runner.embed(asked.text):
         sys.stdout.write(json.dumps([float(f"{value:.7g}") for value in row]) + "\n")
     return 0

@@ -101,7 +101,9 @@ class Beams:
     @property
     def over(self) -> bool:
         """Whether nothing that is still to come can change the result."""
-        return self.stuck or not self.improvable or (self.full and self.search.early_stopping is True)
+        return (
+            self.stuck or not self.improvable or (self.full and self.search.early_stopping is True)
+        )
 
     @property
     def best(self) -> list[int]:

@@ -303,7 +303,12 @@ class Runner:
 
     def _memory(self, source: Mapping[str, Array] | None) -> dict[str, Array]:
         if (self.rewriter is None) != (source is None):
-            raise UsageError("what is read first goes with a model that has an encoder")
+            had = (
+                "an encoder: give what it reads"
+                if source is None
+                else "no encoder: it reads nothing"
+            )
+            raise UsageError(f"the model has {had} as source")
         if self.rewriter is None or source is None:
             return {}
         return self.rewriter.reader.read(source)

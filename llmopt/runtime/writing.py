@@ -75,7 +75,9 @@ class Writer:
                 raise UsageError(f"{name} has no effect without beams; leave it out")
         _ = self._search(1)  # checks the ranges
 
-    def write(self, memory: Mapping[str, Array], starts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def write(
+        self, memory: Mapping[str, Array], starts: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
         """Return the tokens after each beginning, the one that ended it included.
 
         Args:
@@ -91,7 +93,9 @@ class Writer:
         written = self._one_each if self._beams == 1 else self._searched
         return [row[search.begun :] for row in written(memory, starts, search)]
 
-    def likeliest(self, memory: Mapping[str, Array], start: Sequence[int], of: Sequence[int]) -> Array:
+    def likeliest(
+        self, memory: Mapping[str, Array], start: Sequence[int], of: Sequence[int]
+    ) -> Array:
         """Return for each row which token of ``of`` is likeliest after ``start``."""
         rows = len(next(iter(memory.values())))
         sequences = self._sequences(memory, rows, len(start))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tiny_encoder_decoders import CLASSES, CONFIGS, EOS, VOCABULARY, tiny_folder, tiny_model
 
-import llmopt
 from llmopt.api import load
 from llmopt.backends import find_backend
 from llmopt.bundle.manifest import Manifest
@@ -25,7 +25,6 @@ from llmopt.errors import UnsupportedModelError, UsageError
 from llmopt.frontend.source import SourceOptions
 from llmopt.models import define
 from llmopt.runtime.selftest import selftest
-from tiny_encoder_decoders import CLASSES, CONFIGS, EOS, START, VOCABULARY, tiny_folder, tiny_model
 
 REL = 1e-4  # float32, max|a-b| / max|b| over unpadded positions
 ROWS = [[5, 9, 30, 77, 12, 8, 41, 60, EOS], [7, 7, 88, EOS], [23, 4, 5, 61, 16, EOS]]
@@ -175,7 +174,9 @@ def test_beams_are_those_of_transformers(compiled: Compiled, options: Mapping[st
 @pytest.mark.slow
 def test_beams_do_not_depend_on_what_keeps_the_cache(compiled: Compiled) -> None:
     options = {"beams": 3, "max_new_tokens": 8}
-    found = [compiled.written(compiled.artifact(t), **options) for t in ("onnxruntime-cpu", "reference")]
+    found = [
+        compiled.written(compiled.artifact(t), **options) for t in ("onnxruntime-cpu", "reference")
+    ]
     assert found[0] == found[1]
 
 
@@ -232,7 +233,7 @@ def test_what_cannot_be_is_refused(compiled: Compiled) -> None:
 
 
 @pytest.mark.slow
-def test_other_targets_say_what_they_do_not_take(compiled: Compiled, tmp_path: Path) -> None:
+def test_other_targets_say_what_they_do_not_take(compiled: Compiled) -> None:
     for target in ("tvm-cpu", "tensorrt-rtx{sm=89}", "onnxruntime-cuda"):
         with pytest.raises(UnsupportedModelError, match=r"one component.*\(encoder, decoder\)"):
             Compilation.prepare(compiled.optimized, find_backend(target), CompileOptions(), Clock())

@@ -10,8 +10,8 @@ import torch
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.models import DecoderConfig, Definition, EncoderConfig, Recipe, define
-from llmopt.models.definition import FAMILIES, build
 from llmopt.models.buckets import distance_buckets
+from llmopt.models.definition import FAMILIES, build
 from llmopt.models.encoder import Encoder
 
 LLAMA: Mapping[str, Any] = {

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_encoder_decoders import EOS, START, VOCABULARY, tiny_model
 
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.runtime.beams import Beams, Search, log_softmax
 from llmopt.runtime.rules import Rules, unheeded
-from tiny_encoder_decoders import EOS, START, VOCABULARY, tiny_model
 
 NEW = 16
 LIMIT = NEW + 1
@@ -59,7 +59,12 @@ def cut(row: list[int]) -> list[int]:
         {"num_beams": 3, "no_repeat_ngram_size": 1},
         {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "no_repeat_ngram_size": 1},
         {"num_beams": 2, "length_penalty": -1.0, "early_stopping": "never"},
-        {"num_beams": 5, "length_penalty": 0.7, "early_stopping": "never", "no_repeat_ngram_size": 2},
+        {
+            "num_beams": 5,
+            "length_penalty": 0.7,
+            "early_stopping": "never",
+            "no_repeat_ngram_size": 2,
+        },
         {"num_beams": 3, "length_penalty": 0.0, "no_repeat_ngram_size": 2, "min_length": 9},
         {"num_beams": 2, "bad_words_ids": [[17], [24, 53]], "forced_bos_token_id": 8},
         {"num_beams": 3, "suppress_tokens": [17, 24], "forced_eos_token_id": EOS},
