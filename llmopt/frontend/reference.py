@@ -163,14 +163,11 @@ def _rewrite(
     with load(module, "embed_tokens.", *tables):
         hidden = [module.embed(f["input_ids"], f["position_ids"]) for f in feeds]
         masks = [module.context(f["attention_mask"], f["input_ids"].shape[1]) for f in feeds]
-    for name, layer in module.decoder.layers.items():
+    for name in module.decoder.layers:
         with load(module, f"decoder.layers.{name}."):
             for number, state in enumerate(hidden):
-                past = layer.attention.nothing(state)
-                memory = module.remember(memories[number], name)
-                seen = _source_mask(feeds[number])
-                keys = None if seen is None else seen[:, None, None, :] != 0
-                hidden[number], _ = layer(state, masks[number], past, memory, keys)
+                memory, seen = memories[number], _source_mask(feeds[number])
+                hidden[number] = module.write(name, state, masks[number], memory, seen)
     with load(module, "decoder.norm.", "embed_tokens.", "lm_head.", "logits_bias."):
         for state, memory in zip(hidden, memories, strict=True):
             logits = module.head(module.decoder.finish(state))

@@ -95,7 +95,7 @@ def _move(
 
 def _mapped(file: Path, start: int, length: int) -> memoryview:
     """Return a part of a file, read when it is looked at."""
-    return memoryview(np.memmap(file, np.uint8, "r", start, (length,)))
+    return np.memmap(file, np.uint8, "r", start, (length,)).data
 
 
 def _told(error: BaseException) -> BaseException:

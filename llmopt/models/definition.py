@@ -92,10 +92,11 @@ def define(
     parsed = family.parse(config)
     table = family.weights["embed_tokens"]
     prefix = _prefix(table, names)
-    if isinstance(parsed, DecoderConfig | EncoderDecoderConfig):
-        parsed = _untied(parsed, _named(table, prefix, names), names, equal)
-    if isinstance(parsed, EncoderDecoderConfig):
-        parsed = _with_tables(parsed, names)
+    embedding = _named(table, prefix, names)
+    if isinstance(parsed, DecoderConfig):
+        parsed = _untied(parsed, embedding, names, equal)
+    elif isinstance(parsed, EncoderDecoderConfig):
+        parsed = _with_tables(_untied(parsed, embedding, names, equal), names)
     sources = {
         name: _recipe(parsed, family.weights, prefix, name, names)
         for name, _ in build(parsed).named_parameters()

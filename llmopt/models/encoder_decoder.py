@@ -78,8 +78,25 @@ class EncoderDecoder(nn.Module):
             hidden: [B, C, E], after the encoder's last norm.
             layer: Its name, as the decoder lists it.
         """
-        attention: Attention = self.decoder.layers[layer].cross_attention
-        return attention.pair(hidden)
+        return self._writing(layer).cross_attention.pair(hidden)
+
+    def write(
+        self, layer: str, hidden: Tensor, mask: Tensor, memory: Tensor, source_mask: Tensor | None
+    ) -> Tensor:
+        """Return what a layer of the decoder makes of its hidden states [B, S, E], without a past.
+
+        Args:
+            layer: Its name, as the decoder lists it.
+            hidden: [B, S, E].
+            mask: As ``context`` gives it.
+            memory: What was read, [B, C, E].
+            source_mask: [B, C] int64, 0 where a token is padding; None where none can be.
+        """
+        made = self._writing(layer)
+        seen = None if source_mask is None else source_mask[:, None, None, :] != 0
+        nothing = made.attention.nothing(hidden)
+        found: tuple[Tensor, Pair] = made(hidden, mask, nothing, self.remember(memory, layer), seen)
+        return found[0]
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the hidden states [B, S, E] that enter the decoder."""
@@ -112,6 +129,11 @@ class EncoderDecoder(nn.Module):
         logits = functional.linear(hidden, weight)
         return self.logits_bias(logits) if self.config.logits_bias else logits
 
+    def _writing(self, layer: str) -> WritingLayer:
+        made = self.decoder.layers[layer]
+        assert isinstance(made, WritingLayer)
+        return made
+
     def _scaled(self, embedded: Tensor) -> Tensor:
         factor = self.config.embedding_multiplier
         return embedded if factor == 1.0 else embedded * factor
@@ -139,12 +161,10 @@ class EncoderDecoder(nn.Module):
         for layer in self.encoder.layers.values():
             hidden = layer(hidden, seen)
         memory = self.encoder.finish(hidden)
-        keys = None if source_mask is None else source_mask[:, None, None, :] != 0
         hidden = self.embed(input_ids, position_ids)
         mask = self.context(attention_mask, input_ids.shape[1])
-        for name, layer in self.decoder.layers.items():
-            past = layer.attention.nothing(hidden)
-            hidden, _ = layer(hidden, mask, past, self.remember(memory, name), keys)
+        for name in self.decoder.layers:
+            hidden = self.write(name, hidden, mask, memory, source_mask)
         return self.head(self.decoder.finish(hidden)), memory
 
 

@@ -79,7 +79,8 @@ class Runner:
         one = is_one(prompt)
         prompts: Any = [prompt] if one else prompt
         if self.rewriter is not None:
-            found = self.rewriter.texts(prompts, self.tokenizer, _asked(options))
+            texts = [_text(each) for each in prompts]
+            found = self.rewriter.texts(texts, self.tokenizer, _asked(options))
             return found[0] if one else found
         texts = [""] * len(prompts)
         for row, piece in self._pieces(prompts, _request(options)):
@@ -100,7 +101,7 @@ class Runner:
             UsageError: An option is out of range, or the prompt is empty or too long.
         """
         if self.rewriter is not None:
-            yield self.generate([prompt], **options)[0]  # type: ignore[call-overload]
+            yield from self.rewriter.texts([_text(prompt)], self.tokenizer, _asked(options))
             return
         for _, piece in self._pieces([prompt], _request(options)):
             if piece:
@@ -317,6 +318,12 @@ class Runner:
         if self.manifest.model.cache == "none" and not self._warned:
             self._warned = True
             logger.warning("the model has no cache: every new token runs its whole prefix again")
+
+
+def _text(prompt: Prompt) -> str:
+    if not isinstance(prompt, str):
+        raise UsageError("this model rewrites texts; it takes no conversation")
+    return prompt
 
 
 def _asked(options: Mapping[str, Any]) -> Asked:

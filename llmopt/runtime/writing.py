@@ -100,7 +100,8 @@ class Writer:
         rows = len(next(iter(memory.values())))
         sequences = self._sequences(memory, rows, len(start))
         logits = sequences.extend(np.array([start] * rows, np.int64))[:, -1]
-        return np.asarray(of)[logits[:, list(of)].argmax(axis=-1)]
+        found: Array = np.asarray(of)[logits[:, list(of)].argmax(axis=-1)]
+        return found
 
     def _search(self, begun: int) -> Search:
         facts, rules, request = self._session.manifest.model, self._rules, self._request
