@@ -111,15 +111,15 @@ class ModelFacts:
         hidden: E.
         vocabulary: V.
         max_length: Most tokens in one sequence, prompt included.
-        max_source: Most tokens that can be read, of a model that writes another sequence.
-        source_vocabulary: Tokens that it reads, where they are not those that it writes.
-        start: Token that such a model's sequences begin with.
         bos: Token that begins a text.
         eos: Tokens that end one.
         pad: Token that fills up short rows.
         cache: ``"shared"``: past and present may be one buffer of fixed capacity that the model
             writes in place; ``"concat"``: present is past and the new tokens; ``"none"``.
         pooling: How hidden states become one embedding, where the model does not do it itself.
+        max_source: Most tokens that can be read, of a model that writes another sequence.
+        source_vocabulary: Tokens that it reads, where they are not those that it writes.
+        start: Token that such a model's sequences begin with.
     """
 
     family: str = ""
@@ -130,14 +130,14 @@ class ModelFacts:
     hidden: int = 0
     vocabulary: int = 0
     max_length: int = 0
-    max_source: int = 0
-    source_vocabulary: int = 0
-    start: int | None = None
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
     cache: CacheKind = "none"
     pooling: str | None = None
+    max_source: int = 0
+    source_vocabulary: int = 0
+    start: int | None = None
 
     @classmethod
     def read(cls, data: Fields) -> Self:

@@ -138,12 +138,14 @@ class Compiled:
         return self.written(artifact, beams=beams, **kept) == wanted
 
 
-@pytest.fixture(scope="module", params=["bart", "t5", "whisper"])
+_SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("t5", "whisper")]
+
+
+@pytest.fixture(scope="module", params=["bart", *_SLOW])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return Compiled(request.param, tmp_path_factory.mktemp("source"))
 
 
-@pytest.mark.slow
 def test_every_attention_is_fused_and_the_cache_is_in_place(compiled: Compiled) -> None:
     fused = compiled.optimized.fusion
     assert {kind: each.fused for kind, each in fused.items()} == {
@@ -154,10 +156,13 @@ def test_every_attention_is_fused_and_the_cache_is_in_place(compiled: Compiled) 
     assert manifest.model.cache == "shared"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "scheme"),
-    [("onnxruntime-cpu", None), ("onnxruntime-cpu", "w8"), ("onnxruntime-cpu", "w4{head=8}")],
+    [
+        ("onnxruntime-cpu", None),
+        pytest.param("onnxruntime-cpu", "w8", marks=pytest.mark.slow),
+        pytest.param("onnxruntime-cpu", "w4{head=8}", marks=pytest.mark.slow),
+    ],
 )
 def test_an_artifact_is_proven_and_tests_itself(
     compiled: Compiled, target: str, scheme: str | None
@@ -169,16 +174,20 @@ def test_an_artifact_is_proven_and_tests_itself(
     assert tested.passed or scheme is not None, str(tested)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnxruntime-cpu", "reference"])
+@pytest.mark.parametrize(
+    "target", ["onnxruntime-cpu", pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_thirty_two_tokens_are_those_of_transformers(compiled: Compiled, target: str) -> None:
     assert compiled.same(compiled.artifact(target), beams=1, max_new_tokens=32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, {"length_penalty": 2.0, "early_stopping": True}, {"early_stopping": "never"}],
+    [
+        {"length_penalty": 2.0, "early_stopping": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"early_stopping": "never"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_beams_are_those_of_transformers(compiled: Compiled, options: Mapping[str, Any]) -> None:
@@ -195,7 +204,6 @@ def test_beams_do_not_depend_on_what_keeps_the_cache(compiled: Compiled) -> None
     assert found[0] == found[1]
 
 
-@pytest.mark.slow
 def test_a_weight_of_both_components_is_stored_once(compiled: Compiled) -> None:
     artifact = compiled.artifact("onnxruntime-cpu")
     places: dict[str, dict[str, str]] = {}
@@ -211,7 +219,6 @@ def test_a_weight_of_both_components_is_stored_once(compiled: Compiled) -> None:
     assert ("embed_tokens.weight" in both) == (compiled.kind != "whisper")
 
 
-@pytest.mark.slow
 def test_the_command_line_writes_what_a_text_becomes(compiled: Compiled, tmp_path: Path) -> None:
     artifact = compiled.artifact("onnxruntime-cpu")
     if compiled.kind == "whisper":
@@ -232,7 +239,6 @@ def test_the_command_line_writes_what_a_text_becomes(compiled: Compiled, tmp_pat
     assert wrong.exit_code == 2
 
 
-@pytest.mark.slow
 def test_a_device_writes_what_a_text_becomes(
     compiled: Compiled, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,12 +252,11 @@ def test_a_device_writes_what_a_text_becomes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["whisper"], indirect=True)
 def test_what_is_spoken_is_found_out_or_given(compiled: Compiled) -> None:
     """A transcript begins with the language that is likeliest, and with the task."""
     rewriter = load(compiled.artifact("onnxruntime-cpu")).rewriter
     assert rewriter is not None
-    if compiled.kind != "whisper":
-        return
     tokenizer = load(compiled.artifact("onnxruntime-cpu")).tokenizer
     rules = dataclasses.replace(
         rewriter.rules,
@@ -287,7 +292,6 @@ def test_what_is_spoken_is_found_out_or_given(compiled: Compiled) -> None:
         rewriter.transcribe(sounds(3), tokenizer, asked, ("de", None))
 
 
-@pytest.mark.slow
 def test_what_cannot_be_is_refused(compiled: Compiled) -> None:
     artifact = compiled.artifact("onnxruntime-cpu")
     runner = load(artifact)

@@ -69,6 +69,11 @@ def llama(names: frozenset[str] = NAMES, **changes: Any) -> Definition:
     return define({**LLAMA, **changes}, names)
 
 
+def decoder(definition: Definition) -> DecoderConfig:
+    assert isinstance(definition.config, DecoderConfig)
+    return definition.config
+
+
 def test_every_parameter_has_a_recipe_and_every_tensor_is_used() -> None:
     definition = llama()
     parameters = dict(definition.module().named_parameters())
@@ -146,12 +151,13 @@ def test_parameters_are_on_meta_and_buffers_are_not() -> None:
 def test_equal_layers_are_one_kind() -> None:
     windows = {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 3}
     extra = frozenset(f"model.layers.{i}.self_attn.{n}_norm.weight" for i in range(4) for n in "qk")
-    layers = llama(NAMES | extra, architectures=None, **windows).config.layers
+    layers = decoder(llama(NAMES | extra, architectures=None, **windows)).layers
     assert layers[0] == layers[1] == layers[2] != layers[3]
 
 
 def test_rotary_is_left_out_of_every_so_many_layers() -> None:
-    layers = llama(model_type="smollm3", architectures=None, no_rope_layer_interval=2).config.layers
+    found = llama(model_type="smollm3", architectures=None, no_rope_layer_interval=2)
+    layers = decoder(found).layers
     assert [getattr(layer, "rope", None) is not None for layer in layers] == [1, 0, 1, 0]
 
 

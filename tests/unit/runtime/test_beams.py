@@ -15,7 +15,7 @@ from llmopt.errors import ArtifactError, UsageError
 from llmopt.runtime.beams import Beams, Search, log_softmax
 from llmopt.runtime.rules import Rules, unheeded
 
-NEW = 16
+NEW = 11
 LIMIT = NEW + 1
 
 
