@@ -274,6 +274,10 @@ class Runner:
 
         Without a mask the model cannot tell padding from text, so prompts go one by one.
         """
+        for name in ("beams", "length_penalty", "early_stopping"):
+            if getattr(request, name) is not None:
+                problem = "it is for models that read one text and write another; leave it out"
+                raise UsageError(f"{name}: {problem}")
         self._warn_without_cache()
         together = self.session.find("mask") is not None or len(set(map(len, prompts))) == 1
         if together or not prompts:

@@ -30,6 +30,13 @@ def test_a_row_goes_on_from_what_another_remembers(cache: CacheKind, tmp_path: P
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_continues_text_is_not_searched(tmp_path: Path) -> None:
+    runner = load(TinyDecoder().write(tmp_path / "artifact"), threads=1)
+
+    with pytest.raises(UsageError, match="beams: it is for models that read one text"):
+        runner.generate("a", beams=2)
+
+
 def test_without_a_cache_rows_cannot_change_places(tmp_path: Path) -> None:
     session = load(TinyDecoder("none").write(tmp_path / "artifact"), threads=1).session
     sequences = Sequences(session, 3, 16)
