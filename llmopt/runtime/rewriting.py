@@ -86,7 +86,9 @@ class Rewriter:
         Raises:
             UsageError: A row is empty or too long, or holds a token that the model does not have.
         """
-        return self._write(self.read_tokens(rows), asked, ())
+        memory = self.read_tokens(rows)
+        writer = Writer(self.reader.decoder, self.rules, asked.request, asked.given)
+        return writer.write(memory, [[self._start()]] * len(rows))
 
     def transcribe(
         self,
@@ -133,13 +135,6 @@ class Rewriter:
         check_tokens(tokens, facts.source_vocabulary or facts.vocabulary)
         named = {encoder.need("tokens").name: tokens, encoder.need("mask").name: mask}
         return self.reader.read(named)
-
-    def _write(
-        self, memory: Mapping[str, Array], asked: Asked, more: Sequence[int]
-    ) -> list[list[int]]:
-        rows = len(next(iter(memory.values())))
-        writer = Writer(self.reader.decoder, self.rules, asked.request, asked.given)
-        return writer.write(memory, [[self._start(), *more]] * rows)
 
     def _start(self) -> int:
         start = self.manifest.model.start if self.rules.start is None else self.rules.start
