@@ -233,7 +233,7 @@ _GEMMA3 = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"
     [
         pytest.param(
             {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
-            ["'mamba' (MambaForCausalLM)", "known: bert, ", "install transformers", "file.py:"],
+            ["'mamba' (MambaForCausalLM)", "known: bart, ", "install transformers", "file.py:"],
             id="architecture",
         ),
         pytest.param({"model_type": None}, ["lacks 'model_type'"], id="no model type"),
