@@ -10,11 +10,10 @@ from typing import Any, Final
 
 import pytest
 import real_models
+from traced import Traced
 
 from llmopt.benchmark import Encode, Generate, Workload
 from llmopt.benchmark.profiling import profile
-from llmopt.compiler import CompileOptions, compile_source
-from llmopt.frontend.source import SourceOptions
 
 pytestmark = pytest.mark.slow
 
@@ -40,8 +39,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "minilm": (real_models.minilm_folder, "w8a8-dynamic"),
     }
     for name, (source, scheme) in made.items():
-        options = CompileOptions(quantize=scheme, verify="off")
-        compile_source(source(), TARGETS, work / name, options, SourceOptions())
+        traced = Traced.of(source())
+        for target in TARGETS:
+            traced.compiled(target, work / name / target, quantize=scheme, verify="off")
     return work
 
 
