@@ -38,7 +38,7 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 test: $(STAMP)  ## The quick suite, with branch coverage
-	$(PYTEST) -n $(WORKERS) -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: $(STAMP) $(ARM64) $(HEADERS)  ## Real models, engines, arm64 under an emulator; each file in one process
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow
