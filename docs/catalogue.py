@@ -173,7 +173,8 @@ def families() -> None:
     print(f"\n- decoders: {', '.join(f'`{name}`' for name in DECODERS)}")
     print(f"- encoders: {', '.join(f'`{name}`' for name in ENCODERS)}")
     both = ", ".join(f"`{name}`" for name in ENCODER_DECODERS)
-    print(f"- models of an encoder and a decoder (for `onnxruntime-cpu`, `onnxruntime-arm64`, `reference`): {both}")
+    targets = "`onnxruntime-cpu`, `onnxruntime-arm64`, `reference`"
+    print(f"- models of an encoder and a decoder (for {targets}): {both}")
 
 
 def commands() -> dict[str, click.Context]:
