@@ -11,6 +11,7 @@
     ├── SourceError                exit 1   a file is damaged, incomplete or not what it claims
     ├── UnsupportedModelError      exit 1   the model holds something we cannot trace or lower
     ├── FusionError                exit 1   --require asked for a fusion that did not happen
+    ├── NotIncrementalError        exit 1   a decoder cannot be given a cache
     ├── AccuracyError              exit 1   outputs moved past the tolerance or the quality bound
     ├── PassError                  exit 1   a pass left the Program invalid: our bug
     ├── ArtifactError              exit 1   an artifact is damaged, or from a newer llmopt
@@ -194,6 +195,27 @@ class FusionError(LlmoptError):
         return (
             f"--require {self.what}=all: {self.fused} of {self.expected} fused; {found}; "
             "drop the requirement, or run `llmopt inspect` on the artifact to see the rest"
+        )
+
+
+class NotIncrementalError(LlmoptError):
+    """A decoder cannot be given a cache of keys and values: it could not be proven right.
+
+    Args:
+        node: The node that stands in the way.
+        reason: Why.
+    """
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(node, reason)
+        self.node = node
+        self.reason = reason
+
+    @override
+    def __str__(self) -> str:
+        return (
+            f"no cache can be added: {self.node!r}: {self.reason}; change the model there, or "
+            "keep it as it is with --passes 'default,-add-kv-cache'"
         )
 
 

@@ -179,8 +179,8 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     Args:
         signature: The caches.
         run: The artifact.
-        batch: ``input_ids``, ``attention_mask`` and ``position_ids`` of all tokens; and what is
-            read, of a model of two components.
+        batch: ``input_ids`` of all tokens; ``attention_mask`` and ``position_ids``, if it has them;
+            and what is read, of a model of two components.
         prefill: How many tokens the first step takes.
     """
     total = batch["input_ids"].shape[1]
@@ -194,15 +194,9 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     read = {name: array for name, array in batch.items() if name.startswith(FIRST)}
     logits, start = [], 0
     for end in (prefill, *range(prefill + 1, total + 1)):
-        step = {
-            "input_ids": batch["input_ids"][:, start:end],
-            "attention_mask": batch["attention_mask"][:, :end],
-            "position_ids": batch["position_ids"][:, start:end],
-            "logits_to_keep": np.asarray(0, np.int64),
-            **caches,
-            **read,
-        }
-        found = run(step)
+        parts = {"input_ids": start, "attention_mask": 0, "position_ids": start}
+        step = {n: batch[n][:, first:end] for n, first in parts.items() if n in batch}
+        found = run({**step, "logits_to_keep": np.asarray(0, np.int64), **caches, **read})
         logits.append(found["logits"])
         caches = {past: found[present] for past, present in pairs}
         start = end

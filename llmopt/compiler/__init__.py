@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from llmopt.backends.base import Backend
+    from llmopt.bundle.manifest import Signature
     from llmopt.compiler.compilation import Optimized
-    from llmopt.frontend.source import SourceOptions
+    from llmopt.frontend.source import Source, SourceOptions
     from llmopt.ir.program import Program
     from llmopt.passes.pipeline import Ran
     from llmopt.quantization.schemes import Scheme
@@ -89,12 +90,52 @@ def optimize(
     with clock("tracing"):
         opened = open_source(source, reading)
     ran: list[Ran] = []
+    before = opened.program.signature
     with clock("optimizing"):
         pipeline.run(opened.program, lambda _, __, done: ran.append(done))
+    opened = _as_signed(opened, before, ran)
     report = fusion_report(opened.program, ran)
     require(report, options.require)
     _check_dialect(opened.program)
     return Optimized(opened, str(pipeline), ran, report, reading)
+
+
+def _as_signed(opened: Source, before: Signature, ran: Sequence[Ran]) -> Source:
+    """Return the source as passes changed its edge, and what became of its cache in words."""
+    from llmopt.frontend.adapted import PaddedReference, RenamedReference
+
+    after, reference = opened.program.signature, opened.reference
+    names = {
+        new.name: old.name
+        for old in (*before.inputs, *before.outputs)
+        if old.role in _NAMED and (new := after.find(old.role)) is not None
+    }
+    mask, tokens = after.find("mask"), before.find("tokens")
+    if mask is not None and tokens is not None and before.find("mask") is None:
+        names |= {mask.name: mask.name}
+        reference = PaddedReference(reference, tokens.name, mask.name)
+    if any(new != old for new, old in names.items()):
+        reference = RenamedReference(reference, names)
+    notes = (*opened.notes, *_cache_notes(opened.program, ran))
+    return dataclasses.replace(opened, reference=reference, notes=notes)
+
+
+_NAMED = ("tokens", "mask", "positions", "logits")
+
+
+def _cache_notes(program: Program, ran: Sequence[Ran]) -> list[str]:
+    """Return what `add-kv-cache` did, or why it did nothing, in words."""
+    notes = []
+    for each in (each for each in ran if each.name == "add-kv-cache"):
+        if each.applied:
+            layers = program.facts.model.layers
+            notes.append(f"add-kv-cache: keys and values of {layers} layers are remembered")
+        notes.extend(
+            f"add-kv-cache: no cache, every token runs its whole prefix again; {miss.node!r}: "
+            f"{miss.reason}"
+            for miss in each.missed
+        )
+    return notes
 
 
 def _check_distinct(backends: Sequence[Backend]) -> None:

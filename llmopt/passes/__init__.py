@@ -11,9 +11,11 @@ from llmopt.passes.base import Miss, Outcome, Pass
 __all__ = ["DEFAULT", "PASSES", "Miss", "Outcome", "Pass", "known_passes"]
 
 PASSES: Final[Mapping[str, str]] = {
+    "add-kv-cache": "llmopt.passes.add_kv_cache:AddKvCache",
     "canonicalize": "llmopt.passes.canonicalize:Canonicalize",
     "cancel-transposes": "llmopt.passes.cancel_transposes:CancelTransposes",
     "convert-float": "llmopt.passes.convert_float:ConvertFloat",
+    "expand-einsum": "llmopt.passes.expand_einsum:ExpandEinsum",
     "fold-weights": "llmopt.passes.fold_weights:FoldWeights",
     "fuse-activations": "llmopt.passes.fuse_activations:FuseActivations",
     "fuse-attention": "llmopt.passes.fuse_attention:FuseAttention",
@@ -33,7 +35,9 @@ DEFAULT: Final[tuple[str, ...]] = (
     "fold-weights",  # projections become MatMul with a weight
     "fuse-norms",
     "fuse-activations",
+    "expand-einsum",  # attention is then written with MatMul, whoever wrote it
     "fuse-attention",  # written-out attention joins what torch already fused
+    "add-kv-cache",  # attention is recognized, masks and tables are still what they were traced as
     "fuse-rotary",  # before attention loses its [B, H, S, D] operands
     "raise-attention",  # cache, mask and heads in the dialect's form
     "cancel-transposes",  # what the forms above brought to cancel

@@ -77,11 +77,21 @@ class LowerAttention(Pass):
 
 
 def _remember_cache(program: Program) -> None:
-    """Note whether past and present may be one buffer."""
-    if program.signature.has_cache:
-        plain = g.nodes(program.graph, "Attention")
-        model = replace(program.facts.model, cache="concat" if plain else "shared")
-        program.learn(model=model)
+    """Note whether past and present may be one buffer.
+
+    They may where GroupQueryAttention writes them all, and a mask says how much is in use.
+    """
+    if not program.signature.has_cache:
+        return
+    names = {p.name for p in program.signature.outputs if p.role in _PRESENTS}
+    presents = [value for value in program.graph.outputs if value.name in names]
+    makers = [value.producer() for value in presents]
+    grouped = all(node is not None and node.op_type == "GroupQueryAttention" for node in makers)
+    shared = grouped and program.signature.find(Role.MASK) is not None
+    program.learn(model=replace(program.facts.model, cache="shared" if shared else "concat"))
+
+
+_PRESENTS: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE)
 
 
 def not_grouped(program: Program, node: ir.Node, *, bias: bool = False) -> str | None:
