@@ -56,7 +56,7 @@ BODY: Mapping[str, str] = {
 def decoder(changed: Mapping[str, str] | None = None, *, extra: str = "") -> Program:
     """Return a decoder of one layer, some of its lines changed."""
     taps, window = (",".join(["0.5"] * count) for count in (24, 72))
-    lines = BODY | dict(changed or {})
+    lines = {**BODY, **(changed or {})}
     text = (
         EDGE.format(extra=extra, taps=taps, window=window)
         + "\n".join(filter(None, lines.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
@@ -17,7 +17,7 @@ WIDTH: Final = HIDDEN // HEADS
 
 def split_heads(x: Tensor, width: int = WIDTH) -> Tensor:
     """Return [B, S, H * D] as [B, H, S, D]."""
-    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], -1, width).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -41,8 +41,8 @@ class FusedQkv(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(VOCABULARY, HIDDEN), nn.Embedding(LONGEST, HIDDEN)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.qkv = nn.ModuleList(nn.Linear(HIDDEN, 3 * HIDDEN) for _ in range(2))
+        self.blocks: Any = nn.ModuleList(Block() for _ in range(2))
+        self.qkv: Any = nn.ModuleList(nn.Linear(HIDDEN, 3 * HIDDEN) for _ in range(2))
         self.register_buffer("tril", torch.tril(torch.ones(LONGEST, LONGEST)))
 
     @override
@@ -55,7 +55,8 @@ class FusedQkv(nn.Module):
             scores = scores.masked_fill(self.tril[:length, :length] == 0, float("-inf"))
             x = x + block.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
             x = x + block.down(F.gelu(block.up(block.norm2(x))))
-        return x @ self.tokens.weight.T
+        logits: Tensor = x @ self.tokens.weight.T
+        return logits
 
 
 class ParallelAlibi(nn.Module):
@@ -64,7 +65,7 @@ class ParallelAlibi(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(Block(bias=False) for _ in range(2))
+        self.blocks: Any = nn.ModuleList(Block(bias=False) for _ in range(2))
         self.head = nn.Linear(HIDDEN, VOCABULARY)
 
     @override
@@ -113,8 +114,8 @@ class RotaryBuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(Block(self.WIDE, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(nn.RMSNorm(HIDDEN) for _ in range(2))
+        self.blocks: Any = nn.ModuleList(Block(self.WIDE, bias=False) for _ in range(2))
+        self.norms: Any = nn.ModuleList(nn.RMSNorm(HIDDEN) for _ in range(2))
         angles = torch.outer(torch.arange(LONGEST), 100.0 ** (-torch.arange(8) / 8)).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -136,7 +137,8 @@ class RotaryBuffer(nn.Module):
             y = F.scaled_dot_product_attention(turned(q), k, v, is_causal=True)
             x = x + block.o(y.transpose(1, 2).flatten(2))
             x = x + block.down(F.silu(block.up(block.norm2(x))))
-        return x @ self.tokens.weight.T
+        logits: Tensor = x @ self.tokens.weight.T
+        return logits
 
 
 class SlidingWindow(nn.Module):
@@ -147,7 +149,7 @@ class SlidingWindow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks: Any = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(HIDDEN, VOCABULARY)
         waves = torch.outer(torch.arange(LONGEST), 50.0 ** (-torch.arange(HIDDEN) / HIDDEN))
         self.register_buffer("table", waves.sin())
@@ -178,8 +180,8 @@ class TokensFirst(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, HIDDEN)
         self.places = nn.Parameter(torch.zeros(1, LONGEST, HIDDEN))
-        self.attention = nn.ModuleList(nn.MultiheadAttention(HIDDEN, HEADS) for _ in range(2))
-        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(2))
+        self.attention: Any = nn.ModuleList(nn.MultiheadAttention(HIDDEN, HEADS) for _ in range(2))
+        self.norms: Any = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(2))
         self.head = nn.Linear(HIDDEN, VOCABULARY)
 
     @override
@@ -200,7 +202,7 @@ class OneKeyHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(Block(WIDTH, bias=False) for _ in range(2))
+        self.blocks: Any = nn.ModuleList(Block(WIDTH, bias=False) for _ in range(2))
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(HIDDEN)) for _ in range(2))
 
     @override
@@ -221,7 +223,8 @@ class OneKeyHead(nn.Module):
             scores = 20 * torch.tanh(torch.einsum("bhqd,bkd->bhqk", q, k) * WIDTH**-0.5 / 20)
             weights = scores.masked_fill(later, torch.finfo(scores.dtype).min).softmax(-1)
             x = x + block.o(torch.einsum("bhqk,bkd->bqhd", weights, v).flatten(2))
-        return x @ self.tokens.weight.T
+        logits: Tensor = x @ self.tokens.weight.T
+        return logits
 
 
 class KeyBias(nn.Module):
@@ -230,7 +233,7 @@ class KeyBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks: Any = nn.ModuleList(Block() for _ in range(2))
         self.heads = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(HIDDEN, VOCABULARY)
 

@@ -109,16 +109,15 @@ class Prelude:
 
     def _moved(self, whole: ir.Value, rows: int, batch: int, positions: ir.Value) -> ir.Value:
         """Look rows up, and put the axis of sequences where it belongs."""
-        if batch < 0:  # in front of all its axes, but for those of size 1 between
-            ones = list(range(-batch - 1))
+        rank = g.rank(whole) or 0
+        if batch < 0:
+            ones = list(range(-batch - 1))  # what stands between it and the axes there are
             if ones:
                 whole = self.build.op("Unsqueeze", [whole, self.build.constant(ones, "int64")])
-            rows, batch = rows + len(ones), 0
-            rank = len(ones) + (g.rank(whole.producer().inputs[0] if ones else whole) or 0)
+            rows, batch, rank = rows + len(ones), 0, rank + len(ones)
         else:
-            rank = (g.rank(whole) or 0) - 1
             whole = self.build.op("Squeeze", [whole, self.build.constant([batch], "int64")])
-            rows -= batch < rows
+            rows, rank = rows - (batch < rows), rank - 1
         found = self.build.op("Gather", [whole, positions], {"axis": rows})
         order = [axis for axis in range(rank + 1) if axis != rows]
         order.insert(batch, rows)
