@@ -164,6 +164,13 @@ class Backend(abc.ABC):
         """
         return scheme
 
+    def cache_obstacle(
+        self,
+        program: Program,  # noqa: ARG002 - most run any cache
+    ) -> str | None:
+        """Return why the caches that were added to ``program`` do not run here, None if they do."""
+        return None
+
     def stand_in(self) -> Backend | None:
         """Return what is written and run in this one's place to verify, if it cannot run here.
 

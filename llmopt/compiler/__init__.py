@@ -64,10 +64,30 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
     places = [_place(output, name, backend, targets) for backend in backends]
     for place in places:
         check_destination(place, force=options.force)
+    suited = [_suited(source, backend, options, optimized, clock) for backend in backends]
     return [
-        Compilation.prepare(optimized, backend, options, clock).run(place)
-        for backend, place in zip(backends, places, strict=True)
+        Compilation.prepare(each, backend, options, clock).run(place)
+        for each, backend, place in zip(suited, backends, places, strict=True)
     ]
+
+
+def _suited(
+    source: str | Path | torch.nn.Module,
+    backend: Backend,
+    options: CompileOptions,
+    optimized: Optimized,
+    clock: Clock,
+) -> Optimized:
+    """Return the source as it was optimized, or without a cache that this backend cannot run."""
+    added = any(each.name == "add-kv-cache" and each.applied for each in optimized.ran)
+    reason = backend.cache_obstacle(optimized.source.program) if added else None
+    if reason is None:
+        return optimized
+    without = dataclasses.replace(options, passes=f"{options.passes},-add-kv-cache")
+    again = optimize(source, without, optimized.reading, clock)
+    note = f"no cache on {backend.name}, every token runs its whole prefix again: {reason}"
+    opened = dataclasses.replace(again.source, notes=(*again.source.notes, note))
+    return dataclasses.replace(again, source=opened)
 
 
 def optimize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +65,16 @@ def test_each_decoder_goes_on_as_it_did_without(kind: type[nn.Module], tmp_path:
         assert artifact.manifest.model.kv_heads == 1
 
 
-def written(path: Path, *, sums: bool) -> Path:
-    """Write a decoder of one layer as ONNX; with ``sums`` it adds up what came before."""
-    extra = {"extra": "y = CumSum (x, one)"} if sums else {}
-    ir.save(decoder(extra).model, path)
+def written(path: Path, changed: Mapping[str, str] | None = None) -> Path:
+    """Write a decoder of one layer as ONNX, some of its lines changed."""
+    ir.save(decoder(changed).model, path)
     return path
 
 
 def test_a_file_is_given_a_cache_too_and_padded_rows_are_what_they_are_alone(
     tmp_path: Path,
 ) -> None:
-    source = written(tmp_path / "decoder.onnx", sums=False)
+    source = written(tmp_path / "decoder.onnx")
     artifact = llmopt.compile(source, output=tmp_path / "out", max_length=16)
     plain = llmopt.compile(
         source, output=tmp_path / "plain", passes="default,-add-kv-cache", max_length=16
@@ -89,10 +88,21 @@ def test_a_file_is_given_a_cache_too_and_padded_rows_are_what_they_are_alone(
 
 
 def test_a_refusal_names_the_node_and_the_model_stays_as_it_is(tmp_path: Path) -> None:
-    source = written(tmp_path / "sums.onnx", sums=True)
+    source = written(tmp_path / "sums.onnx", {"extra": "y = CumSum (x, one)"})
     artifact = llmopt.compile(source, output=tmp_path / "out", max_length=16)
 
     (note,) = [note for note in artifact.notes if note.startswith("add-kv-cache")]
     assert "'y': CumSum sums over all earlier tokens" in note
     assert artifact.manifest.model.cache == "none"
+    assert artifact.manifest.verification["status"] == "passed"
+
+
+def test_a_backend_with_caches_of_its_own_leaves_out_what_it_cannot_keep(tmp_path: Path) -> None:
+    bent = {"scores": "half1 = Mul (product, half)\nscores = Relu (half1)"}
+    source = written(tmp_path / "bent.onnx", bent)
+    artifact = llmopt.compile(source, target="tvm-cpu", output=tmp_path / "out", max_length=16)
+
+    assert "no cache on tvm-cpu" in artifact.notes[-1]
+    assert "'present.0.key' is written by no Attention" in artifact.notes[-1]
+    assert artifact.manifest.pipeline.count("add-kv-cache") == 0
     assert artifact.manifest.verification["status"] == "passed"
