@@ -57,7 +57,8 @@ class AddKvCache(Pass):
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
-        generates = program.facts.task == "generate"
+        scores = program.signature.find(Role.LOGITS) is not None
+        generates = scores and program.facts.task == "generate"
         if program.signature.has_cache or not (generates or self.require):
             return outcome
         try:
@@ -90,7 +91,7 @@ def make_incremental(program: Program) -> int:
     g.remove_dead(made.model)
     made.graph.sort()
     check_steps(program, made)
-    program.components["model"] = made.model
+    program.components[program.main] = made.model
     program.signature, program.facts = made.signature, made.facts
     return reading.layers
 
