@@ -21,7 +21,8 @@ from llmopt.errors import FusionError
 from llmopt.fusion import fusion_report, require
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.passes.pipeline import Pipeline, Ran, load_plugin
+from llmopt.passes.pipeline import Pipeline, Ran
+from llmopt.passes.plugins import load_plugin
 from llmopt.quantization.schemes import SCHEMES
 
 DOCS = Path(__file__).parents[2] / "docs"
