@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmopt.compiler import Artifact, Progress
+    from llmopt.ir.difference import Difference
     from llmopt.ir.program import Program
     from llmopt.passes.pipeline import Item, Pipeline
     from llmopt.passes.plugins import Plugin
@@ -108,6 +109,21 @@ def load(
     return load_path(
         path, threads=threads, key=key, certificate_chain=certificate_chain, signature=signature
     )
+
+
+def diff(before: Program | str | Path, after: Program | str | Path) -> Difference:
+    """Return what changed from one model to another; names and order are no change.
+
+    Args:
+        before: A Program; or the path of an artifact, of an .onnx file or its text, or a source.
+        after: Likewise.
+
+    Raises:
+        LlmoptError: One is not there, or is damaged.
+    """
+    from llmopt.comparison import compare
+
+    return compare(before, after)
 
 
 def trace(
