@@ -7,6 +7,7 @@ for a refactor. REV is checked out by ``git worktree``; the working tree stays a
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -111,6 +112,12 @@ def _programs(sources: Path) -> Iterator[tuple[str, Callable[[], Program]]]:
 
 
 def _read(source: str) -> Program:
+    """Return the Program of a source, its own to edit."""
+    return _traced(source).clone()
+
+
+@functools.cache
+def _traced(source: str) -> Program:
     from llmopt.frontend.source import SourceOptions, open_source
 
     return open_source(source, SourceOptions()).program
