@@ -1,8 +1,8 @@
 """Replay the passes on the golden programs and tiny models, here and at another revision.
 
-``python tests/golden/replay.py [REV]`` runs both, in processes of their own, on the same programs
+``python tests/golden/replay.py [REV [ONLY]]`` runs both, in processes of their own, on the same programs
 and prints what the passes make of them that REV, by default the last commit, does not: nothing
-for a refactor. REV is checked out by ``git worktree``; the working tree stays as it is.
+for a refactor. ONLY picks programs whose title has that text. REV is checked out by ``git worktree``; the working tree stays as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import click
+
 if TYPE_CHECKING:
     from llmopt.ir.program import Program
 
@@ -28,7 +30,7 @@ _ABSENT: Final = ("UnknownNameError", "ModuleNotFoundError")
 """What a revision says of a pass that it has not got: there is nothing to compare then."""
 
 
-def main(revision: str) -> int:
+def main(revision: str = "HEAD", only: str = "") -> int:
     """Print what differs from ``revision``; return 1 if anything does, 2 if it is not there."""
     with tempfile.TemporaryDirectory(prefix="llmopt-replay-") as temporary:
         work = Path(temporary)
@@ -36,12 +38,12 @@ def main(revision: str) -> int:
             _git("worktree", "add", "--quiet", "--detach", str(work / "tree"), revision)
         except subprocess.CalledProcessError as error:
             said = str(error.stderr).strip().partition("\n")[0]
-            print(f"replay: no tree of {revision!r}: {said}; give a revision", file=sys.stderr)
+            click.echo(f"Error: no tree of {revision!r}: {said}; give a revision", err=True)
             return 2
         try:
             _make_sources(work / "sources")
             for tree, out in ((work / "tree", "before"), (ROOT, "after")):
-                _recorded(tree, work / "sources", work / out)
+                _recorded(tree, work / "sources", work / out, only)
             return _compared(work / "before", work / "after")
         finally:
             _git("worktree", "remove", "--force", str(work / "tree"))
@@ -66,21 +68,23 @@ def _make_sources(folder: Path) -> None:
     bigram_file(folder / "bigram.onnx")
 
 
-def _recorded(tree: Path, sources: Path, out: Path) -> None:
+def _recorded(tree: Path, sources: Path, out: Path, only: str) -> None:
     """Let the code of ``tree`` write what it makes of every program."""
     places = [tree, tree / "tests", tree / "tests" / "models", tree / "tests" / "golden"]
     search = os.pathsep.join(map(str, places))
-    line = [sys.executable, "-P", __file__, "--record", str(sources), str(out)]
+    line = [sys.executable, "-P", __file__, "--record", str(sources), str(out), only]
     subprocess.run(line, check=True, env=os.environ | {"PYTHONPATH": search})
 
 
-def record(sources: Path, out: Path) -> None:
+def record(sources: Path, out: Path, only: str) -> None:
     """Write what the passes make of every program, and a list of it."""
     import onnx_ir as ir
 
     out.mkdir()
     index: dict[str, str] = {}
     for title, make in _programs(sources):
+        if only not in title:
+            continue
         try:
             program = make()
         except Exception as error:  # noqa: BLE001 - it is what the revision does
@@ -147,14 +151,15 @@ def _compared(before: Path, after: Path) -> int:
         was, now = old[title], new[title]
         if was.startswith(_ABSENT):
             continue
-        files = [side / name for side, name in ((before, was), (after, now)) if name[-5:] == ".onnx"]
+        sides = ((before, was), (after, now))
+        files = [side / name for side, name in sides if name.endswith(".onnx")]
         if len(files) == 2:
             found = compare(*files)
             text = "" if found.equal else told(found)
         else:
             text = "" if was == now else f"{_outcome(was)} → {_outcome(now)}"
         if text:
-            print(f"{title}\n{textwrap.indent(text, '    ')}\n")
+            click.echo(f"{title}\n{textwrap.indent(text, '    ')}\n")
             code = 1
     return code
 
@@ -165,6 +170,6 @@ def _outcome(entry: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--record"]:
-        record(Path(sys.argv[2]), Path(sys.argv[3]))
+        record(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
     else:
-        sys.exit(main(*sys.argv[1:2] or ["HEAD"]))
+        sys.exit(main(*sys.argv[1:]))
