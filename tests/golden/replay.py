@@ -1,13 +1,15 @@
 """Replay the passes on the golden programs and tiny models, here and at another revision.
 
-``python tests/golden/replay.py [REV [ONLY]]`` runs both, in processes of their own, on the same programs
-and prints what the passes make of them that REV, by default the last commit, does not: nothing
-for a refactor. ONLY picks programs whose title has that text. REV is checked out by ``git worktree``; the working tree stays as it is.
+``python tests/golden/replay.py [REV [ONLY]]`` runs both, in processes of their own, on the same
+programs, those whose title has the text ONLY, and prints what the passes make of them that REV, by
+default the last commit, does not: nothing for a refactor. REV is checked out by ``git worktree``;
+the working tree stays as it is.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -97,22 +99,22 @@ def record(sources: Path, out: Path, only: str) -> None:
 
 def _programs(sources: Path) -> Iterator[tuple[str, Callable[[], Program]]]:
     """Yield a title, and what makes the program, of every case."""
-    from test_golden import KNOWN, LAYOUT, Golden
-
+    golden = importlib.import_module("test_golden")  # that of the tree whose code runs
+    known = golden.KNOWN
     for file in sorted(Path(__file__).parent.glob("*.ir")):
-        for match in LAYOUT.finditer(file.read_text(encoding="utf-8")):
-            case = Golden(file, **match.groupdict(default=""))
+        for match in golden.LAYOUT.finditer(file.read_text(encoding="utf-8")):
+            case = golden.Golden(file, **match.groupdict(default=""))
             for pipeline in dict.fromkeys((case.pipeline, "default")):
                 title = f"{file.name}: {case.name} | {pipeline}"
-                yield title, lambda c=case, p=pipeline: _passed(c.program(), p, KNOWN)
+                yield title, functools.partial(_passed, case.program, pipeline, known)
     models = [str(sources / "llama"), str(sources / "bigram.onnx")]
     models += [f"{ROOT}/tests/models/{name}.py:make" for name in ("gpt", "bert")]
     for source in models:
-        title = Path(source).name
-        yield f"{title} | as it is read", lambda s=source: _read(s)
+        title, read = Path(source).name, functools.partial(_read, source)
+        yield f"{title} | as it is read", read
         for pipeline in ("default", "default,quantize-weights{bits=8}"):
-            yield f"{title} | {pipeline}", lambda s=source, p=pipeline: _passed(_read(s), p, KNOWN)
-        yield f"{title} | default, lowered to {TARGET}", lambda s=source: _lowered(_read(s))
+            yield f"{title} | {pipeline}", functools.partial(_passed, read, pipeline, known)
+        yield f"{title} | default, lowered to {TARGET}", functools.partial(_lowered, read)
 
 
 def _read(source: str) -> Program:
@@ -127,17 +129,17 @@ def _traced(source: str) -> Program:
     return open_source(source, SourceOptions()).program
 
 
-def _passed(program: Program, pipeline: str, known: Any) -> Program:
+def _passed(read: Callable[[], Program], pipeline: str, known: Any) -> Program:
     from llmopt.passes.pipeline import Pipeline
 
-    return Pipeline.parse(pipeline, known=known).run(program)
+    return Pipeline.parse(pipeline, known=known).run(read())
 
 
-def _lowered(program: Program) -> Program:
+def _lowered(read: Callable[[], Program]) -> Program:
     from llmopt.backends import find_backend
     from llmopt.passes.pipeline import Pipeline
 
-    Pipeline.parse("default").run(program)
+    program = Pipeline.parse("default").run(read())
     return Pipeline(find_backend(TARGET).passes(None)).run(program)
 
 
