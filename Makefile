@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
 ARM64 := build/arm64/machine.json
 HEADERS := build/onnxruntime
 
-.PHONY: help demo check test test-slow edge-test golden fuzz docs bench pins clean
+.PHONY: help demo check test test-slow edge-test golden replay fuzz docs bench pins clean
 
 help:  ## Say what there is
 	@echo "make TARGET, where TARGET is one of:"
@@ -48,6 +48,10 @@ edge-test: $(STAMP) $(ARM64) $(HEADERS)  ## Artifacts for arm64, run under an em
 
 golden: $(STAMP)  ## Rewrite the golden cases from what the passes do now; read the diff
 	$(PYTEST) tests/golden --update-golden
+
+# REV=… is any revision, ONLY=… a text in titles; prints nothing where the passes make the same
+replay: $(STAMP)  ## What the passes make of golden and tiny programs, compared with REV, the last commit
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/golden/replay.py $(or $(REV),HEAD) $(ONLY)
 
 fuzz: $(STAMP)  ## Random graphs and damaged files, ten times as many as the quick suite
 	LLMOPT_FUZZ=$(or $(N),300) $(PYTEST) tests/fuzz tests/property

@@ -214,10 +214,10 @@ def help_pages() -> None:
         print(f"\n## {name}\n\n```text\n$ {name} --help\n{help_text(context)}\n```")
 
 
-def example(name: str) -> None:
+def example(name: str, language: str = "python") -> None:
     """Print a file of ``docs/examples``."""
     text = (ROOT / "docs" / "examples" / name).read_text().rstrip()
-    print(f"```python\n{text}\n```")
+    print(f"```{language}\n{text}\n```")
 
 
 def results() -> None:

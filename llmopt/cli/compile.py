@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmopt.cli.failures import InterruptedByUser
+from llmopt.cli.plugins import plugin_option
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json
 from llmopt.errors import UsageError
@@ -64,13 +65,7 @@ SCHEMA = 1
     metavar="TEXT",
     help="The pipeline, as in default,-merge-qkv,my-pass.",
 )
-@click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    metavar="FILE",
-    help="A Python file or module that defines more passes. Repeatable.",
-)
+@plugin_option
 @click.option(
     "--require",
     multiple=True,
@@ -173,7 +168,8 @@ def _tell(artifact: Artifact, *, as_json: bool) -> None:
     """Print what was made, and what a user does next."""
     from llmopt.cli.summary import summary
 
-    for note in artifact.notes:
+    found = [f"{ran.name}: {note}" for ran in artifact.passes for note in ran.notes]
+    for note in [*artifact.notes, *found]:
         click.echo(f"Note: {note}", err=True)
     if not as_json:
         click.echo(summary(artifact))

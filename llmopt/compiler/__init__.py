@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmopt.compiler.artifact import Artifact, CompileOptions, Progress
 from llmopt.compiler.clock import Clock
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmopt.compiler.compilation import Optimized
     from llmopt.frontend.source import Source, SourceOptions
     from llmopt.ir.program import Program
-    from llmopt.passes.pipeline import Ran
+    from llmopt.passes.pipeline import Pipeline, Ran
     from llmopt.quantization.schemes import Scheme
 
 __all__ = ["Artifact", "Clock", "CompileOptions", "Progress", "compile_source", "optimize"]
@@ -209,23 +209,20 @@ def _without_lowering(options: CompileOptions, backends: Sequence[Backend]) -> C
     from llmopt.passes import PASSES
     from llmopt.passes.pipeline import items_of
 
-    lowering = {each.name for b in backends for each in b.passes(options.quantize)}
+    lowering = {each.name for b in backends for each in b.passes(options.quantize)} - set(PASSES)
     items = items_of(options.passes)
-    taken = {item[1:] for item in items if item.startswith("-")} & (lowering - set(PASSES))
-    if not taken:
+    moved = [item for item in items if isinstance(item, str) and item[:1] == "-"]
+    moved = [item for item in moved if item[1:] in lowering]
+    if not moved:
         return options
-    kept = ",".join(item for item in items if item.removeprefix("-") not in taken)
-    return dataclasses.replace(options, passes=kept, without=frozenset(taken))
+    kept = tuple(item for item in items if item not in moved)
+    return dataclasses.replace(options, passes=kept, without=frozenset(item[1:] for item in moved))
 
 
-def _pipeline(options: CompileOptions) -> Any:
-    from llmopt.passes import known_passes
-    from llmopt.passes.pipeline import Pipeline, load_plugin
+def _pipeline(options: CompileOptions) -> Pipeline:
+    from llmopt.passes.pipeline import Pipeline
 
-    known = known_passes()
-    for plugin in options.plugins:
-        known |= load_plugin(plugin)
-    return Pipeline.parse(options.passes, known=known)
+    return Pipeline.parse(options.passes, plugins=options.plugins)
 
 
 def _place(output: Path | None, name: str, backend: Backend, targets: Sequence[str]) -> Path:

@@ -151,17 +151,17 @@ class Program:
         """Replace some facts."""
         self.facts = replace(self.facts, **facts)
 
-    def input(self, role: Role, layer: int | None = None) -> ir.Value | None:
+    def input(self, role: Role | str, layer: int | None = None) -> ir.Value | None:
         """Return the graph input of ``role`` (and ``layer``), if there is one."""
         return _value(self.graph.inputs, self.signature.inputs, role, layer)
 
-    def output(self, role: Role, layer: int | None = None) -> ir.Value | None:
+    def output(self, role: Role | str, layer: int | None = None) -> ir.Value | None:
         """Return the graph output of ``role`` (and ``layer``), if there is one."""
         return _value(self.graph.outputs, self.signature.outputs, role, layer)
 
 
 def _value(
-    values: Iterable[ir.Value], ports: Iterable[Port], role: Role, layer: int | None
+    values: Iterable[ir.Value], ports: Iterable[Port], role: Role | str, layer: int | None
 ) -> ir.Value | None:
     names = {p.name for p in ports if p.role == role and layer in (None, p.layer)}
     return next((value for value in values if value.name in names), None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,10 +29,8 @@ def save_with_data(model: ir.Model, path: Path, data: str, *, alignment: int | N
         OSError: The disk is full, or another reason of the system's.
         LlmoptError: A weight cannot be what it is to become.
     """
-    try:
+    with readable():
         ir.save(model, path, format="protobuf", external_data=data, alignment=alignment)
-    except ir.serde.SerdeError as error:
-        raise _told(error) from error
     # numpy's tofile drops what a full disk did not take of its last buffer without a word.
     needed = max((end for end in _ends(path)), default=0)
     there = (path.parent / data).stat().st_size if needed else 0
@@ -96,6 +95,15 @@ def _move(
 def _mapped(file: Path, start: int, length: int) -> memoryview:
     """Return a part of a file, read when it is looked at."""
     return np.memmap(file, np.uint8, "r", start, (length,)).data
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Raise what a weight said when it was read, where that is one of our errors."""
+    try:
+        yield
+    except ir.serde.SerdeError as error:
+        raise _told(error) from error
 
 
 def _told(error: BaseException) -> BaseException:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from llmopt.passes.base import Miss, Outcome, Pass
+from llmopt.passes.plugins import installed
 
 __all__ = ["DEFAULT", "PASSES", "Miss", "Outcome", "Pass", "known_passes"]
 
@@ -49,13 +50,9 @@ DEFAULT: Final[tuple[str, ...]] = (
 
 
 def known_passes() -> dict[str, type[Pass]]:
-    """Return every pass by name: the built-in ones and those of installed plugins."""
-    from importlib.metadata import entry_points
-
-    found = {name: _load(where) for name, where in PASSES.items()}
-    for entry in entry_points(group="llmopt.passes"):
-        found[entry.name] = entry.load()
-    return found
+    """Return every pass by name: the built-in ones and those of installed packages."""
+    ours = {name: _load(where) for name, where in PASSES.items()}
+    return ours | installed("llmopt.passes", PASSES, Pass)
 
 
 def _load(where: str) -> type[Pass]:
