@@ -47,7 +47,8 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
         passes: The pipeline, ``"default"`` or as ``"default,-merge-qkv,my-pass"``.
         plugins: Python files or modules that define more passes.
         require: ``"attention=all"`` and the like: a fusion that is missed is then an error.
-        verify: ``"final"`` compares the artifact with the source; ``"off"`` does not.
+        verify: ``"final"`` compares the artifact with the source; ``"each"`` the Program after
+            each pass too, with the one before it; ``"off"`` nothing.
         max_kl: The largest mean KL divergence that quantization may cost, nats.
         force: Whether an existing output is replaced.
         batch: Most sequences at once, for targets that must know before they build.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmopt.compiler.artifact import Artifact, CompileOptions, Progress
+from llmopt.compiler.artifact import VERIFY, Artifact, CompileOptions, Progress
 from llmopt.compiler.clock import Clock
 from llmopt.errors import UsageError
 
@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from llmopt.compiler.compilation import Optimized
     from llmopt.frontend.source import SourceOptions
     from llmopt.ir.program import Program
-    from llmopt.passes.pipeline import Ran
+    from llmopt.passes.pipeline import Pipeline, Ran
     from llmopt.quantization.schemes import Scheme
 
-__all__ = ["Artifact", "Clock", "CompileOptions", "Progress", "compile_source", "optimize"]
+__all__ = [
+    "Artifact",
+    "Clock",
+    "CompileOptions",
+    "Progress",
+    "compile_source",
+    "optimize",
+    "pipeline_of",
+]
 
 
 def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller sets stand alone
@@ -52,8 +60,8 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
     backends = [find_backend(target) for target in targets]
     _check_distinct(backends)
     _check_scheme(options, backends)
-    if options.verify not in ("final", "off"):
-        raise UsageError(f"--verify {options.verify!r}: choose final or off")
+    if options.verify not in VERIFY:
+        raise UsageError(f"--verify {options.verify!r}: choose one of {', '.join(VERIFY)}")
     for backend in backends if output is not None else ():
         check_destination(_place(output, "", backend, targets), force=options.force)
     options = _without_lowering(options, backends)
@@ -80,21 +88,25 @@ def optimize(
     Raises:
         LlmoptError: as ``open_source`` and the passes do; or what is required was not fused.
     """
-    from llmopt.compiler.compilation import Optimized
+    from llmopt.compiler.compilation import Optimized, noted
     from llmopt.frontend.source import open_source
     from llmopt.fusion import fusion_report, require, required_kinds
+    from llmopt.verification.each import Watch
 
-    pipeline = _pipeline(options)
+    pipeline = pipeline_of(options)
     required_kinds(options.require)  # a wrong one is told before any work
     with clock("tracing"):
         opened = open_source(source, reading)
+    watch = Watch(opened.reference) if options.verify == "each" else None
     ran: list[Ran] = []
     with clock("optimizing"):
-        pipeline.run(opened.program, lambda _, __, done: ran.append(done))
+        if watch is not None:
+            watch.start(opened.program).require()
+        pipeline.run(opened.program, noted(ran, watch))
     report = fusion_report(opened.program, ran)
     require(report, options.require)
     _check_dialect(opened.program)
-    return Optimized(opened, str(pipeline), ran, report, reading)
+    return Optimized(opened, str(pipeline), ran, report, reading, watch)
 
 
 def _check_distinct(backends: Sequence[Backend]) -> None:
@@ -157,7 +169,12 @@ def _without_lowering(options: CompileOptions, backends: Sequence[Backend]) -> C
     return dataclasses.replace(options, passes=kept, without=frozenset(taken))
 
 
-def _pipeline(options: CompileOptions) -> Any:
+def pipeline_of(options: CompileOptions) -> Pipeline:
+    """Return the passes that no target asks for, those of plugins among them.
+
+    Raises:
+        LlmoptError: There is no such pass, or a plugin cannot be read.
+    """
     from llmopt.passes import known_passes
     from llmopt.passes.pipeline import Pipeline, load_plugin
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature, SourceRecord
+from llmopt.ir import graph as g
 
 
 class Role(enum.StrEnum):
@@ -86,7 +87,7 @@ class Program:
 
     def clone(self) -> Program:
         """Return a Program of its own that shares the unread weights."""
-        return Program(self.model.clone(), self.signature, self.facts)
+        return Program(g.clone(self.model), self.signature, self.facts)
 
     def learn(self, **facts: Any) -> None:
         """Replace some facts."""
