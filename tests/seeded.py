@@ -17,6 +17,7 @@ from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.rounding import Rounding, RoundingPass
 
 HEADS, GROUPS, WIDTH, HIDDEN, FEED, VOCABULARY, LENGTH = 4, 2, 8, 32, 40, 11, 64
 LAYER: Final = """
@@ -155,6 +156,24 @@ def _harmless(node: ir.Node) -> None:
     copy = g.Builder(node).op("Identity", [value], name=f"{node.name}.copy")
     copy.shape, copy.type = value.shape, value.type
     node.replace_input_with(0, copy)
+
+
+@dataclass(frozen=True)
+class Rounds(RoundingPass):
+    """Makes a weight 10 % larger, and says that it does nothing."""
+
+    name: ClassVar[str] = "rounds"
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        value = program.graph.initializers["head"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.1))
+        return Outcome(applied=1)
+
+    @override
+    def rounding(self, program: Program, after: Rounding) -> Rounding:
+        return after
 
 
 def wrong_scale(_: Program, node: ir.Node) -> None:

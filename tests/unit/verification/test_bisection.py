@@ -14,7 +14,8 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 from programs import open_session
-from seeded import BUGS, Seeded, decoder, encoder, source_of
+from seeded import BUGS, Rounds, Seeded, decoder, encoder, source_of
+from tiny_sources import llama_folder
 from typing_extensions import override
 
 from llmopt.cli import app
@@ -30,7 +31,7 @@ from llmopt.passes.remove_dead import RemoveDead
 from llmopt.runtime.npz import read_npz
 from llmopt.verification.bisection import GUILTY, SAME, UNTRACED, bisect, distance
 from llmopt.verification.difference import difference
-from llmopt.verification.reproducer import reduced
+from llmopt.verification.reproducer import reduced, write_reproducer
 
 PLUGIN = '''
 import onnx_ir as ir
@@ -147,6 +148,25 @@ def test_the_change_after_which_nothing_runs_is_found() -> None:
     assert found.culprit.rewrite.number == 2
     assert found.culprit.rewrite.node == "l0_out"
     assert len(reduced(found.culprit).program.graph) == 1
+
+
+def test_a_pass_that_rounds_wrongly_is_shown_whole(tmp_path: Path) -> None:
+    found = bisect(source_of(encoder()), Pipeline((Rounds(),)))
+
+    assert found.culprit is not None
+    assert found.culprit.rewrite.number == 0
+    assert found.culprit.rewrite.node == "logits"
+    assert "head = float[32,11]" in found.culprit.rewrite.difference.after
+    command = write_reproducer(found.culprit, tmp_path / "example")
+    assert "--inputs" not in command  # any inputs show it
+    names = [path.name for path in (tmp_path / "example").iterdir()]
+    assert sorted(names) == ["model.onnx", "model.onnx.data", "reproduce.sh"]
+    assert (
+        bisect(
+            open_source(tmp_path / "example" / "model.onnx", SourceOptions()), Pipeline((Rounds(),))
+        ).culprit
+        is not None
+    )
 
 
 def test_a_pass_stops_after_some_of_its_changes() -> None:
@@ -278,3 +298,40 @@ def test_a_saved_program_that_says_nonsense_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SourceError, match=r"its metadata 'llmopt\.program' cannot be read"):
         open_source(tmp_path / "damaged.onnx", SourceOptions())
+
+
+SPOILS = """
+import onnx_ir as ir
+from llmopt import Outcome, Pass
+from llmopt.ir import graph as g
+
+
+class SpoilsScales(Pass):
+    name = "spoils-scales"
+
+    def run(self, program):
+        outcome = Outcome()
+        for node in g.nodes(program.graph, "Attention"):
+            scale = node.attributes["scale"].as_float()
+            wrong = "layers.1" in node.name and scale < 0.36
+            node.attributes["scale"] = ir.AttrFloat32("scale", scale * (1.05 if wrong else 1.0))
+            outcome.hit()
+        return outcome
+"""
+
+
+@pytest.mark.slow
+def test_a_wrong_rewrite_in_a_traced_model_is_found(tmp_path: Path) -> None:
+    llama = llama_folder(tmp_path / "llama")
+    (tmp_path / "spoils.py").write_text(SPOILS, encoding="utf-8")
+    line = ["bisect", llama, "--passes", "default,spoils-scales", "--json"]
+    line += ["--plugin", tmp_path / "spoils.py", "-o", tmp_path / "example"]
+
+    told = json.loads(run(*line).stdout)
+
+    assert told["culprit"]["pass"] == "spoils-scales"  # noqa: S105 - no password
+    assert (told["culprit"]["change"], told["culprit"]["changes"]) == (2, 2)
+    assert "layers.1" in told["culprit"]["node"]
+    assert {each["name"] for each in told["passes"]} >= {"raise-attention", "merge-qkv"}
+    errors = [each["before"]["error_rel"] for each in told["passes"][:-1] if "before" in each]
+    assert max(errors) <= 1e-5

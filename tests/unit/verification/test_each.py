@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 import pytest
-from seeded import BUGS, Seeded, decoder, encoder, source_of
+from seeded import BUGS, Rounds, Seeded, decoder, encoder, source_of
 from typing_extensions import override
 
 import llmopt
@@ -24,7 +24,6 @@ from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.convert_float import ConvertFloat
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantize_weights import QuantizeWeights
-from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.verification.each import BEFORE, ELSEWHERE, SOURCE, Watch
 from llmopt.verification.trials import given, trials
 
@@ -113,24 +112,6 @@ def test_a_pass_that_says_what_it_rounds_is_compared_with_a_source_rounded_alike
     assert any("P4" in each.compared.label for each in rounded.findings)  # through its caches
 
 
-@dataclass(frozen=True)
-class Rounds(RoundingPass):
-    """Makes a weight 10 % larger, and says that it does nothing."""
-
-    name: ClassVar[str] = "rounds"
-
-    @override
-    def run(self, program: Program) -> Outcome:
-        value = program.graph.initializers["head"]
-        assert value.const_value is not None
-        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.1))
-        return Outcome(applied=1)
-
-    @override
-    def rounding(self, program: Program, after: Rounding) -> Rounding:
-        return after
-
-
 def test_a_pass_that_rounds_otherwise_than_it_says_is_caught(
     programs: dict[str, tuple[Program, Watch]],
 ) -> None:
@@ -177,9 +158,8 @@ def test_inputs_that_are_given_take_the_place_of_the_matrix() -> None:
 
     watch = Watch(source_of(made).reference, [asked])
     assert watch.start(made).findings == ()  # the source takes no cache
-    Pipeline((BUGS["a wrong scale in attention"][1],)).run(
-        made, lambda item, program, _: watch.judge(item, program)
-    )
+    with pytest.raises(AccuracyError, match="at the given inputs"):
+        Pipeline((BUGS["a wrong scale in attention"][1],)).run(made, watch)
 
     assert asked.past == 5
     assert asked.tokens is not None
