@@ -136,6 +136,8 @@ def _told(found: Bisection) -> dict[str, Any]:
 
 
 def _culprit(culprit: Culprit) -> dict[str, Any]:
+    from llmopt.verification.each import plain
+
     rewrite, finding = culprit.rewrite, culprit.finding
     compared = None if finding is None else finding.compared
     return {
@@ -146,11 +148,11 @@ def _culprit(culprit: Culprit) -> dict[str, Any]:
         "node": rewrite.node,
         "case": "" if compared is None else compared.label,
         "output": "" if compared is None else compared.output,
-        "error_rel": None if compared is None else compared.error_rel,
+        "error_rel": None if compared is None else plain(compared.error_rel),
         "tolerance": None if finding is None else finding.tolerance,
         "against": "" if finding is None else finding.against,
         "first_value": None if rewrite.first is None else rewrite.first.output,
-        "first_error_rel": None if rewrite.first is None else rewrite.first.error_rel,
+        "first_error_rel": None if rewrite.first is None else plain(rewrite.first.error_rel),
         "before": rewrite.difference.before,
         "after": rewrite.difference.after,
     }
@@ -185,13 +187,17 @@ def _shown(culprit: dict[str, Any]) -> str:
     pairs.append(("node", culprit["node"] or "none: what it reads or shows is another"))
     if culprit["problem"]:
         pairs.append(("problem", culprit["problem"]))
-    if culprit["error_rel"] is not None:
-        error = f"{culprit['error_rel']:.3g}, allowed {culprit['tolerance']:.3g}"
+    if culprit["tolerance"] is not None:
+        error = f"{_number(culprit['error_rel'])}, allowed {culprit['tolerance']:.2g}"
         pairs.append(("inputs", culprit["case"]))
         pairs.append(("error", f"{error}, of {culprit['output']!r} against {culprit['against']}"))
     if culprit["first_value"] is not None:
-        first = f"{culprit['first_value']} ({culprit['first_error_rel']:.3g})"
+        first = f"{culprit['first_value']} ({_number(culprit['first_error_rel'])})"
         pairs.append(("first value off", first))
     pairs += [("example", culprit["example"]), ("again", culprit["command"])]
     text = [f"before\n{culprit['before']}", f"after\n{culprit['after']}"]
     return "\n\n".join([fields(pairs), *text])
+
+
+def _number(error_rel: float | None) -> str:
+    return "no number" if error_rel is None else f"{error_rel:.2g}"

@@ -91,10 +91,14 @@ def checks_table(checks: Sequence[Checked], passes: Sequence[Ran]) -> str:
     for check, told in zip(checks, did, strict=False):
         found = check.summary()
         absent = "-" if check.note == ELSEWHERE else ""
-        errors = [f"{found[k]['error_rel']:.2g}" if k in found else absent for k in _AGAINST]
+        errors = [_error(found[k]["error_rel"]) if k in found else absent for k in _AGAINST]
         rows.append([check.name, *told, *errors, f"{check.duration_s:.2f}"])
     notes = [f"-: {ELSEWHERE}"] if any(check.note == ELSEWHERE for check in checks) else []
     return "\n".join([table(_CHECKS, rows), *notes])
+
+
+def _error(error_rel: float | None) -> str:
+    return "?" if error_rel is None else f"{error_rel:.2g}"
 
 
 _AGAINST: Final = ("before", "source")

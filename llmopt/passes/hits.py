@@ -16,7 +16,8 @@ def run_hits(item: Pass, program: Program, limit: int | None = None) -> int:
 
     Args:
         item: The pass, any that counts its changes with ``Outcome.hit``.
-        program: What to edit. Nothing dead is left in it, and every node has a name of its own.
+        program: What to edit. Nothing dead is left in it, and every node has a name of its own. A
+            pass that raises an exception is left where it did.
         limit: Stop where this many were counted; 0 changes nothing.
     """
     counted = 0
@@ -32,7 +33,7 @@ def run_hits(item: Pass, program: Program, limit: int | None = None) -> int:
     token = ON_HIT.set(count)
     try:
         item.run(program)
-    except _StoppedError:
+    except Exception:  # noqa: BLE001 - stopped, or failed: what it did until then is asked for
         g.remove_dead(program.model)
     finally:
         ON_HIT.reset(token)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -173,9 +172,7 @@ class _States:
         self._trial = trial
         self._exact = exact
         self._wanted: Arrays = {}
-        self.count = 0
-        with contextlib.suppress(LlmoptError):
-            self.count = run_hits(item, before.clone())
+        self.count = run_hits(item, before.clone())
         if trial is not None:
             self._wanted = evaluated(before, exact=exact)(trial.feeds)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from llmopt.backends.base import TOLERANCE, Backend, Demand, Run
 from llmopt.backends.reference import runner
 from llmopt.errors import AccuracyError, LlmoptError, PassError
@@ -54,6 +56,11 @@ class Finding:
         return not self.compared.error_rel <= self.tolerance
 
 
+def plain(error_rel: float) -> float | None:
+    """Return an error in two digits, None for one that is no number, which JSON has none for."""
+    return float(f"{error_rel:.2g}") if np.isfinite(error_rel) else None
+
+
 @dataclass(frozen=True)
 class Checked:
     """What was found after one pass.
@@ -83,12 +90,15 @@ class Checked:
         return max(found, key=lambda each: each.compared.error_rel, default=None)
 
     def summary(self) -> dict[str, Any]:
-        """Return what ``--json`` shows: the worst error against each, or why there is none."""
+        """Return what ``--json`` shows: the worst error against each, or why there is none.
+
+        An error that is no number, of a wrong shape or of NaN, is None.
+        """
         found: dict[str, Any] = {"check_s": round(self.duration_s, 3)}
         for key, against in (("before", BEFORE), ("source", SOURCE)):
             if (worst := self.worst(against)) is not None:
                 case = f"{worst.compared.label} {worst.compared.output}"
-                found[key] = {"error_rel": float(f"{worst.compared.error_rel:.2g}"), "case": case}
+                found[key] = {"error_rel": plain(worst.compared.error_rel), "case": case}
         return found | ({"note": self.note or self.problem} if self.note or self.problem else {})
 
     def require(self) -> None:

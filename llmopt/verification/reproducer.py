@@ -72,6 +72,7 @@ def write_reproducer(
         command = shlex.join([*words, *(word for name in own for word in ("--plugin", name))])
         text = f'#!/bin/sh\ncd "$(dirname "$0")" && {command} "$@"\n'
         (folder / SCRIPT).write_text(text, encoding="utf-8")
+        (folder / SCRIPT).chmod(0o755)
     return f"cd {shlex.quote(str(place))} && {command}"
 
 

@@ -24,6 +24,7 @@ from llmopt.frontend.saved import KEY, save_program
 from llmopt.frontend.source import Source, SourceOptions, open_source
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
+from llmopt.passes import PASSES
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.hits import run_hits
 from llmopt.passes.pipeline import Pipeline
@@ -177,6 +178,59 @@ def test_a_pass_stops_after_some_of_its_changes() -> None:
         part = program.clone()
         assert run_hits(item, part, limit) == limit
         assert len(difference(program, part).added) == limit
+
+
+@dataclass(frozen=True)
+class Fails(Pass):
+    """Raises an exception behind its first change."""
+
+    name: ClassVar[str] = "fails"
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        for node in g.nodes(program.graph, "Add"):
+            node.replace_input_with(0, node.inputs[1])
+            outcome.hit()
+            raise ValueError(node.name)
+        return outcome
+
+
+def test_a_pass_that_fails_is_left_where_it_did() -> None:
+    program = encoder()
+
+    assert run_hits(Fails(), program) == 1
+    assert difference(encoder(), program).rewired == ("l0_residual",)
+
+
+@dataclass(frozen=True)
+class Nans(Pass):
+    """Makes a weight no number."""
+
+    name: ClassVar[str] = "nans"
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        node = next(node for node in program.graph if node.name == "l1_gate")
+        tensor = ir.tensor(np.full((32, 40), np.nan, np.float32))
+        node.replace_input_with(1, g.add_initializer(program.graph, "nans", tensor))
+        outcome.hit()
+        return outcome
+
+
+def test_outputs_that_are_no_numbers_are_told_as_such(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PASSES, "nans", f"{__name__}:Nans")
+    line = ["bisect", sources / "decoder.onnx", "--passes", "nans", "-o", tmp_path / "out"]
+
+    shown, told = run(*line), json.loads(run(*line, "--force", "--json").stdout)
+
+    assert "error            no number, allowed 0.0001" in shown.stdout
+    assert told["culprit"]["error_rel"] is None
+    assert told["culprit"]["node"] == "l1_gate"
+    assert told["passes"][0]["before"]["error_rel"] is None
 
 
 def test_a_copy_of_a_program_takes_names_for_itself_alone() -> None:
