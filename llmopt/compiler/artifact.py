@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from llmopt.bundle.manifest import Manifest
     from llmopt.fusion import Fused
-    from llmopt.passes.pipeline import Ran
+    from llmopt.passes.pipeline import Item, Ran
+    from llmopt.passes.plugins import Plugin
     from llmopt.verification.each import Checked
 
 Progress = Callable[[str], None]
@@ -25,8 +26,8 @@ class CompileOptions:
 
     Args:
         quantize: A scheme, ``"w4"`` or ``"w4{block=64}"``; None keeps float32.
-        passes: The pipeline before quantization and lowering, as text.
-        plugins: Python files or modules that define more passes.
+        passes: The pipeline before quantization and lowering: text, or texts and passes.
+        plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
         verify: One of ``VERIFY``.
         max_kl: The largest mean KL divergence from the source that is accepted, nats.
@@ -37,8 +38,8 @@ class CompileOptions:
     """
 
     quantize: str | None = None
-    passes: str = "default"
-    plugins: Sequence[str] = ()
+    passes: str | Sequence[Item] = "default"
+    plugins: Sequence[Plugin] = ()
     require: Sequence[str] = ()
     verify: str = "final"
     max_kl: float | None = None
@@ -89,6 +90,7 @@ class Artifact:
                     "applied": ran.applied,
                     "missed": [{"node": m.node, "reason": m.reason} for m in ran.missed],
                 }
+                | ({"notes": list(ran.notes)} if ran.notes else {})
                 | check
                 for ran, check in zip(self.passes, checked, strict=True)
             ],

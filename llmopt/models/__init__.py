@@ -1,6 +1,6 @@
 """Transformer definitions in plain PyTorch, and how checkpoints map onto them."""
 
-from llmopt.models.config import DecoderConfig, EncoderConfig, LayerConfig
+from llmopt.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, LayerConfig
 from llmopt.models.definition import Definition, define
 from llmopt.models.recipe import Recipe
 
@@ -8,6 +8,7 @@ __all__ = [
     "DecoderConfig",
     "Definition",
     "EncoderConfig",
+    "EncoderDecoderConfig",
     "LayerConfig",
     "Recipe",
     "define",

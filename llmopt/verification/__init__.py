@@ -17,6 +17,7 @@ import numpy.typing as npt
 from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
+from llmopt.ir.chained import FIRST, source_feeds
 from llmopt.ir.feeds import Arrays, Case, feeds, resolve
 from llmopt.ir.program import Program, Role
 
@@ -120,12 +121,12 @@ def measure(
     """
     cases = list(matrix(program))
     vocabulary = program.facts.model.vocabulary or 2
-    batches = [_whole(program.signature, case, vocabulary) for case in cases]
+    batches = [_whole(program, case, vocabulary) for case in cases]
     compared = []
     for case, batch, wanted in zip(cases, batches, reference.run(batches, transform), strict=True):
         found = _run(program, run, case, batch)
         whole = Case(case.batch, case.new + case.past, 0, case.padding)
-        compared.append(compare(case.label, found, wanted, tokens_of(whole)))
+        compared.append(compare(case.label, found, wanted, tokens_of(whole, batch)))
     return tuple(compared)
 
 
@@ -144,9 +145,10 @@ def matrix(program: Program) -> Iterator[Case]:
         yield Case(1, window + 5, 0, "none", 30)
 
 
-def tokens_of(case: Case) -> Tokens:
-    """Return where the tokens of a case are."""
-    return Tokens(case.mask() == 1, case.new)
+def tokens_of(case: Case, batch: Arrays) -> Tokens:
+    """Return where the tokens of a case are, and of what an encoder reads beside it."""
+    read = batch.get(f"{FIRST}attention_mask")
+    return Tokens(case.mask() == 1, case.new, None if read is None else read == 1)
 
 
 def _window(program: Program) -> int | None:
@@ -159,10 +161,11 @@ def _window(program: Program) -> int | None:
     return min(sizes, default=None)
 
 
-def _whole(signature: Signature, case: Case, vocabulary: int) -> Arrays:
+def _whole(program: Program, case: Case, vocabulary: int) -> Arrays:
     """Return the inputs of one full pass of the source: prefill and decoded tokens together."""
     whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
-    return without_caches(feeds(signature, whole, vocabulary))
+    batch = without_caches(feeds(program.signature, whole, vocabulary))
+    return batch | read_beside(program, case)
 
 
 def without_caches(batch: Arrays) -> Arrays:
@@ -170,10 +173,33 @@ def without_caches(batch: Arrays) -> Arrays:
     return {name: array for name, array in batch.items() if not name.startswith("past_key_")}
 
 
+def read_beside(program: Program, case: Case) -> Arrays:
+    """Return what an encoder reads beside a case of what is written; nothing if there is none."""
+    return source_feeds(program, _beside(case, program.facts.model.max_source))
+
+
+def _beside(case: Case, limit: int) -> Case:
+    """Return a case of another length and padding."""
+    length = {1: 7, 7: 33}.get(case.new, 1)
+    padding = {"none": "left", "left": "right"}.get(case.padding, "none")
+    return Case(case.batch, min(length, limit or length), 0, padding, case.seed + 100)
+
+
 def _run(program: Program, run: Run, case: Case, batch: Arrays) -> Arrays:
     if not program.signature.has_cache:
         return run(batch)
-    return {"logits": decode(program.signature, run, batch, case.new)}
+    shown: Arrays = {}
+
+    def keeping(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        found = run(step)
+        shown.update({_READ: found[_READ]} if _READ in found else {})
+        return found
+
+    logits = decode(program.signature, keeping, batch, case.new)
+    return {"logits": logits} | shown
+
+
+_READ: Final = "last_hidden_state"
 
 
 def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array:
@@ -182,7 +208,8 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     Args:
         signature: The caches.
         run: The artifact.
-        batch: ``input_ids``, ``attention_mask`` and ``position_ids`` of all tokens.
+        batch: ``input_ids`` of all tokens; ``attention_mask`` and ``position_ids``, if it has them;
+            and what is read, of a model of two components.
         prefill: How many tokens the first step takes.
     """
     total = batch["input_ids"].shape[1]
@@ -193,16 +220,12 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
     pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
+    read = {name: array for name, array in batch.items() if name.startswith(FIRST)}
     logits, start = [], 0
     for end in (prefill, *range(prefill + 1, total + 1)):
-        step = {
-            "input_ids": batch["input_ids"][:, start:end],
-            "attention_mask": batch["attention_mask"][:, :end],
-            "position_ids": batch["position_ids"][:, start:end],
-            "logits_to_keep": np.asarray(0, np.int64),
-            **caches,
-        }
-        found = run(step)
+        parts = {"input_ids": start, "attention_mask": 0, "position_ids": start}
+        step = {n: batch[n][:, first:end] for n, first in parts.items() if n in batch}
+        found = run({**step, "logits_to_keep": np.asarray(0, np.int64), **caches, **read})
         logits.append(found["logits"])
         caches = {past: found[present] for past, present in pairs}
         start = end
@@ -216,13 +239,17 @@ class Tokens:
     Args:
         mask: [B, T] bool, of past and new ones.
         new: S, how many are new.
+        read: [B, C] bool, of what an encoder reads; None if there is none.
     """
 
     mask: Array
     new: int
+    read: Array | None = None
 
-    def of(self, output: Array, *, cache: bool) -> Array:
+    def of(self, output: Array, *, cache: bool, read: bool = False) -> Array:
         """Return ``output`` [B, S, ...], or a cache [B, G, T, D], where there are tokens."""
+        if read and self.read is not None:
+            return output[self.read] if output.shape[:2] == self.read.shape else output
         if cache and output.ndim == 4:
             return output.swapaxes(1, 2)[self.mask]
         new = self.mask[:, self.mask.shape[1] - self.new :]
@@ -248,7 +275,7 @@ def compare(
             return Compared(f"{label}: shape {left.shape}, not {right.shape}", name, np.inf)
         pair = [left, right]
         if tokens is not None:
-            pair = [tokens.of(each, cache=name in caches) for each in pair]
+            pair = [tokens.of(each, cache=name in caches, read=name == _READ) for each in pair]
         errors.append(Compared(label, name, relative_error(*pair)))
     return max(errors, key=lambda each: each.error_rel)
 

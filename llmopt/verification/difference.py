@@ -71,11 +71,12 @@ def difference(before: Program, after: Program) -> Difference:
 
 def fingerprint(program: Program) -> str:
     """Return a digest of a Program's text: nodes, constants by what they are, inputs, outputs."""
-    found = hashlib.sha256(repr(program.signature).encode())
-    for value in (*program.graph.inputs, *program.graph.outputs):
-        found.update(f"{value.name} {value.dtype} {value.shape}\n".encode())
-    for node in program.graph:
-        found.update(repr(_key(node)).encode())
+    found = hashlib.sha256(repr(program.signatures).encode())
+    for model in program.components.values():
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            found.update(f"{value.name} {value.dtype} {value.shape}\n".encode())
+        for node in model.graph:
+            found.update(repr(_key(node)).encode())
     return found.hexdigest()
 
 

@@ -13,8 +13,11 @@ import numpy as np
 
 from llmopt.backends.base import TOLERANCE, Backend, Demand, Run
 from llmopt.backends.reference import runner
+from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError, LlmoptError, PassError
+from llmopt.frontend.adapted import adapted
 from llmopt.frontend.reference import Reference
+from llmopt.ir.chained import chained
 from llmopt.ir.evaluator import lacking
 from llmopt.ir.feeds import Arrays
 from llmopt.ir.program import Program
@@ -140,7 +143,7 @@ def evaluated(program: Program, *, exact: bool) -> Run:
     Raises:
         LlmoptError: An operator has no implementation.
     """
-    return runner(program.model, exact=exact)
+    return chained(program, {p.main: runner(p.model, exact=exact) for p in program.parts()})
 
 
 class Watch:
@@ -168,7 +171,8 @@ class Watch:
         backend: Backend | None = None,
     ) -> None:
         self.checks: list[Checked] = []
-        self._reference = reference
+        self._source = self._reference = reference
+        self._traced = Signature()
         self._given = given
         self._backend = backend
         self._rounding: tuple[RoundingPass, ...] = ()
@@ -181,7 +185,7 @@ class Watch:
 
     def forked(self, backend: Backend | None = None) -> Watch:
         """Return a watch that goes on from here, with the passes of one backend."""
-        other = Watch(self._reference, self._given, backend)
+        other = Watch(self._source, self._given, backend)
         own = {"checks": list(self.checks), "_outputs": dict(self._outputs), "_backend": backend}
         vars(other).update(vars(self) | own)
         return other
@@ -189,7 +193,7 @@ class Watch:
     def start(self, program: Program) -> Checked:
         """Compare the traced Program with its source, before any pass."""
         start = time.perf_counter()
-        self._text = fingerprint(program)
+        self._text, self._traced = fingerprint(program), program.signature
         findings = self._settle(program, self._evaluated(program))
         return self._told(Checked(TRACE, findings, time.perf_counter() - start))
 
@@ -231,12 +235,13 @@ class Watch:
         return checked
 
     def _found(self, item: Pass, program: Program) -> tuple[Finding, ...] | None:
-        foreign = bool(lacking(program.model))
+        foreign = any(lacking(part.model) for part in program.parts())
         if item.lowers or foreign:  # caches may have another form from here on
             lowered = self._partly(program) if foreign else self._evaluated(program)
             return None if lowered is None else self._against_source(program, lowered)
         run = self._evaluated(program)
         if isinstance(item, RoundingPass) or item.changes_signature:
+            self._reference = adapted(self._source, self._traced, program.signature)
             return self._settle(program, run)
         self._before = program.clone()
         return tuple(self._moved(program, run))
@@ -251,7 +256,8 @@ class Watch:
 
     def _partly(self, program: Program) -> Run | None:
         backend = self._backend
-        part = None if backend is None else backend.in_part(program.clone())
+        whole = len(program.components) == 1
+        part = backend.in_part(program.clone()) if backend is not None and whole else None
         if backend is None or part is None:
             return None
         with tempfile.TemporaryDirectory() as place:

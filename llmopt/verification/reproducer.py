@@ -19,7 +19,8 @@ from llmopt.ir import graph as g
 from llmopt.ir.feeds import Arrays
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Pass
-from llmopt.passes.pipeline import Pipeline, spell
+from llmopt.passes.options import spell
+from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime.npz import write_npz
 from llmopt.verification.bisection import Culprit, error_of, unrunnable, values
 from llmopt.verification.difference import neighbourhood

@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.ir.feeds import Arrays, feeds
+from llmopt.ir.feeds import Arrays, Case, feeds
 from llmopt.ir.program import Program, Role
-from llmopt.verification import Tokens, matrix, tokens_of
+from llmopt.verification import Tokens, matrix, read_beside, tokens_of
 
 PAST: Final = 5
 """Tokens in the caches of random numbers that a Program with caches is run on."""
@@ -55,10 +55,12 @@ def trials(program: Program) -> list[Trial]:
             if case.new <= _LONGEST and case.new + PAST <= limit
         ]
     vocabulary = program.facts.model.vocabulary or 2
-    return [
-        Trial(case.label, feeds(program.signature, case, vocabulary), tokens_of(case), case.past)
-        for case in cases
-    ]
+    return [_trial(program, case, vocabulary) for case in cases]
+
+
+def _trial(program: Program, case: Case, vocabulary: int) -> Trial:
+    arrays = feeds(program.signature, case, vocabulary) | read_beside(program, case)
+    return Trial(case.label, arrays, tokens_of(case, arrays), case.past)
 
 
 def given(program: Program, arrays: Mapping[str, npt.NDArray[Any]]) -> Trial:
