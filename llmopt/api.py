@@ -51,7 +51,8 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
             of such texts and passes, ``["default", MyPass(limit=3)]``; or a Pipeline.
         plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a fusion that is missed is then an error.
-        verify: ``"final"`` compares the artifact with the source; ``"off"`` does not.
+        verify: ``"final"`` compares the artifact with the source; ``"each"`` the Program after
+            each pass too, with the one before it; ``"off"`` nothing.
         max_kl: The largest mean KL divergence that quantization may cost, nats.
         force: Whether an existing output is replaced.
         batch: Most sequences at once, for targets that must know before they build.

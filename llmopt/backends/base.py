@@ -171,6 +171,14 @@ class Backend(abc.ABC):
         """Return why the caches that were added to ``program`` do not run here, None if they do."""
         return None
 
+    def in_part(self, program: Program) -> Program | None:  # noqa: ARG002 - most run nothing so
+        """Return what computes the same as ``program``, which only some passes have lowered.
+
+        It can be written and opened. None if only what is lowered whole can be. ``program`` is
+        edited.
+        """
+        return None
+
     def stand_in(self) -> Backend | None:
         """Return what is written and run in this one's place to verify, if it cannot run here.
 

@@ -19,13 +19,10 @@ from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
 from llmopt.ir.saving import save_all
 from llmopt.passes.base import Pass
-from llmopt.passes.convert_float import NARROW
+from llmopt.passes.convert_float import LEFT, NARROW
 
 DATA: Final = "model.onnx.data"
-TOLERANCES: Final[Mapping[str, float]] = {"fp16": 5e-3, "bf16": 2e-2}
-"""Of the largest output. Verification computes the same graph in float32, with weights rounded as
-in the source; rotary tables of 11 and 8 bits remain. What rounding each value costs is measured as
-quality."""
+TOLERANCES: Final[Mapping[str, float]] = {"fp16": LEFT["float16"], "bf16": LEFT["bfloat16"]}
 _INSTALL: Final = "pip install 'llmopt[compile]'"
 _TYPES: Final = ("to", "dtype", "output_dtype", "softmax_precision")
 """Attributes that name an element type."""
@@ -73,22 +70,35 @@ class Reference(Backend):
 
     @override
     def open(self, entry: Path, *, exact: bool = False) -> Run:
-        from llmopt.ir.evaluator import Evaluator
+        return runner(ir.load(entry), exact=exact)
 
-        model = ir.load(entry)
-        if exact:
-            unround(model)
-        evaluator = Evaluator(model)
 
-        def run(feeds: Mapping[str, Any]) -> Arrays:
-            known = {name: evaluator.types[name] for name in feeds if name in evaluator.types}
-            given = {
-                name: feeds[name].astype(dtype.numpy()) if dtype else feeds[name]
-                for name, dtype in known.items()
-            }
-            return evaluator.run(given)
+def runner(model: ir.Model, *, exact: bool) -> Run:
+    """Return a function from inputs to outputs of a model of standard operators.
 
-        return run
+    Args:
+        model: It is not changed.
+        exact: Compute in float32 what the model rounds.
+
+    Raises:
+        LlmoptError: An operator has no implementation.
+    """
+    from llmopt.ir.evaluator import Evaluator
+
+    if exact:
+        model = model.clone()
+        unround(model)
+    evaluator = Evaluator(model)
+
+    def run(feeds: Mapping[str, Any]) -> Arrays:
+        known = {name: evaluator.types[name] for name in feeds if name in evaluator.types}
+        given = {
+            name: feeds[name].astype(dtype.numpy()) if dtype else feeds[name]
+            for name, dtype in known.items()
+        }
+        return evaluator.run(given)
+
+    return run
 
 
 def unround(model: ir.Model) -> None:

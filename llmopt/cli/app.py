@@ -24,6 +24,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "bundle": "llmopt.cli.bundle:bundle_group",
     "opt": "llmopt.cli.opt:opt_command",
     "diff": "llmopt.cli.diff:diff_command",
+    "bisect": "llmopt.cli.bisect:bisect_command",
     "targets": "llmopt.cli.catalog:targets_command",
     "passes": "llmopt.cli.catalog:passes_command",
     "doctor": "llmopt.cli.doctor:doctor_command",

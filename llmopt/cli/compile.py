@@ -74,10 +74,11 @@ SCHEMA = 1
 )
 @click.option(
     "--verify",
-    type=click.Choice(["final", "off"]),
+    type=click.Choice(["each", "final", "off"]),
     default="final",
     show_default=True,
-    help="Compare the artifact with the source, or do not.",
+    help="Compare with the source: the Program after each pass and the artifact, the artifact, "
+    "or nothing.",
 )
 @click.option(
     "--task",

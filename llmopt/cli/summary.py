@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from llmopt.cli.text import digits, fields, size, table
@@ -10,6 +10,8 @@ from llmopt.cli.text import digits, fields, size, table
 if TYPE_CHECKING:
     from llmopt.compiler import Artifact
     from llmopt.fusion import Fused
+    from llmopt.passes.pipeline import Ran
+    from llmopt.verification.each import Checked
 
 _SHOWN: Final = 5
 
@@ -25,7 +27,8 @@ def summary(artifact: Artifact) -> str:
     ]
     if manifest.quality:
         pairs.append(("quality", quality(manifest.quality)))
-    return "\n\n".join(filter(None, [fields(pairs), _fusion(artifact.fusion)]))
+    parts = [fields(pairs), _fusion(artifact.fusion), _checks(artifact)]
+    return "\n\n".join(filter(None, parts))
 
 
 def precision(plan: Mapping[str, Any]) -> str:
@@ -67,6 +70,42 @@ def with_error(value: float, error: float | None) -> str:
     shown = digits(error, 1)
     places = len(shown.partition(".")[2])
     return f"{value:.{places}f} ± {shown}"
+
+
+def _checks(artifact: Artifact) -> str:
+    """Return how far the Program moved in each pass, where that was measured."""
+    return checks_table(artifact.checks, artifact.passes) if artifact.checks else ""
+
+
+def checks_table(checks: Sequence[Checked], passes: Sequence[Ran]) -> str:
+    """Return a line for each pass: changes, seconds, worst errors; blank where nothing changed.
+
+    Args:
+        checks: What was found before any pass, and after each.
+        passes: What each did; there may be fewer, if one could not finish.
+    """
+    from llmopt.verification.each import ELSEWHERE
+
+    did = [("", ""), *((str(ran.applied), f"{ran.duration_s:.2f}") for ran in passes)]
+    rows = []
+    for check, told in zip(checks, did, strict=False):
+        found = check.summary()
+        absent = "-" if check.note == ELSEWHERE else ""
+        errors = [_error(found[k]["error_rel"]) if k in found else absent for k in _AGAINST]
+        rows.append([check.name, *told, *errors, f"{check.duration_s:.2f}"])
+    notes = [f"-: {ELSEWHERE}"] if any(check.note == ELSEWHERE for check in checks) else []
+    return "\n".join([table(_CHECKS, rows), *notes])
+
+
+def _error(error_rel: float | None) -> str:
+    return "?" if error_rel is None else f"{error_rel:.2g}"
+
+
+_AGAINST: Final = ("before", "source")
+_CHECKS: Final = (
+    *("pass", "applied", "seconds"),
+    *("error to before", "error to source", "seconds to check"),
+)
 
 
 def _fusion(report: Mapping[str, Fused]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmopt.compiler.artifact import Artifact, CompileOptions, Progress
+from llmopt.compiler.artifact import VERIFY, Artifact, CompileOptions, Progress
 from llmopt.compiler.clock import Clock
 from llmopt.errors import UsageError
 
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from llmopt.passes.pipeline import Pipeline, Ran
     from llmopt.quantization.schemes import Scheme
 
-__all__ = ["Artifact", "Clock", "CompileOptions", "Progress", "compile_source", "optimize"]
+__all__ = [
+    "Artifact",
+    "Clock",
+    "CompileOptions",
+    "Progress",
+    "compile_source",
+    "optimize",
+    "pipeline_of",
+]
 
 
 def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller sets stand alone
@@ -53,8 +61,8 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
     backends = [find_backend(target) for target in targets]
     _check_distinct(backends)
     _check_scheme(options, backends)
-    if options.verify not in ("final", "off"):
-        raise UsageError(f"--verify {options.verify!r}: choose final or off")
+    if options.verify not in VERIFY:
+        raise UsageError(f"--verify {options.verify!r}: choose one of {', '.join(VERIFY)}")
     for backend in backends if output is not None else ():
         check_destination(_place(output, "", backend, targets), force=options.force)
     options = _without_lowering(options, backends)
@@ -101,46 +109,36 @@ def optimize(
     Raises:
         LlmoptError: as ``open_source`` and the passes do; or what is required was not fused.
     """
-    from llmopt.compiler.compilation import Optimized
+    from llmopt.compiler.compilation import Optimized, noted
     from llmopt.frontend.source import open_source
     from llmopt.fusion import fusion_report, require, required_kinds
+    from llmopt.verification.each import Watch
 
-    pipeline = _pipeline(options)
+    pipeline = pipeline_of(options)
     required_kinds(options.require)  # a wrong one is told before any work
     with clock("tracing"):
         opened = open_source(source, reading)
+    watch = Watch(opened.reference) if options.verify == "each" else None
     ran: list[Ran] = []
     before = opened.program.signature
     with clock("optimizing"):
-        pipeline.run(opened.program, lambda _, __, done: ran.append(done))
+        if watch is not None:
+            watch.start(opened.program).require()
+        pipeline.run(opened.program, noted(ran, watch))
     opened = _as_signed(opened, before, ran)
     report = fusion_report(opened.program, ran)
     require(report, options.require)
     _check_dialect(opened.program)
-    return Optimized(opened, str(pipeline), ran, report, reading)
+    return Optimized(opened, str(pipeline), ran, report, reading, watch)
 
 
 def _as_signed(opened: Source, before: Signature, ran: Sequence[Ran]) -> Source:
     """Return the source as passes changed its edge, and what became of its cache in words."""
-    from llmopt.frontend.adapted import PaddedReference, RenamedReference
+    from llmopt.frontend.adapted import adapted
 
-    after, reference = opened.program.signature, opened.reference
-    names = {
-        new.name: old.name
-        for old in (*before.inputs, *before.outputs)
-        if old.role in _NAMED and (new := after.find(old.role)) is not None
-    }
-    mask, tokens = after.find("mask"), before.find("tokens")
-    if mask is not None and tokens is not None and before.find("mask") is None:
-        names |= {mask.name: mask.name}
-        reference = PaddedReference(reference, tokens.name, mask.name)
-    if any(new != old for new, old in names.items()):
-        reference = RenamedReference(reference, names)
+    reference = adapted(opened.reference, before, opened.program.signature)
     notes = (*opened.notes, *_cache_notes(opened.program, ran))
     return dataclasses.replace(opened, reference=reference, notes=notes)
-
-
-_NAMED = ("tokens", "mask", "positions", "logits")
 
 
 def _cache_notes(program: Program, ran: Sequence[Ran]) -> list[str]:
@@ -219,7 +217,12 @@ def _without_lowering(options: CompileOptions, backends: Sequence[Backend]) -> C
     return dataclasses.replace(options, passes=kept, without=frozenset(item[1:] for item in moved))
 
 
-def _pipeline(options: CompileOptions) -> Pipeline:
+def pipeline_of(options: CompileOptions) -> Pipeline:
+    """Return the passes that no target asks for, those of plugins among them.
+
+    Raises:
+        LlmoptError: There is no such pass, or a plugin cannot be read.
+    """
     from llmopt.passes.pipeline import Pipeline
 
     return Pipeline.parse(options.passes, plugins=options.plugins)

@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from llmopt.bundle.manifest import Manifest
     from llmopt.fusion import Fused
     from llmopt.passes.pipeline import Item, Ran
     from llmopt.passes.plugins import Plugin
+    from llmopt.verification.each import Checked
 
 Progress = Callable[[str], None]
+VERIFY: Final = ("each", "final", "off")
+"""How much is compared: the Program after each pass and the artifact, the artifact, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class CompileOptions:
         passes: The pipeline before quantization and lowering: text, or texts and passes.
         plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
-        verify: ``"final"`` or ``"off"``.
+        verify: One of ``VERIFY``.
         max_kl: The largest mean KL divergence from the source that is accepted, nats.
         force: Whether an existing output is replaced.
         batch: Most sequences at once, for backends that must know.
@@ -56,6 +59,8 @@ class Artifact:
         passes: What each pass did.
         fusion: What was expected and what was fused.
         notes: What a user should know.
+        checks: How far the Program moved in each pass, where that was measured: first how far it
+            was from its source before any, then one for each of ``passes``.
     """
 
     path: Path
@@ -63,6 +68,7 @@ class Artifact:
     passes: tuple[Ran, ...] = ()
     fusion: Mapping[str, Fused] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    checks: tuple[Checked, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -71,6 +77,9 @@ class Artifact:
 
     def summary(self) -> dict[str, Any]:
         """Return what ``compile --json`` shows of it."""
+        shown = [{"verification": check.summary()} for check in self.checks]
+        traced = {"traced": shown[0]["verification"]} if shown else {}
+        checked = shown[1:] or [{}] * len(self.passes)
         return {
             "path": str(self.path),
             "target": self.manifest.target,
@@ -82,9 +91,10 @@ class Artifact:
                     "missed": [{"node": m.node, "reason": m.reason} for m in ran.missed],
                 }
                 | ({"notes": list(ran.notes)} if ran.notes else {})
-                for ran in self.passes
+                | check
+                for ran, check in zip(self.passes, checked, strict=True)
             ],
             "fusion": {kind: dataclasses.asdict(fused) for kind, fused in self.fusion.items()},
             "verification": dict(self.manifest.verification),
             "quality": dict(self.manifest.quality),
-        }
+        } | traced

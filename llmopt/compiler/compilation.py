@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import resource
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +36,20 @@ from llmopt.passes.quantizers import quantizers
 from llmopt.passes.rounding import Rounding, rounding_of
 from llmopt.quantization.schemes import Blockwise, DynamicInt8, Scheme, Static, parse_scheme
 from llmopt.verification import Verification, verify
+from llmopt.verification.each import Watch
+
+AfterPass = Callable[[Pass, Program, Ran], None]
+
+
+def noted(done: list[Ran], watch: Watch | None) -> AfterPass:
+    """Return a hook of ``Pipeline.run`` that adds to ``done`` and lets ``watch`` compare."""
+
+    def after(item: Pass, program: Program, ran: Ran) -> None:
+        done.append(ran)
+        if watch is not None:
+            watch(item, program, ran)
+
+    return after
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Optimized:
         ran: What each did.
         fusion: What was expected and what was fused.
         reading: How it was read.
+        watch: What compared the Program after each pass, if that was asked for.
     """
 
     source: Source
@@ -55,6 +70,7 @@ class Optimized:
     ran: Sequence[Ran]
     fusion: Mapping[str, Fused]
     reading: SourceOptions
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -126,8 +142,9 @@ class Compilation:
             hint = f"choose another target than {self.backend.name}, or replace the operation"
             raise UnsupportedModelError(source.name, problems, hint)
         demand = Demand(self.options.batch, self.options.defer_engine)
+        watch = None if self.optimized.watch is None else self.optimized.watch.forked(self.backend)
         with staged_folder(place, force=self.options.force) as folder:
-            lowering = self._lower(program, done)
+            lowering = self._lower(program, done, watch)
             lowered = self._write(program, folder, demand)
             with self._runnable(program, lowered.within(folder), demand) as runner:
                 proof = self._prove(program, runner, folder)
@@ -138,7 +155,9 @@ class Compilation:
             did = self._compiled(done)
             self._finish(folder, dataclasses.replace(manifest, work=work, compiled=did))
         notes = (*source.notes, *self.notes, *lowered.notes)
-        return Artifact(place, Manifest.read(place), tuple(done), self.optimized.fusion, notes)
+        checks = () if watch is None else tuple(watch.checks)
+        fusion = self.optimized.fusion
+        return Artifact(place, Manifest.read(place), tuple(done), fusion, notes, checks)
 
     def rounding(self) -> Rounding | None:
         """Return what is done to the source's weights on purpose."""
@@ -149,10 +168,10 @@ class Compilation:
         own = [each for each in every if each.name not in self.options.without]
         return (*quantizers(self.scheme, self.backend.islands), *own)
 
-    def _lower(self, program: Program, done: list[Ran]) -> str:
+    def _lower(self, program: Program, done: list[Ran], watch: Watch | None) -> str:
         lowering = Pipeline(self._passes())
         with self.clock(f"lowering to {self.backend.name}"):
-            lowering.run(program, lambda _, __, ran: done.append(ran))
+            lowering.run(program, noted(done, watch))
         return str(lowering)
 
     def _write(self, program: Program, folder: Path, demand: Demand) -> Lowered:

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from llmopt.bundle.manifest import Signature
 from llmopt.frontend.reference import Arrays, Reference, Transform
+
+_NAMED: Final = ("tokens", "mask", "positions", "logits")
+
+
+def adapted(reference: Reference, before: Signature, after: Signature) -> Reference:
+    """Return a source as passes changed the edge of its Program.
+
+    Args:
+        reference: The source.
+        before: What its Program took and gave when it was traced.
+        after: What it takes and gives now.
+    """
+    names = {
+        new.name: old.name
+        for old in (*before.inputs, *before.outputs)
+        if old.role in _NAMED and (new := after.find(old.role)) is not None
+    }
+    mask, tokens = after.find("mask"), before.find("tokens")
+    if mask is not None and tokens is not None and before.find("mask") is None:
+        names |= {mask.name: mask.name}
+        reference = PaddedReference(reference, tokens.name, mask.name)
+    if any(new != old for new, old in names.items()):
+        reference = RenamedReference(reference, names)
+    return reference
 
 
 class RenamedReference:

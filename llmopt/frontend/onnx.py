@@ -18,6 +18,7 @@ from llmopt.bundle.manifest import SourceRecord
 from llmopt.errors import SourceError, UnsupportedModelError
 from llmopt.frontend.meaning import Found, finish
 from llmopt.frontend.onnx_reference import OnnxReference
+from llmopt.frontend.saved import KEY, open_saved
 from llmopt.frontend.source import Source, SourceOptions
 from llmopt.frontend.trace import FLOATS, held_back, label, quiet, simplify
 from llmopt.ir import graph as g
@@ -38,6 +39,8 @@ def open_onnx(path: Path, options: SourceOptions) -> Source:
     """
     model = _load(path)
     files = _check_external(path, model)
+    if KEY in model.metadata_props:
+        return open_saved(path, model)
     _inline(path, model)
     _refuse_caches(path, model)
     expected = count_expected(model.graph)

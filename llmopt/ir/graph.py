@@ -284,6 +284,14 @@ def taken(graph: ir.Graph) -> set[str]:
 _NAMES: Final = "llmopt.names"
 
 
+def clone(model: ir.Model) -> ir.Model:
+    """Return a copy of ``model`` that shares its weights, and takes names for itself alone."""
+    made = model.clone()
+    if _NAMES in made.graph.meta:
+        made.graph.meta[_NAMES] = set(made.graph.meta[_NAMES])
+    return made
+
+
 def replace(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of ``old`` read ``new``; a graph output keeps its name and type."""
     if new.shape is None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature, SourceRecord
+from llmopt.ir import graph as g
 
 
 class Role(enum.StrEnum):
@@ -142,7 +143,7 @@ class Program:
     def clone(self) -> Program:
         """Return a Program of its own that shares the unread weights."""
         copies = {
-            name: Program(model.clone(), self.signatures[name], self.facts, name)
+            name: Program(g.clone(model), self.signatures[name], self.facts, name)
             for name, model in self.components.items()
         }
         return Program.joined(copies, self.facts)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import onnx_ir as ir
 
 from llmopt.ir.program import Program
+
+ON_HIT: Final[ContextVar[Callable[[], None] | None]] = ContextVar("on_hit", default=None)
+"""Called whenever a pass counts a change, inside ``hits.run_hits``: it may stop the pass there."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,10 @@ class Outcome:
         return self.applied > 0
 
     def hit(self, count: int = 1) -> None:
-        """Count changes."""
+        """Count changes, once they are made."""
         self.applied += count
+        if count and (told := ON_HIT.get()) is not None:
+            told()
 
     def miss(self, node: ir.Node | str, reason: str, kind: str = "") -> None:
         """Record that ``node`` was left alone."""

@@ -22,6 +22,11 @@ class RoundingPass(Pass):
     what was meant.
     """
 
+    @property
+    def left(self) -> float:
+        """Relative error of outputs that is left where the source is rounded in the same way."""
+        return 0.0
+
     @abc.abstractmethod
     def rounding(self, program: Program, after: Rounding) -> Rounding:
         """Return what running this pass on ``program``, which is left as it is, does to weights.

@@ -47,6 +47,11 @@ class _OnProcessor(Backend):
         return (LowerWeights(), LowerAttention(), FuseSkipNorm(), LowerActivations())
 
     @override
+    def in_part(self, program: Program) -> Program:
+        LowerActivations().run(program)  # of the dialect, Swish alone has no kernel
+        return program
+
+    @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         return write_model(program, folder)
 

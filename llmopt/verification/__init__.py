@@ -7,7 +7,7 @@ prefill followed by decode steps, which must equal one full pass of the source. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -96,15 +96,7 @@ def verify(
     Raises:
         AccuracyError: a case is further off, or gives a number that is not finite.
     """
-    cases = list(matrix(program))
-    vocabulary = program.facts.model.vocabulary or 2
-    batches = [_source_feeds(program, case, vocabulary) for case in cases]
-    compared = []
-    for case, batch, wanted in zip(cases, batches, reference.run(batches, transform), strict=True):
-        found = _run(program, run, case, batch)
-        masks = [_written(case), *(a for n, a in batch.items() if n == f"{FIRST}attention_mask")]
-        compared.append(_compare(case, found, wanted, [mask == 1 for mask in masks]))
-    result = Verification("passed", tuple(compared), tolerance)
+    result = Verification("passed", measure(program, run, reference, transform), tolerance)
     worst = result.worst
     if worst is not None and not worst.error_rel <= tolerance:
         raise AccuracyError(
@@ -114,6 +106,28 @@ def verify(
             "find the pass with --passes 'default,-NAME', and report it; --verify off skips this",
         )
     return result
+
+
+def measure(
+    program: Program, run: Run, reference: Reference, transform: Transform | None = None
+) -> tuple[Compared, ...]:
+    """Return how far a Program is from its source in each case of the matrix.
+
+    Args:
+        program: What the inputs and outputs mean.
+        run: It, or what became of it.
+        reference: The source.
+        transform: What was done to the source's weights on purpose.
+    """
+    cases = list(matrix(program))
+    vocabulary = program.facts.model.vocabulary or 2
+    batches = [_whole(program, case, vocabulary) for case in cases]
+    compared = []
+    for case, batch, wanted in zip(cases, batches, reference.run(batches, transform), strict=True):
+        found = _run(program, run, case, batch)
+        whole = Case(case.batch, case.new + case.past, 0, case.padding)
+        compared.append(compare(case.label, found, wanted, tokens_of(whole, batch)))
+    return tuple(compared)
 
 
 def matrix(program: Program) -> Iterator[Case]:
@@ -131,6 +145,12 @@ def matrix(program: Program) -> Iterator[Case]:
         yield Case(1, window + 5, 0, "none", 30)
 
 
+def tokens_of(case: Case, batch: Arrays) -> Tokens:
+    """Return where the tokens of a case are, and of what an encoder reads beside it."""
+    read = batch.get(f"{FIRST}attention_mask")
+    return Tokens(case.mask() == 1, case.new, None if read is None else read == 1)
+
+
 def _window(program: Program) -> int | None:
     sizes = [
         node.attributes[name].as_int() + 1
@@ -141,16 +161,25 @@ def _window(program: Program) -> int | None:
     return min(sizes, default=None)
 
 
-def _source_feeds(program: Program, case: Case, vocabulary: int) -> Arrays:
+def _whole(program: Program, case: Case, vocabulary: int) -> Arrays:
     """Return the inputs of one full pass of the source: prefill and decoded tokens together."""
     whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
-    batch = feeds(program.signature, whole, vocabulary)
-    kept = {name: array for name, array in batch.items() if not name.startswith("past_key_")}
-    return kept | source_feeds(program, _read_beside(case, program.facts.model.max_source))
+    batch = without_caches(feeds(program.signature, whole, vocabulary))
+    return batch | read_beside(program, case)
 
 
-def _read_beside(case: Case, limit: int) -> Case:
-    """Return what is read beside a case of what is written: of another length and padding."""
+def without_caches(batch: Arrays) -> Arrays:
+    """Return the inputs that a source takes, which has no cache."""
+    return {name: array for name, array in batch.items() if not name.startswith("past_key_")}
+
+
+def read_beside(program: Program, case: Case) -> Arrays:
+    """Return what an encoder reads beside a case of what is written; nothing if there is none."""
+    return source_feeds(program, _beside(case, program.facts.model.max_source))
+
+
+def _beside(case: Case, limit: int) -> Case:
+    """Return a case of another length and padding."""
     length = {1: 7, 7: 33}.get(case.new, 1)
     padding = {"none": "left", "left": "right"}.get(case.padding, "none")
     return Case(case.batch, min(length, limit or length), 0, padding, case.seed + 100)
@@ -203,19 +232,51 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     return np.concatenate(logits, axis=1)
 
 
-def _written(case: Case) -> Array:
-    return Case(case.batch, case.new + case.past, 0, case.padding).mask()
+@dataclass(frozen=True)
+class Tokens:
+    """Where there are tokens, and where padding.
+
+    Args:
+        mask: [B, T] bool, of past and new ones.
+        new: S, how many are new.
+        read: [B, C] bool, of what an encoder reads; None if there is none.
+    """
+
+    mask: Array
+    new: int
+    read: Array | None = None
+
+    def of(self, output: Array, *, cache: bool, read: bool = False) -> Array:
+        """Return ``output`` [B, S, ...], or a cache [B, G, T, D], where there are tokens."""
+        if read and self.read is not None:
+            return output[self.read] if output.shape[:2] == self.read.shape else output
+        if cache and output.ndim == 4:
+            return output.swapaxes(1, 2)[self.mask]
+        new = self.mask[:, self.mask.shape[1] - self.new :]
+        return output[new] if output.shape[:2] == new.shape else output
 
 
-def _compare(case: Case, found: Arrays, wanted: Arrays, masks: Sequence[Array]) -> Compared:
+def compare(
+    label: str, found: Arrays, wanted: Arrays, tokens: Tokens | None, caches: Collection[str] = ()
+) -> Compared:
+    """Return the output that is furthest off.
+
+    Args:
+        label: What the case is called.
+        found: Outputs by name.
+        wanted: Those that they should be.
+        tokens: Where they are; None if nothing is padded.
+        caches: Names of outputs [B, G, T, D], whose third axis is that of tokens.
+    """
     errors = []
     for name, right in wanted.items():
         left = found[name]
         if left.shape != right.shape:
-            return Compared(f"{case.label}: shape {left.shape}, not {right.shape}", name, np.inf)
-        mask = masks[-1] if name == _READ else masks[0]
-        real = mask if right.ndim >= 2 and right.shape[:2] == mask.shape else ...
-        errors.append(Compared(case.label, name, relative_error(left[real], right[real])))
+            return Compared(f"{label}: shape {left.shape}, not {right.shape}", name, np.inf)
+        pair = [left, right]
+        if tokens is not None:
+            pair = [tokens.of(each, cache=name in caches, read=name == _READ) for each in pair]
+        errors.append(Compared(label, name, relative_error(*pair)))
     return max(errors, key=lambda each: each.error_rel)
 
 

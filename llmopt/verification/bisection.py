@@ -1,0 +1,292 @@
+"""Find the pass that changes what a Program computes, and the one of its changes that does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.errors import LlmoptError, PassError
+from llmopt.frontend.source import Source
+from llmopt.ir import dialect
+from llmopt.ir.feeds import Arrays
+from llmopt.ir.program import Program
+from llmopt.passes.base import Pass
+from llmopt.passes.hits import run_hits
+from llmopt.passes.pipeline import Pipeline, Ran
+from llmopt.verification import Compared, compare
+from llmopt.verification.difference import Difference, difference
+from llmopt.verification.each import BEFORE, STEP, Checked, Finding, Watch, evaluated
+from llmopt.verification.trials import Trial, caches, given, trials
+
+Array = npt.NDArray[Any]
+SAME: Final = "same"
+UNTRACED: Final = "source"
+GUILTY: Final = "pass"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One change of a pass, and the Program around it.
+
+    Args:
+        number: Which of the pass's changes it is, from 1; 0 where they are not told apart.
+        of: How many changes the pass made.
+        node: The node that says best where it is.
+        difference: What it did to the graph.
+        first: The first value that is another after it, and how far off, if one is.
+        before: The Program without it.
+    """
+
+    number: int
+    of: int
+    node: str
+    difference: Difference
+    first: Compared | None
+    before: Program
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A pass that changes what a Program computes.
+
+    Args:
+        item: The pass.
+        before: The Program that it was given.
+        rewrite: What it did, as closely as it can be told.
+        finding: The comparison that shows it, the smallest case; None where nothing can be run.
+        problem: Why the Program cannot be run after it, if it cannot.
+        exact: Whether what is rounded was computed in float32.
+    """
+
+    item: Pass
+    before: Program
+    rewrite: Rewrite
+    finding: Finding | None
+    problem: str = ""
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What was found.
+
+    Args:
+        status: ``SAME`` (nothing is wrong), ``UNTRACED`` (the source computes something else than
+            its Program, before any pass) or ``GUILTY``.
+        checks: What was compared: before any pass, then after each.
+        ran: What each pass did.
+        culprit: The pass, if one is guilty.
+    """
+
+    status: str
+    checks: tuple[Checked, ...]
+    ran: tuple[Ran, ...]
+    culprit: Culprit | None = None
+
+
+def bisect(
+    source: Source,
+    pipeline: Pipeline,
+    inputs: Mapping[str, Array] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Bisection:
+    """Run a pipeline on a source's Program in place, and stop at the first pass that is wrong.
+
+    Args:
+        source: What to run it on, and to compare with.
+        pipeline: The passes.
+        inputs: Inputs by name to compare on; the matrix if not given.
+        progress: Told what is being done.
+    """
+    program = source.program
+    trial = None if inputs is None else [given(program, inputs)]
+    watch = Watch(source.reference, trial)
+    progress("comparing with the source")
+    if watch.start(program).wrong:
+        return Bisection(UNTRACED, tuple(watch.checks), ())
+    ran: list[Ran] = []
+    for item in pipeline.passes:
+        progress(item.name)
+        before = program.clone()
+        checked = _step(item, program, watch, ran)
+        if checked.wrong or checked.problem:
+            progress(f"taking the changes of {item.name} apart")
+            culprit = _blamed(item, before, program, checked, exact=watch.exact)
+            return Bisection(GUILTY, tuple(watch.checks), tuple(ran), culprit)
+    return Bisection(SAME, tuple(watch.checks), tuple(ran))
+
+
+def _step(item: Pass, program: Program, watch: Watch, ran: list[Ran]) -> Checked:
+    try:
+        Pipeline((item,)).run(program, lambda _, __, done: ran.append(done))
+    except PassError as error:
+        watch.checks.append(Checked(item.name, problem=error.problem))
+        return watch.checks[-1]
+    return watch.judge(item, program)
+
+
+def _blamed(
+    item: Pass, before: Program, after: Program, checked: Checked, *, exact: bool
+) -> Culprit:
+    """Return the change of a guilty pass that shows first what the pass does wrong."""
+    finding = _smallest(checked.wrong)
+    trial = None if finding is None or finding.against != BEFORE else finding.trial
+    states = _States(before, item, trial, exact=exact)
+    number, good, bad = 0, before, after
+    if trial is not None or checked.problem:
+        number, good, bad = states.first_wrong(after)
+    changed = difference(good, bad)
+    first = None if trial is None else first_difference(good, bad, trial, exact=exact)
+    rewrite = Rewrite(number, states.count, _node(changed, bad, first), changed, first, good)
+    return Culprit(item, before, rewrite, finding, checked.problem, exact)
+
+
+def _smallest(wrong: Sequence[Finding]) -> Finding | None:
+    """Return the failure that is easiest to look at: of one pass against itself, few numbers."""
+    order = {id(each): place for place, each in enumerate(wrong)}
+
+    def ease(each: Finding) -> tuple[bool, bool, int, int]:
+        padded, numbers = each.trial.size if each.trial is not None else (True, 0)
+        return each.against != BEFORE, padded, numbers, order[id(each)]
+
+    return min(wrong, key=ease, default=None)
+
+
+class _States:
+    """A Program after each number of a pass's changes.
+
+    Args:
+        before: The Program that the pass is given.
+        item: The pass.
+        trial: The inputs that show what is wrong; None if it cannot be run at all.
+        exact: Whether what is rounded is computed in float32.
+    """
+
+    def __init__(self, before: Program, item: Pass, trial: Trial | None, *, exact: bool) -> None:
+        self._before = before
+        self._item = item
+        self._trial = trial
+        self._exact = exact
+        self._wanted: Arrays = {}
+        self.count = run_hits(item, before.clone())
+        if trial is not None:
+            self._wanted = evaluated(before, exact=exact)(trial.feeds)
+
+    def at(self, changes: int) -> Program:
+        """Return the Program after so many changes."""
+        program = self._before.clone()
+        run_hits(self._item, program, changes)
+        return program
+
+    def first_wrong(self, after: Program) -> tuple[int, Program, Program]:
+        """Return which change is the first that shows, and the Program without and with it.
+
+        By halves. A state that nothing can be told of, in the midst of a change, is passed over.
+        """
+        good, bad, end = 0, self.count + 1, self.count + 1
+        while good + 1 < end:
+            at = middle = (good + end) // 2
+            while (right := self._is_right(self.at(at))) is None and at + 1 < end:
+                at += 1
+            if right is None:
+                end = middle
+            elif right:
+                good = at
+            else:
+                bad = end = at
+        if bad > self.count:  # what the pass does after its last change, or all at once
+            return 0, self.at(good), after
+        return bad, self.at(good), self.at(bad)
+
+    def _is_right(self, program: Program) -> bool | None:
+        if self._trial is None:
+            return not unrunnable(program, exact=self._exact)
+        try:
+            found = evaluated(program, exact=self._exact)(self._trial.feeds)
+        except LlmoptError:
+            return None
+        names = [*caches(program)]
+        return compare("", found, self._wanted, self._trial.tokens, names).error_rel <= STEP
+
+
+def unrunnable(program: Program, *, exact: bool) -> bool:
+    """Whether a Program is not in the dialect, or cannot be run."""
+    try:
+        run = evaluated(program, exact=exact)
+        run(trials(program)[0].feeds)
+    except LlmoptError:
+        return True
+    return bool(dialect.verify(program.model))
+
+
+def _node(changed: Difference, after: Program, first: Compared | None) -> str:
+    """Return the node that says best where a change is."""
+    if not changed.nodes:
+        return ""
+    made = {str(v.name): str(n.name) for n in after.graph for v in n.outputs}
+    maker = made.get(first.output, "") if first is not None else ""
+    return maker if maker in changed.nodes else changed.nodes[-1]
+
+
+def first_difference(
+    before: Program, after: Program, trial: Trial, *, exact: bool
+) -> Compared | None:
+    """Return the first value that both Programs have and that differs, in the order of the second.
+
+    Only what is computed of tokens that are no padding counts, where that can be told.
+    """
+    old, new = (_computed(of) for of in (before, after))
+    names = [name for name in new if name in old]
+    try:
+        left, right = (values(of, trial.feeds, names, exact=exact) for of in (before, after))
+    except LlmoptError:
+        return None
+    for name in names:
+        error = error_of(right[name], left[name], trial)
+        if not error <= STEP:
+            return Compared(trial.label, name, error)
+    return None
+
+
+def _computed(program: Program) -> list[str]:
+    return [str(v.name) for n in program.graph for v in n.outputs if v.name and v.type is not None]
+
+
+def error_of(found: Array, wanted: Array, trial: Trial) -> float:
+    """Return how far a value is off where there are tokens, as far as its shape tells."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    pair = [found, wanted]
+    if trial.tokens is not None:
+        pair = [trial.tokens.of(each, cache=False) for each in pair]
+    return distance(*pair)
+
+
+def distance(found: Array, wanted: Array) -> float:
+    """Return ``max|found - wanted| / max|wanted|`` of any two arrays of a shape.
+
+    What is infinite, as masks are, or no number in both is the same; in one alone, it is not.
+    """
+    left, right = (np.asarray(each).astype(np.float64) for each in (found, wanted))
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(left - right)
+    apart[(left == right) | (np.isnan(left) & np.isnan(right))] = 0.0
+    scale = float(np.max(np.abs(right), where=np.isfinite(right), initial=0.0)) or 1.0
+    error = float(np.max(apart, initial=0.0)) / scale
+    return error if np.isfinite(error) else float("inf")
+
+
+def values(
+    program: Program, feeds: Mapping[str, Array], names: Sequence[str], *, exact: bool
+) -> Arrays:
+    """Return any values of a Program by name, computed of ``feeds``."""
+    shown = program.clone()
+    known = {str(v.name): v for node in shown.graph for v in node.outputs}
+    outputs = {value.name for value in shown.graph.outputs}
+    shown.graph.outputs.extend(known[name] for name in names if name not in outputs)
+    found = evaluated(shown, exact=exact)(feeds)
+    return {name: found[name] for name in names}
