@@ -26,6 +26,7 @@ PASSES: Final[Mapping[str, str]] = {
     "quantize-weights": "llmopt.passes.quantize_weights:QuantizeWeights",
     "raise-attention": "llmopt.passes.raise_attention:RaiseAttention",
     "remove-dead": "llmopt.passes.remove_dead:RemoveDead",
+    "split-heads": "llmopt.passes.split_heads:SplitHeads",
 }
 
 DEFAULT: Final[tuple[str, ...]] = (
@@ -33,6 +34,7 @@ DEFAULT: Final[tuple[str, ...]] = (
     "fold-weights",  # projections become MatMul with a weight
     "fuse-norms",
     "fuse-activations",
+    "split-heads",  # products of [B * H, S, D] get the four axes that attention is known by
     "fuse-attention",  # written-out attention joins what torch already fused
     "fuse-rotary",  # before attention loses its [B, H, S, D] operands
     "raise-attention",  # cache, mask and heads in the dialect's form
