@@ -21,7 +21,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,12 +35,19 @@ LIMIT_S: Final = 900  # a row that takes longer hangs
 Row = dict[str, Any]
 
 
-def measure(family: Family, work: Path) -> Row:
+def measure(
+    family: Family,
+    work: Path,
+    targets: Sequence[str] = TARGETS,
+    schemes: Sequence[str] = SCHEMES,
+) -> Row:
     """Return the row of a family.
 
     Args:
         family: What to make and compile.
         work: An empty folder for the checkpoint and the artifacts.
+        targets: What to compile for.
+        schemes: How weights are stored.
     """
     from llmopt.compiler import Clock, CompileOptions, optimize
     from llmopt.errors import LlmoptError
@@ -62,9 +69,9 @@ def measure(family: Family, work: Path) -> Row:
     row["errors"] = {
         target: {
             scheme: _error(proven if scheme == "fp32" else found, target, scheme, work)
-            for scheme in SCHEMES
+            for scheme in schemes
         }
-        for target in TARGETS
+        for target in targets
     }
     seconds = {"traced": traced_s, "all": time.perf_counter() - start}
     return row | {"seconds": {name: round(s, 1) for name, s in seconds.items()}}

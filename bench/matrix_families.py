@@ -175,5 +175,5 @@ FAMILIES: Final[Mapping[str, Family]] = {
         Family("siglip", "both", {"text_config": TEXT, "vision_config": VISION}, rotary=0),
     )
 }
-QUICK: Final = ("gptj", "bloom", "albert", "vit")
+QUICK: Final = ("gptj", "albert", "vit")
 """What ``make test`` holds to the same promises."""

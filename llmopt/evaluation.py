@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError, UsageError
-from llmopt.ir.feeds import Arrays, Case, feeds, resolve
+from llmopt.ir.feeds import Arrays, Case, feeds, resolve, taken
 from llmopt.ir.program import Program, Role
 from llmopt.quantization.evaluation import Estimate, Quality, QualityMeter
 from llmopt.runtime import Runner
@@ -100,7 +100,7 @@ def sample(program: Program, run: Run, rows: int, length: int) -> npt.NDArray[np
             "attention_mask": np.ones((rows, position + 1), np.int64),
             "position_ids": np.full((rows, 1), position, np.int64),
         }
-        found = run({**step, **caches})
+        found = run({**taken(program.signature, step), **caches})
         caches = dict(zip(caches, (found[name] for name in presents), strict=True))
         scores = found["logits"][:, -1].astype(np.float64)
         noise = rng.gumbel(size=scores.shape)  # the largest of score + noise is a sample

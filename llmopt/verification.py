@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
-from llmopt.ir.feeds import Arrays, Case, feeds, resolve
+from llmopt.ir.feeds import Arrays, Case, feeds, resolve, taken
 from llmopt.ir.program import Program, Role
 
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
@@ -158,7 +158,8 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     Args:
         signature: The caches.
         run: The artifact.
-        batch: ``input_ids``, ``attention_mask`` and ``position_ids`` of all tokens.
+        batch: ``input_ids`` of all tokens, and ``attention_mask`` and ``position_ids`` where the
+            model takes them.
         prefill: How many tokens the first step takes.
     """
     total = batch["input_ids"].shape[1]
@@ -171,14 +172,10 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
     logits, start = [], 0
     for end in (prefill, *range(prefill + 1, total + 1)):
-        step = {
-            "input_ids": batch["input_ids"][:, start:end],
-            "attention_mask": batch["attention_mask"][:, :end],
-            "position_ids": batch["position_ids"][:, start:end],
-            "logits_to_keep": np.asarray(0, np.int64),
-            **caches,
-        }
-        found = run(step)
+        places = {"attention_mask": slice(end)}
+        new = {n: a[:, places.get(n, slice(start, end))] for n, a in batch.items() if a.ndim == 2}
+        every = {"logits_to_keep": np.asarray(0, np.int64)}
+        found = run({**taken(signature, {**new, **every}), **caches})
         logits.append(found["logits"])
         caches = {past: found[present] for past, present in pairs}
         start = end

@@ -34,6 +34,7 @@ from llmopt.frontend.trace import trace_module
 from llmopt.ir.program import Facts, Program, Role
 
 _LIMITS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_GIVE: Final = "pass it as file.py:factory, a function that returns it and its example inputs"
 _INSTALL: Final = "pip install 'llmopt[transformers]', or pass the module itself as file.py:factory"
 
 
@@ -174,12 +175,15 @@ def _inputs(module: Any, label: str) -> dict[str, Tensor]:
             inputs["token_type_ids"] = torch.zeros(SIZES, dtype=torch.int64)
     if "pixel_values" in takes:
         vision = getattr(config, "vision_config", config)
-        size = vision.image_size
+        size = getattr(vision, "image_size", None)
+        if size is None:
+            problem = "config.json names no image_size, and another size is another graph"
+            raise UnsupportedModelError(label, [problem], _GIVE)
         height, width = (size, size) if isinstance(size, int) else size
         inputs["pixel_values"] = torch.zeros(SIZES[0], vision.num_channels, height, width)
     if not inputs:
         problem = f"its main input {module.main_input_name!r} is neither tokens nor pixels"
-        raise UnsupportedModelError(label, [problem], "pass it as file.py:factory, with inputs")
+        raise UnsupportedModelError(label, [problem], _GIVE)
     return inputs
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
@@ -54,9 +55,9 @@ class FuseAttention(Pass):
     """Fuse written-out attention into one Attention operator.
 
     Numerics: the same formula; within 1e-5 relative in float32. A query that may attend to
-    nothing gives zeros, where the written-out form gives NaN or an average.
-    Scope: the graph. Leaves: scores that are not rank 4, weights that are read elsewhere, and
-    whatever else stands between the product and the softmax, by name.
+    nothing gives zeros or an average, where the written-out form gives NaN or an average.
+    Scope: the graph. Leaves: scores of other ranks than 3 and 4, weights that are read
+    elsewhere, and whatever else stands between the product and the softmax, by name.
     """
 
     name: ClassVar[str] = "fuse-attention"
@@ -305,7 +306,8 @@ def combine(
     if mask is None:
         return total
     dtype = total.dtype or like.dtype or ir.DataType.FLOAT
-    forbidden = build.constant(np.asarray(-np.inf, dtype.numpy()))
+    # not infinity: where a query may attend to nothing, its weights must be numbers
+    forbidden = build.constant(np.asarray(ml_dtypes.finfo(dtype.numpy()).min, dtype.numpy()))
     result = build.op("Where", [mask, total, forbidden])
     result.type, result.shape = ir.TensorType(dtype), g.broadcast(mask, total)
     return result

@@ -51,7 +51,5 @@ def _problems(node: ir.Node) -> Iterator[str]:
     if node.op_type == "RotaryEmbedding":
         if g.optional(node, 3) is None:
             yield f"RotaryEmbedding ({node.name!r}) has no position_ids"
-        if g.attribute(node, "interleaved", 0):
-            yield f"RotaryEmbedding ({node.name!r}) is interleaved"
     if node.op_type == "Attention" and g.optional(node, 6) is not None:
         yield f"Attention ({node.name!r}) takes the lengths of padded keys"

@@ -12,7 +12,7 @@ import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from llmopt.cli.app import main
+from llmopt.cli.app import app
 from llmopt.errors import (
     LlmoptError,
     RemoteCodeRefusedError,
@@ -94,7 +94,7 @@ def test_code_in_the_folder_is_refused_and_the_option_named(own: Path) -> None:
     with pytest.raises(RemoteCodeRefusedError, match=r"modeling_own\.py.*--trust-remote-code"):
         open_source(own, SourceOptions())
 
-    asked = CliRunner().invoke(main, ["compile", str(own), "--target", "reference"])
+    asked = CliRunner().invoke(app, ["compile", str(own), "--target", "reference"])
     assert asked.exit_code == 2
     assert not (own / "__pycache__").exists()
 
