@@ -285,10 +285,18 @@ def _errors(row: dict[str, Any], target: str) -> str:
 def _reasons(row: dict[str, Any]) -> list[str]:
     """Return why something is not as it should be, each reason once."""
     errors = [e for of in row.get("errors", {}).values() for e in of.values()]
-    found = [row.get("reason", ""), *(e for e in errors if isinstance(e, str)), *row.get("misses", ())]
+    found = [
+        row.get("reason", ""),
+        *(e for e in errors if isinstance(e, str)),
+        *row.get("misses", ()),
+    ]
     if ":" in row.get("cache", ""):
         found.append(row["cache"])
-    return [" ".join(str(reason).split()).replace("|", "\\|") for reason in dict.fromkeys(found) if reason]
+    return [
+        " ".join(str(reason).split()).replace("|", "\\|")
+        for reason in dict.fromkeys(found)
+        if reason
+    ]
 
 
 def _held(row: dict[str, Any]) -> str:

@@ -154,9 +154,7 @@ def _example(name: str, dims: Dims) -> Tensor:
     return torch.ones(shape, dtype=torch.int64 if whole else torch.float32)
 
 
-def _signature(
-    graph: ir.Graph, names: Sequence[str], caches: Caches, *, keeps: bool
-) -> Signature:
+def _signature(graph: ir.Graph, names: Sequence[str], caches: Caches, *, keeps: bool) -> Signature:
     ports = [Port(name, _INPUTS[name][0], "int64", _INPUTS[name][1]) for name in names]
     for number, (name, shape) in enumerate(zip(caches.names, caches.shapes, strict=True)):
         role = Role.PAST_VALUE if number % 2 else Role.PAST_KEY
@@ -190,7 +188,9 @@ def _keep_tokens(graph: ir.Graph) -> None:
     count = build.op("Squeeze", [build.op("Shape", [tokens], {"start": 1, "end": 2})])
     zero, one = build.constant(0, "int64"), build.constant(1, "int64")
     keep = _number(graph)
-    start = build.op("Where", [build.op("Equal", [keep, zero]), zero, build.op("Sub", [count, keep])])
+    start = build.op(
+        "Where", [build.op("Equal", [keep, zero]), zero, build.op("Sub", [count, keep])]
+    )
     start = build.op("Max", [start, zero])
     kept = build.op("Range", [start, count, one], name="logits_to_keep/Range")
     kept.shape, kept.type = ir.Shape(["K"]), ir.TensorType(ir.DataType.INT64)

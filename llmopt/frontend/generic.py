@@ -115,8 +115,10 @@ def load(path: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> L
             problem = f"transformers cannot load it: {type(error).__name__}: {_line(error)}"
             raise SourceError(path, problem, "check config.json and the weights") from error
     _check_complete(path, found)
-    notes = () if not (shipped and known and not trust_remote_code) else (
-        "code in the folder is not used: transformers has this model itself",
+    notes = (
+        ()
+        if not (shipped and known and not trust_remote_code)
+        else ("code in the folder is not used: transformers has this model itself",)
     )
     return Loaded(path, _prepared(module), config, _json(path / "generation_config.json"), notes)
 

@@ -118,11 +118,7 @@ def _obstacle(scores: Scores, v: ir.Value) -> str | None:
     if len(v_sizes) != len(q):
         return f"V is {v_sizes}, not [batch, heads, T, width]"
     several = len(q) == 4
-    if (
-        _differ(q[0], k[0])
-        or _differ(k[0], v_sizes[0])
-        or (several and _differ(k[1], v_sizes[1]))
-    ):
+    if _differ(q[0], k[0]) or _differ(k[0], v_sizes[0]) or (several and _differ(k[1], v_sizes[1])):
         return f"its Q {q[:2]}, K {k[:2]} and V {v_sizes[:2]} differ in batch or heads"
     if scores.scale <= 0 or scores.softcap < 0:
         return f"its scale {scores.scale:g} or cap {scores.softcap:g} is not positive"

@@ -34,6 +34,7 @@ class FuseNorms(Pass):
         outcome.missed = [replace(m, kind="") if m.node in fused else m for m in outcome.missed]
         return outcome
 
+
 # the longest formula first: what is left of it is a shorter one
 _RULES: Final = (
     layer_norm.RULE,

@@ -106,9 +106,7 @@ class FuseRotary(Pass):
             found = _find(node.outputs[0])
             if found is None:
                 continue
-            reason = (
-                found if isinstance(found, str) else self._fuse(program, node, found, tables)
-            )
+            reason = found if isinstance(found, str) else self._fuse(program, node, found, tables)
             if reason:
                 outcome.miss(node, reason, "rotary")
             else:

@@ -26,7 +26,7 @@ from llmopt.frontend.source import SourceOptions, open_source
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.program import Role
 
-CODE: Final = '''
+CODE: Final = """
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -54,7 +54,7 @@ class OwnForCausalLM(PreTrainedModel):
         if attention_mask is not None:
             states = states * attention_mask[..., None]
         return CausalLMOutput(logits=self.head(states.cumsum(1)))
-'''
+"""
 OWN: Final[dict[str, Any]] = {
     "model_type": "llmopt-own",
     "architectures": ["OwnForCausalLM"],
@@ -115,7 +115,9 @@ def test_without_transformers_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(generic, "find_spec", lambda _: None)
 
-    with pytest.raises(UnsupportedModelError, match=r"'gptj'.*pip install 'llmopt\[transformers\]'"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'gptj'.*pip install 'llmopt\[transformers\]'"
+    ):
         open_source(folder_of({"model_type": "gptj"}, tmp_path), SourceOptions())
 
 

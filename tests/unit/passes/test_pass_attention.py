@@ -249,8 +249,8 @@ def test_weights_that_two_products_read_stay() -> None:
 
 
 def test_scores_of_rank_5_and_scores_that_come_in_stay() -> None:
-    spelled = """main (float[A,B,C,S,4] q, float[A,B,C,4,S] k, float[A,B,C,S,S] m, float[A,B,C,S,4] v)
-    => (float[A,B,C,S,4] y)
+    spelled = """main (float[A,B,C,S,4] q, float[A,B,C,4,S] k, float[A,B,C,S,S] m,
+     float[A,B,C,S,4] v) => (float[A,B,C,S,4] y)
     {
        p = MatMul (q, k)
        w = Softmax (p)
