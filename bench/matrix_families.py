@@ -94,7 +94,7 @@ _UNROTATED: Final = {"gpt2": 0, "smollm3": 1}
 FAMILIES: Final[Mapping[str, Family]] = {
     family.name: family
     for family in (
-        *(_decoder(n, _UNROTATED.get(n), **DECODER | DECODERS[n]) for n in DECODERS),
+        *(_decoder(n, _UNROTATED.get(n), **{**DECODER, **DECODERS[n]}) for n in DECODERS),
         _decoder("gpt_neox", **_NARROW, rotary_pct=0.5),
         _decoder("gptj", **_TOKENS, **GPT, n_inner=60, rotary_dim=4),
         _decoder(

@@ -89,7 +89,7 @@ def find_caches(model: nn.Module, inputs: Mapping[str, Tensor]) -> Caches | str:
     """Return what ``model`` keeps of the past, or why that is not keys and values alone."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     try:
         with torch.no_grad():
             found = model(**inputs, past_key_values=cache, use_cache=True)

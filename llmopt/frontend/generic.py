@@ -295,7 +295,7 @@ def _limit(loaded: Loaded) -> int | None:
     return next((int(n) for key in _LIMITS if (n := getattr(text, key, None))), None)
 
 
-def _heads(loaded: Loaded) -> dict[str, int]:
+def _heads(loaded: Loaded) -> dict[str, Any]:
     """Return the sizes that the config names, in our words."""
     text = loaded.module.config.get_text_config()
     heads = int(getattr(text, "num_attention_heads", 0) or 0)

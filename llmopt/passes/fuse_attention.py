@@ -303,7 +303,8 @@ def combine(
         return total
     dtype = total.dtype or like.dtype or ir.DataType.FLOAT
     # not infinity: where a query may attend to nothing, its weights must be numbers
-    forbidden = build.constant(np.asarray(ml_dtypes.finfo(dtype.numpy()).min, dtype.numpy()))
+    lowest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]
+    forbidden = build.constant(np.asarray(lowest, dtype.numpy()))
     result = build.op("Where", [mask, total, forbidden])
     result.type, result.shape = ir.TensorType(dtype), g.broadcast(mask, total)
     return result

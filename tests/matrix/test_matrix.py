@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from matrix import FAMILIES, RESULTS, measure, right
-from matrix_families import QUICK, Family
+from matrix import RESULTS, measure, right
+from matrix_families import FAMILIES, QUICK, Family
 
 
 @pytest.mark.parametrize("name", QUICK)
