@@ -106,7 +106,8 @@ def open_folder(path: Path, options: SourceOptions) -> Source:
     from llmopt.models import FAMILIES, define
 
     config = _config(_weights(path))
-    if path.is_dir() and config.get("model_type") not in (None, *FAMILIES):
+    described = path.is_dir() and (path / "config.json").is_file()
+    if described and config.get("model_type") not in (None, *FAMILIES):
         from llmopt.frontend.generic import open_generic
 
         return open_generic(path, config, options)
