@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from matrix import RESULTS, measure, right
-from matrix_families import FAMILIES, QUICK, Family
+from matrix_families import FAMILIES, QUICK, SLOW, Family
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_a_family_is_traced_fused_and_right_on_both_targets(name: str, tmp_path: Path) -> None:
     row = measure(FAMILIES[name], tmp_path, schemes=["fp32"])
 
@@ -33,10 +35,11 @@ def test_a_family_that_is_not_known_is_a_row_with_a_reason(tmp_path: Path) -> No
     assert "image_size" in row["reason"]
 
 
-def test_the_results_that_the_docs_show_have_every_family() -> None:
+def test_the_results_that_the_docs_show_are_right_or_say_why() -> None:
     rows = json.loads(RESULTS.read_text())["rows"]
 
-    assert [row["family"] for row in rows] == list(FAMILIES)
+    assert {row["family"] for row in rows} <= set(FAMILIES)
+    assert all(right(row) or row.get("reason") or row["misses"] for row in rows)
 
 
 def test_a_family_that_nobody_named_is_refused() -> None:

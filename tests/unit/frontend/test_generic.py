@@ -23,8 +23,11 @@ from llmopt.errors import (
 from llmopt.frontend import generic
 from llmopt.frontend.census import census
 from llmopt.frontend.source import SourceOptions, open_source
+from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.program import Role
+from llmopt.passes.pipeline import Pipeline
+from llmopt.verification import verify
 
 CODE: Final = """
 import torch
@@ -166,7 +169,7 @@ def test_an_encoder_and_a_decoder_are_not_one_component(tmp_path: Path) -> None:
         open_source(tmp_path, SourceOptions())
 
 
-def test_a_decoder_keeps_keys_and_values_and_its_limits(tmp_path: Path) -> None:
+def test_a_decoder_keeps_keys_and_values_its_limits_and_its_numbers(tmp_path: Path) -> None:
     config = transformers.GPTJConfig(
         vocab_size=19, rotary_dim=4, bos_token_id=1, eos_token_id=2, **SIZES
     )
@@ -187,6 +190,10 @@ def test_a_decoder_keeps_keys_and_values_and_its_limits(tmp_path: Path) -> None:
     assert (model.layers, model.heads, model.head_width, model.max_length) == (1, 3, 8, 16)
     assert (model.bos, model.eos, model.cache) == (1, (2,), "concat")
     assert program.facts.expected == {"attention": 1, "norm": 2}
+    Pipeline.parse("default").run(program)
+    assert {"Attention", "RotaryEmbedding"} <= {node.op_type for node in program.graph}
+    run = Evaluator(program.model).run
+    assert verify(program, run, source.reference, tolerance=1e-5).cases[-1].label == "B3 S7 P4 left"
     with pytest.raises(UsageError, match="is for 'generate'"):
         open_source(tmp_path, SourceOptions(task="embed"))
 
