@@ -194,7 +194,9 @@ def main() -> None:
             print(_told(row), file=sys.stderr, flush=True)
     files = [asked.work / f"{name}.json" for name in FAMILIES]
     rows = [json.loads(file.read_text()) for file in files if file.is_file()]
-    RESULTS.write_text(json.dumps({"schema": 1, "rows": rows}, indent=1) + "\n")
+    missing = [file.stem for file in files if not file.is_file()]
+    results = {"schema": 1, "missing": missing, "rows": rows}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     bad = [row["family"] for row in rows if not right(row)]
     sys.exit(f"{len(bad)} of {len(rows)} families are not right: {', '.join(bad)}" if bad else 0)
 

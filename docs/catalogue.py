@@ -248,7 +248,8 @@ def conformance() -> None:
 
 def matrix() -> None:
     """Print what became of each family: one row each, and the reason of every miss."""
-    rows = json.loads(MATRIX.read_text())["rows"]
+    results = json.loads(MATRIX.read_text())
+    rows = results["rows"]
     fused = [row["fused"]["attention"] for row in rows if "attention" in row.get("fused", {})]
     expected, found = sum(e for e, _ in fused), sum(min(pair) for pair in fused)
     traced = sum(row["traced"] for row in rows)
@@ -256,6 +257,8 @@ def matrix() -> None:
         f"\n{traced} of {len(rows)} families are traced; {found} of the {expected} attentions in "
         f"them are fused ({found / expected:.0%}).\n"
     )
+    if results["missing"]:
+        print(f"Not measured yet: {', '.join(results['missing'])}.\n")
     print("| family | cache | attention | norm | rotary | reference | onnxruntime-cpu | s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
