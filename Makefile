@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
 ARM64 := build/arm64/machine.json
 HEADERS := build/onnxruntime
 
-.PHONY: help demo check test test-slow edge-test golden fuzz docs bench matrix pins clean
+.PHONY: help demo check test test-slow edge-test golden replay fuzz docs bench matrix pins clean
 
 help:  ## Say what there is
 	@echo "make TARGET, where TARGET is one of:"
@@ -38,7 +38,7 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 test: $(STAMP)  ## The quick suite, with branch coverage
-	$(PYTEST) -n $(WORKERS) -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: $(STAMP) $(ARM64) $(HEADERS)  ## Real models, engines, arm64 under an emulator; each file in one process
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow
@@ -48,6 +48,10 @@ edge-test: $(STAMP) $(ARM64) $(HEADERS)  ## Artifacts for arm64, run under an em
 
 golden: $(STAMP)  ## Rewrite the golden cases from what the passes do now; read the diff
 	$(PYTEST) tests/golden --update-golden
+
+# REV=… is any revision, ONLY=… a text in titles; prints nothing where the passes make the same
+replay: $(STAMP)  ## What the passes make of golden and tiny programs, compared with REV, the last commit
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/golden/replay.py $(or $(REV),HEAD) $(ONLY)
 
 fuzz: $(STAMP)  ## Random graphs and damaged files, ten times as many as the quick suite
 	LLMOPT_FUZZ=$(or $(N),300) $(PYTEST) tests/fuzz tests/property

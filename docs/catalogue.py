@@ -168,10 +168,14 @@ def error_table() -> None:
 def families() -> None:
     """Print the model families by their ``model_type``."""
     from llmopt.models.decoder_families import DECODERS
+    from llmopt.models.encoder_decoder_families import ENCODER_DECODERS
     from llmopt.models.encoder_families import ENCODERS
 
     print(f"\n- decoders: {', '.join(f'`{name}`' for name in DECODERS)}")
     print(f"- encoders: {', '.join(f'`{name}`' for name in ENCODERS)}")
+    both = ", ".join(f"`{name}`" for name in ENCODER_DECODERS)
+    targets = "`onnxruntime-cpu`, `onnxruntime-arm64`, `reference`"
+    print(f"- models of an encoder and a decoder (for {targets}): {both}")
 
 
 def commands() -> dict[str, click.Context]:
@@ -211,10 +215,10 @@ def help_pages() -> None:
         print(f"\n## {name}\n\n```text\n$ {name} --help\n{help_text(context)}\n```")
 
 
-def example(name: str) -> None:
+def example(name: str, language: str = "python") -> None:
     """Print a file of ``docs/examples``."""
     text = (ROOT / "docs" / "examples" / name).read_text().rstrip()
-    print(f"```python\n{text}\n```")
+    print(f"```{language}\n{text}\n```")
 
 
 def results() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
-    from llmopt.api import compile, load, trace  # noqa: A004 - the name of the design
+    from llmopt.api import compile, diff, load, trace  # noqa: A004 - the name of the design
     from llmopt.compiler import Artifact
     from llmopt.ir.program import Program
     from llmopt.passes.base import Miss, Outcome, Pass
@@ -31,6 +31,7 @@ __all__ = [
     "Program",
     "Runner",
     "compile",
+    "diff",
     "load",
     "trace",
 ]
@@ -44,6 +45,7 @@ _WHERE: Final = {
     "Program": "llmopt.ir.program",
     "Runner": "llmopt.runtime",
     "compile": "llmopt.api",
+    "diff": "llmopt.api",
     "load": "llmopt.api",
     "trace": "llmopt.api",
 }

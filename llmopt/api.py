@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     import torch
 
     from llmopt.compiler import Artifact, Progress
+    from llmopt.ir.difference import Difference
     from llmopt.ir.program import Program
+    from llmopt.passes.pipeline import Item, Pipeline
+    from llmopt.passes.plugins import Plugin
     from llmopt.runtime import Runner
 
 
@@ -20,8 +23,8 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     target: str = "onnxruntime-cpu",
     output: str | Path | None = None,
     quantize: str | None = None,
-    passes: str = "default",
-    plugins: Sequence[str] = (),
+    passes: str | Pipeline | Sequence[Item] = "default",
+    plugins: Sequence[Plugin] = (),
     require: Sequence[str] = (),
     verify: str = "final",
     max_kl: float | None = None,
@@ -45,8 +48,9 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
         target: ``llmopt targets`` lists them.
         output: The artifact's directory; ``<source>.<target>`` here if not given.
         quantize: A scheme, ``"w8"``, ``"w4"``, ``"w4{block=64}"``, ``"w8a8-dynamic"``.
-        passes: The pipeline, ``"default"`` or as ``"default,-merge-qkv,my-pass"``.
-        plugins: Python files or modules that define more passes.
+        passes: The pipeline, ``"default"`` or as ``"default,-merge-qkv,my-pass"``; or a sequence
+            of such texts and passes, ``["default", MyPass(limit=3)]``; or a Pipeline.
+        plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a fusion that is missed is then an error.
         verify: ``"final"`` compares the artifact with the source; ``"off"`` does not.
         max_kl: The largest mean KL divergence that quantization may cost, nats.
@@ -67,9 +71,11 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     """
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.source import SourceOptions
+    from llmopt.passes.pipeline import Pipeline
 
+    items = passes.passes if isinstance(passes, Pipeline) else passes
     options = CompileOptions(
-        quantize, passes, plugins, require, verify, max_kl, force, batch, defer_engine
+        quantize, items, plugins, require, verify, max_kl, force, batch, defer_engine
     )
     reading = SourceOptions(
         model, trust_pickle, task, example_inputs, dynamic_shapes, max_length, trust_remote_code
@@ -107,6 +113,21 @@ def load(
     return load_path(
         path, threads=threads, key=key, certificate_chain=certificate_chain, signature=signature
     )
+
+
+def diff(before: Program | str | Path, after: Program | str | Path) -> Difference:
+    """Return what changed from one model to another; names and order are no change.
+
+    Args:
+        before: A Program; or the path of an artifact, of an .onnx file or its text, or a source.
+        after: Likewise.
+
+    Raises:
+        LlmoptError: One is not there, or is damaged.
+    """
+    from llmopt.comparison import compare
+
+    return compare(before, after)
 
 
 def trace(

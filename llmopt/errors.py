@@ -7,12 +7,15 @@
     │   ├── UnknownNameError                no such target, pass, scheme, option or task
     │   ├── SourceNotFoundError             nothing is at the path that was given
     │   ├── OutputExistsError               the output path is taken and --force was not given
-    │   └── PickleRefusedError              reading the file would execute code in it
+    │   ├── PickleRefusedError              reading the file would execute code in it
+    │   └── PluginError                     a file or module of passes cannot be used as it is
     ├── SourceError                exit 1   a file is damaged, incomplete or not what it claims
     ├── UnsupportedModelError      exit 1   the model holds something we cannot trace or lower
     ├── FusionError                exit 1   --require asked for a fusion that did not happen
+    ├── NotIncrementalError        exit 1   a decoder cannot be given a cache
     ├── AccuracyError              exit 1   outputs moved past the tolerance or the quality bound
-    ├── PassError                  exit 1   a pass left the Program invalid: our bug
+    ├── PassError                  exit 1   a pass left the Program invalid: our bug, or a plugin's
+    │   └── PassFailedError                 a pass that is not ours raised an exception
     ├── ArtifactError              exit 1   an artifact is damaged, or from a newer llmopt
     │   └── BundleError                     a bundle is, or is not what it claims
     │       └── SignatureError              a bundle is not what was signed, or nothing was
@@ -152,6 +155,26 @@ class RemoteCodeRefusedError(UsageError):
         )
 
 
+class PluginError(UsageError):
+    """A file or module of passes, or one pass in it, cannot be used as it is.
+
+    Args:
+        where: The plugin as it was given, or the file and line: ``"mine.py:12"``.
+        problem: What is wrong there.
+        hint: What to do next.
+    """
+
+    def __init__(self, where: str, problem: str, hint: str) -> None:
+        super().__init__(where, problem, hint)
+        self.where = where
+        self.problem = problem
+        self.hint = hint
+
+    @override
+    def __str__(self) -> str:
+        return f"plugin {self.where}: {self.problem}; {self.hint}"
+
+
 class SourceError(LlmoptError):
     """A source file is damaged, incomplete or not what it claims to be.
 
@@ -218,6 +241,27 @@ class FusionError(LlmoptError):
         )
 
 
+class NotIncrementalError(LlmoptError):
+    """A decoder cannot be given a cache of keys and values: it could not be proven right.
+
+    Args:
+        node: The node that stands in the way.
+        reason: Why.
+    """
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(node, reason)
+        self.node = node
+        self.reason = reason
+
+    @override
+    def __str__(self) -> str:
+        return (
+            f"no cache can be added: {self.node!r}: {self.reason}; change the model there, or "
+            "keep it as it is with --passes 'default,-add-kv-cache'"
+        )
+
+
 class AccuracyError(LlmoptError):
     """Outputs moved past the tolerance, or quality past its bound.
 
@@ -246,18 +290,42 @@ class PassError(LlmoptError):
     Args:
         name: The pass.
         problem: What is wrong after it.
+        where: File and line of a pass that is not ours; empty for ours.
     """
 
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(name, problem)
+    def __init__(self, name: str, problem: str, where: str = "") -> None:
+        super().__init__(name, problem, where)
         self.name = name
         self.problem = problem
+        self.where = where
+
+    @override
+    def __str__(self) -> str:
+        if self.where:
+            return (
+                f"pass {self.name!r} ({self.where}) left the program invalid: {self.problem}; "
+                "correct it there, or leave it out of --passes"
+            )
+        return (
+            f"pass {self.name!r} left the program invalid: {self.problem}; "
+            f"compile without it (--passes 'default,-{self.name}') and report it"
+        )
+
+
+class PassFailedError(PassError):
+    """A pass that is not ours raised an exception, or returned no Outcome.
+
+    Args:
+        name: The pass.
+        problem: The exception.
+        where: File and line where it was raised.
+    """
 
     @override
     def __str__(self) -> str:
         return (
-            f"pass {self.name!r} left the program invalid: {self.problem}; "
-            f"compile without it (--passes 'default,-{self.name}') and report it"
+            f"pass {self.name!r} failed at {self.where}: {self.problem}; "
+            "correct it there, or leave it out of --passes"
         )
 
 

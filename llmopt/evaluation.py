@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError, UsageError
-from llmopt.ir.feeds import Arrays, Case, feeds, resolve, taken
+from llmopt.ir.chained import source_feeds
+from llmopt.ir.feeds import Arrays, Case, feeds, resolve
 from llmopt.ir.program import Program, Role
 from llmopt.quantization.evaluation import Estimate, Quality, QualityMeter
 from llmopt.runtime import Runner
@@ -28,6 +29,7 @@ Results = Callable[[Sequence[Tokens]], Iterator[Arrays]]
 """Yields the outputs, logits of every token among them, of each row [S] of tokens."""
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 ROWS: Final = 8
+READ: Final = 24  # tokens of what is read, of a model that writes another sequence
 TOKENS: Final = 88  # 8 x 88 positions: enough for a 99th percentile
 WINDOW: Final = 256
 WINDOWS: Final = 16  # of a longer text: 4096 positions tell enough
@@ -40,15 +42,20 @@ def measure_quality(program: Program, run: Run, reference: Reference) -> dict[st
     that it writes itself, sampled at temperature 1 from its own start token. For any other:
     the cosine of its main output to the source's, on random tokens.
     """
-    if program.facts.task == "generate" and program.signature.has_cache:
+    if program.signature.has_cache and program.signature.find(Role.LOGITS) is not None:
         return _language(program, run, reference)
     return _similarity(program, run, reference)
 
 
 def _language(program: Program, run: Run, reference: Reference) -> dict[str, Any]:
-    tokens = sample(program, run, ROWS, min(TOKENS, program.facts.max_length - 1))
+    longest = (program.facts.max_length or TOKENS + 1) - 1
+    read = source_feeds(program, Case(ROWS, _source_length(program), 0, "right", seed=1))
+    tokens = sample(program, run, read, min(TOKENS, longest))
     meter = QualityMeter()
-    batches = [full_feeds(row[None, :-1]) for row in tokens]
+    batches = [
+        full_feeds(row[None, :-1]) | {name: array[i : i + 1] for name, array in read.items()}
+        for i, row in enumerate(tokens)
+    ]
     for row, batch, wanted in zip(tokens, batches, reference.run(batches), strict=True):
         found = run({**batch, **_no_past(program, 1), "logits_to_keep": np.asarray(0, np.int64)})
         meter.add(wanted["logits"][0], found["logits"][0], row[1:])
@@ -62,6 +69,10 @@ def _language(program: Program, run: Run, reference: Reference) -> dict[str, Any
         "top1": _digits(result.top1.value),
         "top1_error": _digits(result.top1.error),
     }
+
+
+def _source_length(program: Program) -> int:
+    return min(READ, program.facts.model.max_source or READ)
 
 
 def _digits(value: float | None) -> float | None:
@@ -86,11 +97,18 @@ def _no_past(program: Program, batch: int) -> Arrays:
     }
 
 
-def sample(program: Program, run: Run, rows: int, length: int) -> npt.NDArray[np.int64]:
-    """Return [rows, length + 1] tokens that the artifact writes at temperature 1, seeded."""
+def sample(program: Program, run: Run, read: Arrays, length: int) -> npt.NDArray[np.int64]:
+    """Return [ROWS, length + 1] tokens that the artifact writes at temperature 1, seeded.
+
+    Args:
+        program: What inputs mean.
+        run: The artifact.
+        read: What it reads first, if it is of two components.
+        length: How many tokens to write.
+    """
     rng = np.random.default_rng(0)
-    model = program.facts.model
-    start = model.bos if model.bos is not None else (*model.eos, 0)[0]
+    model, rows = program.facts.model, ROWS
+    start = next((t for t in (model.start, model.bos, *model.eos) if t is not None), 0)
     tokens = np.full((rows, 1), start, np.int64)
     caches = _no_past(program, rows)
     presents = [port.name for port in program.signature.outputs[1:]]
@@ -100,7 +118,9 @@ def sample(program: Program, run: Run, rows: int, length: int) -> npt.NDArray[np
             "attention_mask": np.ones((rows, position + 1), np.int64),
             "position_ids": np.full((rows, 1), position, np.int64),
         }
-        found = run({**taken(program.signature, step), **caches})
+        if program.signature.find(Role.POSITIONS) is None:
+            del step["position_ids"]
+        found = run({**step, **caches, **read})
         caches = dict(zip(caches, (found[name] for name in presents), strict=True))
         scores = found["logits"][:, -1].astype(np.float64)
         noise = rng.gumbel(size=scores.shape)  # the largest of score + noise is a sample
@@ -186,6 +206,11 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
     Raises:
         UsageError: The text is too short, or the reference is another kind of model.
     """
+    if candidate.rewriter is not None:
+        raise UsageError(
+            f"{candidate.folder}: reads one sequence and writes another, and texts come without "
+            "what they become; `llmopt compile --quantize` prints what its quantization cost"
+        )
     language = candidate.manifest.task == "generate"
     if candidate.session.find("tokens") is None:
         raise UsageError(

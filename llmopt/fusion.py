@@ -42,7 +42,7 @@ def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, Fused]:
     report = {}
     for kind in KINDS:
         expected = program.facts.expected.get(kind)
-        found = _count(program, kind)
+        found = sum(_count(part, kind) for part in program.parts())
         misses = tuple(f"{m.node}: {m.reason}" for m in declined if m.kind == kind)
         if expected or found:
             report[kind] = Fused(expected, found, tuple(dict.fromkeys(misses)))

@@ -7,7 +7,7 @@ prefill followed by decode steps, which must equal one full pass of the source. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,8 @@ import numpy.typing as npt
 from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
-from llmopt.ir.feeds import Arrays, Case, feeds, resolve, taken
+from llmopt.ir.chained import FIRST, source_feeds
+from llmopt.ir.feeds import Arrays, Case, feeds, resolve
 from llmopt.ir.program import Program, Role
 
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
@@ -97,12 +98,15 @@ def verify(
     """
     cases = list(matrix(program))
     vocabulary = program.facts.model.vocabulary or 2
-    batches = [_source_feeds(program.signature, case, vocabulary) for case in cases]
+    batches = [_source_feeds(program, case, vocabulary) for case in cases]
     compared = []
     for case, batch, wanted in zip(cases, batches, reference.run(batches, transform), strict=True):
         found = _run(program, run, case, batch)
-        if told := _told(program.signature, case, wanted):
-            compared.append(_compare(case, found, told))
+        told = _told(program.signature, case, wanted)
+        if not told:
+            continue
+        masks = [_written(case), *(a for n, a in batch.items() if n == f"{FIRST}attention_mask")]
+        compared.append(_compare(case, found, told, [mask == 1 for mask in masks]))
     result = Verification("passed", tuple(compared), tolerance)
     worst = result.worst
     if worst is not None and not worst.error_rel <= tolerance:
@@ -151,17 +155,36 @@ def _window(program: Program) -> int | None:
     return min(sizes, default=None)
 
 
-def _source_feeds(signature: Signature, case: Case, vocabulary: int) -> Arrays:
+def _source_feeds(program: Program, case: Case, vocabulary: int) -> Arrays:
     """Return the inputs of one full pass of the source: prefill and decoded tokens together."""
     whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
-    batch = feeds(signature, whole, vocabulary)
-    return {name: array for name, array in batch.items() if not name.startswith("past_key_")}
+    batch = feeds(program.signature, whole, vocabulary)
+    kept = {name: array for name, array in batch.items() if not name.startswith("past_key_")}
+    return kept | source_feeds(program, _read_beside(case, program.facts.model.max_source))
+
+
+def _read_beside(case: Case, limit: int) -> Case:
+    """Return what is read beside a case of what is written: of another length and padding."""
+    length = {1: 7, 7: 33}.get(case.new, 1)
+    padding = {"none": "left", "left": "right"}.get(case.padding, "none")
+    return Case(case.batch, min(length, limit or length), 0, padding, case.seed + 100)
 
 
 def _run(program: Program, run: Run, case: Case, batch: Arrays) -> Arrays:
     if not program.signature.has_cache:
         return run(batch)
-    return {"logits": decode(program.signature, run, batch, case.new)}
+    shown: Arrays = {}
+
+    def keeping(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        found = run(step)
+        shown.update({_READ: found[_READ]} if _READ in found else {})
+        return found
+
+    logits = decode(program.signature, keeping, batch, case.new)
+    return {"logits": logits} | shown
+
+
+_READ: Final = "last_hidden_state"
 
 
 def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array:
@@ -170,8 +193,8 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     Args:
         signature: The caches.
         run: The artifact.
-        batch: ``input_ids`` of all tokens, and ``attention_mask`` and ``position_ids`` where the
-            model takes them.
+        batch: ``input_ids`` of all tokens; ``attention_mask`` and ``position_ids``, if it has them;
+            and what is read, of a model of two components.
         prefill: How many tokens the first step takes.
     """
     total = batch["input_ids"].shape[1]
@@ -182,25 +205,29 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
     pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
+    read = {name: array for name, array in batch.items() if name.startswith(FIRST)}
     logits, start = [], 0
     for end in (prefill, *range(prefill + 1, total + 1)):
-        places = {"attention_mask": slice(end)}
-        new = {n: a[:, places.get(n, slice(start, end))] for n, a in batch.items() if a.ndim == 2}
-        every = {"logits_to_keep": np.asarray(0, np.int64)}
-        found = run({**taken(signature, {**new, **every}), **caches})
+        parts = {"input_ids": start, "attention_mask": 0, "position_ids": start}
+        step = {n: batch[n][:, first:end] for n, first in parts.items() if n in batch}
+        found = run({**step, "logits_to_keep": np.asarray(0, np.int64), **caches, **read})
         logits.append(found["logits"])
         caches = {past: found[present] for past, present in pairs}
         start = end
     return np.concatenate(logits, axis=1)
 
 
-def _compare(case: Case, found: Arrays, wanted: Arrays) -> Compared:
-    mask = Case(case.batch, case.new + case.past, 0, case.padding).mask() == 1
+def _written(case: Case) -> Array:
+    return Case(case.batch, case.new + case.past, 0, case.padding).mask()
+
+
+def _compare(case: Case, found: Arrays, wanted: Arrays, masks: Sequence[Array]) -> Compared:
     errors = []
     for name, right in wanted.items():
         left = found[name]
         if left.shape != right.shape:
             return Compared(f"{case.label}: shape {left.shape}, not {right.shape}", name, np.inf)
+        mask = masks[-1] if name == _READ else masks[0]
         real = mask if right.ndim >= 2 and right.shape[:2] == mask.shape else ...
         errors.append(Compared(case.label, name, relative_error(left[real], right[real])))
     return max(errors, key=lambda each: each.error_rel)

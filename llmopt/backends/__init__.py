@@ -8,6 +8,7 @@ from typing import Final
 
 from llmopt.backends.base import Backend, split_target
 from llmopt.errors import UnknownNameError
+from llmopt.passes.plugins import installed
 
 __all__ = ["ALIASES", "BACKENDS", "Backend", "find_backend", "known_backends"]
 
@@ -30,13 +31,9 @@ ALIASES: Final[Mapping[str, str]] = {
 
 
 def known_backends() -> dict[str, type[Backend]]:
-    """Return every backend by target name: the built-in ones and those of plugins."""
-    from importlib.metadata import entry_points
-
-    found = {name: _load(where) for name, where in BACKENDS.items()}
-    for entry in entry_points(group="llmopt.backends"):
-        found[entry.name] = entry.load()
-    return found
+    """Return every backend by target name: the built-in ones and those of installed packages."""
+    ours = {name: _load(where) for name, where in BACKENDS.items()}
+    return ours | installed("llmopt.backends", {**BACKENDS, **ALIASES}, Backend)
 
 
 def find_backend(target: str) -> Backend:

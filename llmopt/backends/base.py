@@ -83,6 +83,7 @@ class Lowered:
         requires: What the machine that runs it must have, and the bounds it was built for:
             ``{"cpu_features": ["avx2"], "batch": 8}``. A runner refuses what does not fit.
         notes: What a user should know.
+        others: The files of further components, by name.
     """
 
     entry: str
@@ -90,6 +91,12 @@ class Lowered:
     versions: Mapping[str, str | int]
     requires: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, folder: Path) -> dict[str, Path]:
+        """Return the file of each component, the main one last."""
+        files = {**self.others, self.program.main: self.entry}
+        return {name: folder / file for name, file in files.items()}
 
 
 class Backend(abc.ABC):
@@ -103,12 +110,14 @@ class Backend(abc.ABC):
         schemes: The quantization schemes it has kernels for.
         islands: What ``convert-float`` keeps in float32 for it; with ``"activations"``,
             ``narrow-weights`` runs instead, and weights of products alone are of 16 bits.
+        takes_components: Whether it writes models of several components, an encoder and a decoder.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     schemes: ClassVar[frozenset[str]]
     islands: ClassVar[str] = "sums"
+    takes_components: ClassVar[bool] = False
 
     @classmethod
     def configured(cls, options: Mapping[str, str]) -> Self:
@@ -154,6 +163,13 @@ class Backend(abc.ABC):
             UsageError: it cannot.
         """
         return scheme
+
+    def cache_obstacle(
+        self,
+        program: Program,  # noqa: ARG002 - most run any cache
+    ) -> str | None:
+        """Return why the caches that were added to ``program`` do not run here, None if they do."""
+        return None
 
     def stand_in(self) -> Backend | None:
         """Return what is written and run in this one's place to verify, if it cannot run here.

@@ -12,16 +12,15 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.backends.base import TOLERANCE, Arrays, Availability, Backend, Demand, Lowered, Run
-from llmopt.backends.onnxruntime.artifact import installed
+from llmopt.backends.onnxruntime.artifact import component_files, installed
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
-from llmopt.ir.saving import save_with_data
+from llmopt.ir.saving import save_all
 from llmopt.passes.base import Pass
 from llmopt.passes.convert_float import NARROW
 
-ENTRY: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
 TOLERANCES: Final[Mapping[str, float]] = {"fp16": 5e-3, "bf16": 2e-2}
 """Of the largest output. Verification computes the same graph in float32, with weights rounded as
@@ -41,6 +40,7 @@ class Reference(Backend):
     schemes: ClassVar[frozenset[str]] = frozenset(
         {"w4", "w6", "w8", "w8a8-dynamic", "fp16", "bf16"}
     )
+    takes_components: ClassVar[bool] = True
 
     @override
     def tolerance(self, scheme: str | None) -> float:
@@ -65,8 +65,11 @@ class Reference(Backend):
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         if program.signature.has_cache:
             program.learn(model=replace(program.facts.model, cache="concat"))
-        save_with_data(program.model, folder / ENTRY, DATA)
-        return Lowered(ENTRY, program, {"onnx": installed("onnx"), "opset": OPSET})
+        files = component_files(program)
+        save_all({files[n]: model for n, model in program.components.items()}, folder, DATA)
+        entry = files.pop(program.main)
+        versions: dict[str, str | int] = {"onnx": installed("onnx"), "opset": OPSET}
+        return Lowered(entry, program, versions, others=files)
 
     @override
     def open(self, entry: Path, *, exact: bool = False) -> Run:

@@ -119,7 +119,7 @@ def default_workload(task: str, max_length: int, batch: int | None = None) -> Wo
     (Generate(prefill=128, decode=64, batch=1), Encode(batch=8, length=64))
     """
     limit = max_length or 2**31
-    if task == "raw":
+    if task in {"raw", "text-to-text", "speech-to-text"}:
         raise UsageError("this model has inputs of its own: give them with --workload FILE.npz")
     if task == "generate":
         decode = min(64, max(1, limit // 3))

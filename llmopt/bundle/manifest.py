@@ -117,6 +117,9 @@ class ModelFacts:
         cache: ``"shared"``: past and present may be one buffer of fixed capacity that the model
             writes in place; ``"concat"``: present is past and the new tokens; ``"none"``.
         pooling: How hidden states become one embedding, where the model does not do it itself.
+        max_source: Most tokens that can be read, of a model that writes another sequence.
+        source_vocabulary: Tokens that it reads, where they are not those that it writes.
+        start: Token that such a model's sequences begin with.
     """
 
     family: str = ""
@@ -132,6 +135,9 @@ class ModelFacts:
     pad: int | None = None
     cache: CacheKind = "none"
     pooling: str | None = None
+    max_source: int = 0
+    source_vocabulary: int = 0
+    start: int | None = None
 
     @classmethod
     def read(cls, data: Fields) -> Self:
@@ -145,6 +151,9 @@ class ModelFacts:
             hidden=data.number("hidden", 0),
             vocabulary=data.number("vocabulary", 0),
             max_length=data.number("max_length", 0),
+            max_source=data.number("max_source", 0),
+            source_vocabulary=data.number("source_vocabulary", 0),
+            start=data.maybe_number("start"),
             bos=data.maybe_number("bos"),
             eos=data.numbers("eos"),
             pad=data.maybe_number("pad"),
@@ -163,6 +172,42 @@ def _cache_kind(data: Fields) -> CacheKind:
             return "none"
         case other:
             raise data.bad("cache", f"'shared', 'concat' or 'none', not {other!r}")
+
+
+def handed_over(first: Signature, second: Signature) -> dict[str, str]:
+    """Return which input of ``second`` is which output, or input, of ``first``: by name.
+
+    Keys and values of what was read go on layer by layer, and so does its mask.
+    """
+    roles = {"source_key": "source_key", "source_value": "source_value", "source_mask": "mask"}
+    given = {(port.role, port.layer): port.name for port in (*first.inputs, *first.outputs)}
+    return {
+        port.name: given[roles[port.role], port.layer]
+        for port in second.inputs
+        if port.role in roles
+    }
+
+
+@dataclass(frozen=True)
+class Component:
+    """A further model of an artifact, whose outputs the main one takes.
+
+    Args:
+        name: ``"encoder"``.
+        entry: Its file.
+        signature: What it takes and gives.
+    """
+
+    name: str
+    entry: str
+    signature: Signature
+
+    @classmethod
+    def read(cls, data: Fields) -> Self:
+        """Return the component written as ``data``."""
+        return cls(
+            data.text("name"), inside(data, "entry"), Signature.read(data.child("signature"))
+        )
 
 
 @dataclass(frozen=True)
@@ -205,13 +250,15 @@ class Manifest:
     Args:
         target: The target as text, options included.
         entry: The model file that a runner opens.
-        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``.
+        task: ``"generate"``, ``"text-to-text"``, ``"speech-to-text"``, ``"embed"``, ``"encode"``
+            or ``"raw"``.
         versions: Of llmopt, the backend and the opset that made it.
         source: What it was made from.
         pipeline: The passes as text.
         recipe: The command that makes it again, paths left out; empty where none is known.
         precision: The precision plan.
         signature: What the model takes and gives.
+        components: Further models, which run before it.
         model: What a runner has to know of it.
         files: Every file but the manifest and the build report.
         verification: What was checked and how far it was off.
@@ -231,6 +278,7 @@ class Manifest:
     recipe: str = ""
     precision: Mapping[str, Any] = field(default_factory=dict)
     signature: Signature = Signature()
+    components: tuple[Component, ...] = ()
     model: ModelFacts = ModelFacts()
     files: tuple[FileRecord, ...] = ()
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -265,6 +313,7 @@ class Manifest:
             recipe=data.text("recipe", ""),
             precision=data.mapping("precision"),
             signature=Signature.read(data.child("signature")),
+            components=tuple(map(Component.read, data.items("components"))),
             model=ModelFacts.read(data.child("model")),
             files=tuple(map(FileRecord.read, data.items("files"))),
             verification=data.mapping("verification"),
@@ -301,6 +350,16 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into ``folder``."""
         (folder / MANIFEST).write_text(self.to_json(), encoding="utf-8")
+
+    def component(self, name: str) -> Self | None:
+        """Return this manifest as that of one of its components alone; None if it has no such."""
+        found = next((each for each in self.components if each.name == name), None)
+        if found is None:
+            return None
+        model = dataclasses.replace(self.model, cache="none")
+        return dataclasses.replace(
+            self, entry=found.entry, signature=found.signature, components=(), model=model
+        )
 
     def with_files(self, folder: Path) -> Self:
         """Return this manifest listing the files that ``folder`` holds now."""

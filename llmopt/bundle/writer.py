@@ -53,7 +53,34 @@ def check_destination(destination: Path, *, force: bool = False) -> None:
     Raises:
         OutputExistsError: Something is there, and ``force`` is off.
         UsageError: It is the working folder, or one that holds it, or the home folder.
+        StorageError: Its folder, or the one that would hold that, takes no files.
     """
+    with _refusals(destination):
+        _check_free(destination, force=force)
+        _try(_hidden(Path(destination).absolute(), "try"))
+
+
+def _try(hidden: Path) -> None:
+    """Make a file where there will be one, or in the folder that is to hold it, and remove it.
+
+    Permissions alone do not tell: /proc grants them and refuses.
+    """
+    while not hidden.parent.exists():
+        hidden = hidden.parent.with_name(hidden.name)
+    hidden.touch(exist_ok=False)
+    hidden.unlink()
+
+
+@contextlib.contextmanager
+def _refusals(destination: Path) -> Iterator[None]:
+    """Word what the system says of a place, whatever it is: a name too long, no such device."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(destination, f"cannot be written ({_words(error)})") from error
+
+
+def _check_free(destination: Path, *, force: bool) -> None:
     if not (destination.exists() or destination.is_symlink()):
         return
     if not force:
@@ -69,12 +96,15 @@ def check_destination(destination: Path, *, force: bool = False) -> None:
 @contextlib.contextmanager
 def _staged(destination: Path, *, force: bool) -> Iterator[Path]:
     destination = Path(destination).absolute()
-    check_destination(destination, force=force)
+    with _refusals(destination):
+        _check_free(destination, force=force)
     staging = _hidden(destination, "partial")
     made = [folder for folder in destination.parents if not folder.exists()]
     try:
         with _storage_errors(destination, staging), _termination_raises():
-            destination.parent.mkdir(parents=True, exist_ok=True)
+            with _refusals(destination):
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                _try(staging)
             yield staging
             _put_in_place(staging, destination, force=force)
     except BaseException:  # interrupted too: nothing half-written stays
@@ -88,7 +118,7 @@ def _hidden(destination: Path, what: str) -> Path:
 
 
 def _put_in_place(staging: Path, destination: Path, *, force: bool) -> None:
-    check_destination(destination, force=force)  # someone may have put something there meanwhile
+    _check_free(destination, force=force)  # someone may have put something there meanwhile
     if not (destination.exists() or destination.is_symlink()):
         staging.rename(destination)
         return
@@ -142,6 +172,8 @@ def _is_short_write(error: OSError) -> bool:
 
 
 def _words(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "its folder takes no files"  # /proc says that there is no such file
     return "no space left on device" if _is_short_write(error) else error.strerror or str(error)
 
 

@@ -23,6 +23,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "inspect": "llmopt.cli.inspect:inspect_command",
     "bundle": "llmopt.cli.bundle:bundle_group",
     "opt": "llmopt.cli.opt:opt_command",
+    "diff": "llmopt.cli.diff:diff_command",
     "targets": "llmopt.cli.catalog:targets_command",
     "passes": "llmopt.cli.catalog:passes_command",
     "doctor": "llmopt.cli.doctor:doctor_command",

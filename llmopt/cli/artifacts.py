@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from llmopt.errors import SourceNotFoundError
+from llmopt.errors import SourceNotFoundError, UsageError
 
 if TYPE_CHECKING:
     from llmopt.bundle.signing import Trust
@@ -83,8 +83,32 @@ def opened(path: Path, options: dict[str, Any]) -> Path:
         SourceNotFoundError: Nothing is there.
         LlmoptError: As `llmopt.runtime.opening.artifact_of` does.
     """
-    require_there(path)
-    asked = trust(options)
+    [folder] = all_opened([path], options)
+    return folder
+
+
+def all_opened(paths: Sequence[Path], options: dict[str, Any]) -> list[Path]:
+    """Return the folder of each, as `opened` does; of several bundles each has its own signature.
+
+    Raises:
+        UsageError: One signature is given for several.
+    """
+    require_there(*paths)
+    asked = one_each(trust(options), paths)
     from llmopt.runtime.opening import artifact_of
 
-    return artifact_of(path, asked)
+    return [artifact_of(path, asked) for path in paths]
+
+
+def one_each(asked: Trust | None, paths: Sequence[Path]) -> Trust | None:
+    """Return whose signatures are asked for, if each bundle can have its own.
+
+    Raises:
+        UsageError: One signature is given for several.
+    """
+    if asked is not None and asked.signature is not None and len(paths) > 1:
+        raise UsageError(
+            f"--signature {asked.signature} is that of one bundle; leave it out and put the "
+            "signature of each beside it, as BUNDLE.sig"
+        )
+    return asked

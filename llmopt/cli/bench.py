@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
-from llmopt.cli.artifacts import require_there
+from llmopt.cli.artifacts import all_opened, require_there, trust_options
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import digits, size, table
 from llmopt.errors import UsageError
@@ -68,6 +69,7 @@ _SHOWN: Final = {
     help="Write a page with charts, profile included; it needs no network.",
 )
 @click.option("--force", is_flag=True, help="Replace the outputs if they exist.")
+@trust_options
 def bench_command(
     artifacts: tuple[Path, ...],
     as_json: bool,  # noqa: FBT001 - click
@@ -109,10 +111,13 @@ def _measured_result(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Be
         progress("starting")
         from llmopt.benchmark import explain, measure
 
-        plan = _plan(artifacts, options)
-        result = measure(artifacts, plan, progress)
+        folders = all_opened(artifacts, options)
+        plan = _plan(folders[0], options)
+        result = measure(folders, plan, progress)
         profiled = options["profile"] or options["html"] is not None
-        return explain(result, plan, progress, profiled=profiled)
+        found = explain(result, plan, progress, profiled=profiled)
+    named = zip(found.artifacts, artifacts, strict=True)
+    return replace(found, artifacts=tuple(replace(of, path=str(path)) for of, path in named))
 
 
 def _page(result: BenchmarkResult) -> str:
@@ -121,13 +126,12 @@ def _page(result: BenchmarkResult) -> str:
     return page(result.to_dict())
 
 
-def _plan(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Plan:
+def _plan(first: Path, options: dict[str, Any]) -> Plan:
     from llmopt.benchmark import Plan, default_workload, parse_workload
     from llmopt.bundle.manifest import Manifest
-    from llmopt.runtime.opening import artifact_of
 
     if options["workload"] is None:
-        manifest = Manifest.read(artifact_of(artifacts[0]))
+        manifest = Manifest.read(first)
         workload = default_workload(manifest.task, manifest.model.max_length, options["batch"])
     else:
         workload = parse_workload(options["workload"], options["batch"])

@@ -13,7 +13,7 @@ import llmopt
 from llmopt.cli.artifacts import opened, require_there, trust, trust_options
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json, fields, size, table
-from llmopt.errors import UnknownNameError, UsageError
+from llmopt.errors import LlmoptError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from llmopt.bundle.contents import Contents, Variant
@@ -200,10 +200,14 @@ def inspect_command(bundle: Path, bom: bool, as_json: bool, **options: Any) -> N
 @_json
 def selftest_command(bundle: Path, threads: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
     """Run a bundle, or an artifact, on the example that it carries and compare."""
-    folder = opened(bundle, options)
-    from llmopt.runtime.selftest import selftest
+    from llmopt.runtime.selftest import failure, selftest
 
-    result = selftest(folder, threads)
+    try:
+        result = selftest(opened(bundle, options), threads)
+    except LlmoptError as error:
+        if as_json:
+            echo_json(failure(bundle, error))
+        raise
     if as_json:
         echo_json(result.to_json())
     else:

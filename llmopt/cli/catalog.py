@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmopt.cli.plugins import plugin_option
 from llmopt.cli.text import echo_json, table
 
+if TYPE_CHECKING:
+    from llmopt.passes.base import Pass
+
 SCHEMA = 1
+_ARGS = re.compile(r"\n*^Args:\n(?:[ ]+[^\n]*\n?|\n)+", re.MULTILINE)
 
 
 @click.command("targets")
@@ -56,20 +62,19 @@ def _target_row(target: dict[str, Any]) -> list[str]:
 
 
 @click.command("passes")
+@click.argument("name", required=False)
+@plugin_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def passes_command(as_json: bool) -> None:  # noqa: FBT001 - click
-    """List the passes and their options."""
-    from llmopt.passes import DEFAULT, known_passes
+def passes_command(name: str | None, plugins: tuple[str, ...], as_json: bool) -> None:  # noqa: FBT001 - click
+    """List the passes and their options, or describe NAME."""
+    from llmopt.passes import DEFAULT
+    from llmopt.passes.plugins import passes_with
 
-    found: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "default": name in DEFAULT,
-            "options": _options(cls),
-            "summary": _first_line(cls),
-        }
-        for name, cls in sorted(known_passes().items())
-    ]
+    known = passes_with(plugins)
+    if name is not None:
+        _describe(_known(known, name), as_json=as_json)
+        return
+    found = [_summary(cls) for _, cls in sorted(known.items())]
     if as_json:
         echo_json({"schema": SCHEMA, "default": list(DEFAULT), "passes": found})
         return
@@ -78,11 +83,54 @@ def passes_command(as_json: bool) -> None:  # noqa: FBT001 - click
     click.echo(f"\ndefault = {','.join(DEFAULT)}")
 
 
-def _options(cls: type[Any]) -> list[str]:
-    if not dataclasses.is_dataclass(cls):
-        return []
-    return [f"{field.name}={field.default}" for field in dataclasses.fields(cls)]
+def _known(known: Mapping[str, type[Pass]], name: str) -> type[Pass]:
+    from llmopt.errors import UnknownNameError
+
+    if name not in known:
+        raise UnknownNameError("pass", name, known, "--plugin adds yours")
+    return known[name]
 
 
-def _first_line(cls: type[Any]) -> str:
-    return (inspect.getdoc(cls) or "").partition("\n")[0]
+def _summary(cls: type[Pass]) -> dict[str, Any]:
+    from llmopt.passes import DEFAULT
+    from llmopt.passes.options import MISSING, options_of, spell_value
+
+    return {
+        "name": cls.name,
+        "default": cls.name in DEFAULT,
+        "options": [
+            f"{o.name}={'' if o.default is MISSING else spell_value(o.default)}"
+            for o in options_of(cls)
+        ],
+        "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
+    }
+
+
+def _describe(cls: type[Pass], *, as_json: bool) -> None:
+    from llmopt.passes.options import MISSING, options_of, spell_value
+    from llmopt.passes.plugins import is_ours, place_of
+
+    place = "llmopt" if is_ours(cls) else place_of(cls)
+    text = _ARGS.sub("\n", inspect.getdoc(cls) or "")
+    options: list[dict[str, Any]] = [
+        {
+            "name": option.name,
+            "type": option.expected,
+            "default": None if option.default is MISSING else spell_value(option.default),
+            "text": option.text,
+        }
+        for option in options_of(cls)
+    ]
+    if as_json:
+        more = {"from": place, "description": text.strip(), "options": options}
+        echo_json({"schema": SCHEMA} | _summary(cls) | more)
+        return
+    rows = [
+        [o["name"], o["type"], "needed" if o["default"] is None else o["default"], o["text"]]
+        for o in options
+    ]
+    click.echo(f"{cls.name}, from {place}\n\n{text.strip() or 'It has no docstring.'}")
+    if rows:
+        click.echo(f"\n{table(['option', 'type', 'default', 'what it is'], rows)}")
+    given = "{" + ",".join(f"{o['name']}={o['default'] or o['type']}" for o in options) + "}"
+    click.echo(f"\nwritten as {cls.name}{given if rows else ''}")

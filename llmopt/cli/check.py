@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from llmopt.cli.artifacts import require_there
+from llmopt.cli.artifacts import is_bundle, one_each, require_there, trust, trust_options
 from llmopt.cli.progress import Progress
-from llmopt.cli.text import table
+from llmopt.cli.text import echo_json, table
 from llmopt.errors import LlmoptError, UsageError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
     help="Write a comment for a pull request.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, every sample in it.")
+@trust_options
 @click.pass_context
 def check_command(ctx: click.Context, /, artifacts: tuple[Path, ...], **options: Any) -> None:
     """Fail if artifacts are slower or larger than before.
@@ -100,6 +101,7 @@ def check_command(ctx: click.Context, /, artifacts: tuple[Path, ...], **options:
     """
     require_there(*artifacts)
     request = _request(artifacts, options)
+    _check_places(options)
     if options["update"]:
         _update(request, options)
         return
@@ -107,7 +109,7 @@ def check_command(ctx: click.Context, /, artifacts: tuple[Path, ...], **options:
     try:
         result = _check(request)
     except LlmoptError as error:
-        _write_error(options["junit"], error)
+        _write_error(error, options)
         raise
     _write(result, options)
     click.echo(result.to_json() if options["as_json"] else _text(result), nl=not options["as_json"])
@@ -137,7 +139,17 @@ def _request(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Request:
         max_time_s=most,
         proxies=options["proxies"],
         budgets=() if config is None else read_budgets(config),
+        trust=one_each(trust(options), [*artifacts, *filter(is_bundle, [options["baseline"]])]),
     )
+
+
+def _check_places(options: dict[str, Any]) -> None:
+    """Say now, and not after minutes of measuring, that something cannot be written."""
+    from llmopt.bundle.writer import check_destination
+
+    written = [options["junit"], options["markdown"]]
+    for place in filter(None, [*written, options["baseline"] if options["update"] else None]):
+        check_destination(place, force=True)
 
 
 def _allowances(texts: Sequence[str]) -> dict[str, float]:
@@ -196,11 +208,14 @@ def _write(result: CheckResult, options: dict[str, Any]) -> None:
             click.echo(f"Warning: {_SUMMARY}: {error.strerror}", err=True)
 
 
-def _write_error(place: Path | None, error: LlmoptError) -> None:
+def _write_error(error: LlmoptError, options: dict[str, Any]) -> None:
     from llmopt.benchmark.gate.reports import junit_error
+    from llmopt.benchmark.gate.results import failure
 
-    if place is not None:
-        _write_text(place, junit_error(str(error)))
+    if options["as_json"]:
+        echo_json(failure(error))
+    if options["junit"]:
+        _write_text(options["junit"], junit_error(str(error)))
 
 
 def _write_text(place: Path, text: str) -> None:

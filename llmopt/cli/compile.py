@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmopt.cli.failures import InterruptedByUser
+from llmopt.cli.plugins import plugin_option
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json
 from llmopt.errors import UsageError
@@ -64,13 +65,7 @@ SCHEMA = 1
     metavar="TEXT",
     help="The pipeline, as in default,-merge-qkv,my-pass.",
 )
-@click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    metavar="FILE",
-    help="A Python file or module that defines more passes. Repeatable.",
-)
+@plugin_option
 @click.option(
     "--require",
     multiple=True,
@@ -178,7 +173,8 @@ def _tell(artifact: Artifact, *, as_json: bool) -> None:
     """Print what was made, and what a user does next."""
     from llmopt.cli.summary import summary
 
-    for note in artifact.notes:
+    found = [f"{ran.name}: {note}" for ran in artifact.passes for note in ran.notes]
+    for note in [*artifact.notes, *found]:
         click.echo(f"Note: {note}", err=True)
     if not as_json:
         click.echo(summary(artifact))
@@ -187,6 +183,9 @@ def _tell(artifact: Artifact, *, as_json: bool) -> None:
 
 def _use(artifact: Artifact) -> str:
     """Return the options of ``llmopt run`` that try it out."""
-    use = {"generate": '--prompt "The sky is"', "embed": '--text "The sky is blue."'}
+    text = '--text "The sky is blue."'
+    use = {"generate": '--prompt "The sky is"', "embed": text, "text-to-text": text}
     reads_text = (artifact.path / "tokenizer.json").is_file()
+    if artifact.manifest.task == "speech-to-text" and reads_text:
+        return "--inputs FEATURES.npz"
     return use.get(artifact.manifest.task if reads_text else "", "--inputs FILE.npz -o OUT.npz")

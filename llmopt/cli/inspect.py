@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmopt.cli.artifacts import is_artifact, is_bundle
 from llmopt.cli.text import digits, echo_json, fields, size, table
 from llmopt.errors import SourceError, SourceNotFoundError
+
+if TYPE_CHECKING:
+    from llmopt.bundle.manifest import Signature
 
 SCHEMA = 1
 _KINDS = (
@@ -69,17 +72,23 @@ def _artifact(path: Path, *, as_json: bool) -> None:
     ]
     click.echo(fields([pair for pair in pairs if pair[1]]))
     signature = manifest.signature
+    for further in manifest.components:
+        click.echo(f"\n{further.name} ({further.entry})\n" + _ports(further.signature))
+    click.echo("\n" + _ports(signature))
+    if model.layers > 1 and signature.has_cache:
+        click.echo(f"(caches of layer 0 stand for those of all {model.layers} layers)")
+    files = [[record.path, size(record.size_bytes)] for record in manifest.files]
+    click.echo("\n" + table(["file", "size"], files))
+
+
+def _ports(signature: Signature) -> str:
     ports = [("in", p) for p in signature.inputs] + [("out", p) for p in signature.outputs]
     rows = [
         [side, port.name, port.dtype, f"[{', '.join(map(str, port.shape))}]", port.role]
         for side, port in ports
         if not port.layer
     ]
-    click.echo("\n" + table(["", "name", "type", "shape", "meaning"], rows))
-    if model.layers > 1 and signature.has_cache:
-        click.echo(f"(caches of layer 0 stand for those of all {model.layers} layers)")
-    files = [[record.path, size(record.size_bytes)] for record in manifest.files]
-    click.echo("\n" + table(["file", "size"], files))
+    return table(["", "name", "type", "shape", "meaning"], rows)
 
 
 def _shape(facts: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""``llmopt opt``: passes on one ONNX file, to see what each does."""
+"""``llmopt opt``: passes on one ONNX file or text, to see what each does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from llmopt.cli.plugins import plugin_option
 from llmopt.errors import SourceError, SourceNotFoundError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -18,43 +19,45 @@ if TYPE_CHECKING:
 
 _SHOWN_ELEMENTS: Final = 16  # larger weights are named in the text, not spelled out
 _EMBEDDED_BYTES: Final = 1_000_000_000  # protobuf takes 2 GB: more goes into a file beside it
+_INLINE_BYTES: Final = 256  # of one weight: ir.save leaves no more than 256 in the model
 
 
 @click.command("opt")
-@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option(
     "--passes", required=True, metavar="TEXT", help="The pipeline, as in canonicalize,fuse-norms."
 )
-@click.option(
-    "--plugin", "plugins", multiple=True, metavar="FILE", help="A file that defines more passes."
-)
+@plugin_option
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    metavar="FILE.onnx",
-    help="Write the result here, and no text to stdout.",
+    metavar="FILE",
+    help="Write the result here, and no text to stdout: ONNX, or text where FILE ends in .ir.",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option(
     "--print-after", metavar="PASS|all", help="Print the text after this pass, or after each."
 )
+@click.option("--timing", is_flag=True, help="Add to each pass the milliseconds it took.")
 def opt_command(model: Path, passes: str, **options: Any) -> None:
-    """Run passes on MODEL.onnx and print the result as text.
+    """Run passes on an ONNX file or text; print the result.
 
-    Each pass gets a line on stderr: what it applied, and what it declined and why.
+    Each pass gets a line on stderr: what it applied, and what it declined and why. Text (.ir) and
+    ONNX files that take a cache are read as they are; other ONNX files are raised to the dialect.
     """
     from llmopt.bundle.writer import check_destination
+    from llmopt.passes.pipeline import Pipeline
 
     output, wanted = options["output"], options["print_after"]
     if output is not None:
         check_destination(output, force=options["force"])
-    pipeline = _pipeline(passes, options["plugins"])
+    pipeline = Pipeline.parse(passes, plugins=options["plugins"])
     _check_wanted(wanted, pipeline)
     program = _read(model)
 
     def after(item: Pass, edited: Program, ran: Ran) -> None:
-        _report(ran)
+        _report(ran, timed=options["timing"])
         if wanted in {"all", item.name}:
             click.echo(f"# after {item.name}\n{text(edited.model)}")
 
@@ -65,16 +68,6 @@ def opt_command(model: Path, passes: str, **options: Any) -> None:
         click.echo(text(program.model))
 
 
-def _pipeline(passes: str, plugins: tuple[str, ...]) -> Pipeline:
-    from llmopt.passes import known_passes
-    from llmopt.passes.pipeline import Pipeline, load_plugin
-
-    known = known_passes()
-    for plugin in plugins:
-        known |= load_plugin(plugin)
-    return Pipeline.parse(passes, known=known)
-
-
 def _check_wanted(wanted: str | None, pipeline: Pipeline) -> None:
     names = [item.name for item in pipeline.passes]
     if wanted not in {None, "all", *names}:
@@ -82,20 +75,30 @@ def _check_wanted(wanted: str | None, pipeline: Pipeline) -> None:
 
 
 def _read(path: Path) -> Program:
+    from llmopt.frontend.program_file import TEXT, open_program, read_model
     from llmopt.frontend.source import SourceOptions, open_source
 
-    hint = "opt takes an ONNX file; `llmopt compile` takes every other source"
+    hint = "opt takes an ONNX file or its text (.ir); `llmopt compile` takes every other source"
     if not path.is_file():
         raise SourceNotFoundError(path, hint)
-    if path.suffix != ".onnx":
-        raise SourceError(path, "not an .onnx file", hint)
+    if path.suffix not in {".onnx", *TEXT}:
+        raise SourceError(path, "neither an .onnx file nor text", hint)
+    if path.suffix in TEXT or _takes_cache(read_model(path)):
+        return open_program(path)
     return open_source(path, SourceOptions()).program
 
 
-def _report(ran: Ran) -> None:
-    click.echo(f"{ran.name}: {ran.applied} applied, {len(ran.missed)} missed", err=True)
+def _takes_cache(model: ir.Model) -> bool:
+    return any(str(value.name).startswith("past_key_values") for value in model.graph.inputs)
+
+
+def _report(ran: Ran, *, timed: bool) -> None:
+    spent = f", {ran.duration_s * 1e3:.1f} ms" if timed else ""
+    click.echo(f"{ran.name}: {ran.applied} applied, {len(ran.missed)} missed{spent}", err=True)
     for miss in ran.missed:
         click.echo(f"  {miss.node}: {miss.reason}", err=True)
+    for note in ran.notes:
+        click.echo(f"  {note}", err=True)
 
 
 def text(model: ir.Model) -> str:
@@ -116,21 +119,38 @@ def _save(model: ir.Model, output: Path, *, force: bool) -> None:
     import onnx_ir as ir
 
     from llmopt.bundle.writer import staged_file
+    from llmopt.frontend.program_file import TEXT
+    from llmopt.ir.saving import readable
+
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    written = [tensor for tensor in tensors if tensor is not None]
+    as_text = output.suffix in TEXT
+    if sum(tensor.nbytes for tensor in written) < _EMBEDDED_BYTES and not as_text:
+        with staged_file(output, force=force) as staging, readable():
+            ir.save(model, staging, format="protobuf")
+    elif as_text and all(tensor.nbytes <= _INLINE_BYTES for tensor in written):
+        with staged_file(output, force=force) as staging, readable():
+            staging.write_text(ir.to_onnx_text(model), encoding="utf-8")
+    else:
+        _save_with_data(model, output, as_text=as_text, force=force)
+
+
+def _save_with_data(model: ir.Model, output: Path, *, as_text: bool, force: bool) -> None:
+    import onnx
+
+    from llmopt.bundle.writer import staged_file
     from llmopt.ir.saving import save_with_data
 
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    if sum(tensor.nbytes for tensor in tensors if tensor is not None) < _EMBEDDED_BYTES:
-        with staged_file(output, force=force) as staging:
-            ir.save(model, staging, format="protobuf")
-        return
     data = output.with_name(f"{output.name}.data")
     with staged_file(data, force=force) as weights, staged_file(output, force=force) as staging:
         save_with_data(model, staging, weights.name)
-        _rename_data(staging, data.name)
+        written = _renamed_data(staging, data.name)
+        text = onnx.printer.to_text(written).encode() if as_text else written.SerializeToString()
+        staging.write_bytes(text)
 
 
-def _rename_data(file: Path, name: str) -> None:
-    """Make a saved model find its weights under the name that they will have."""
+def _renamed_data(file: Path, name: str) -> Any:
+    """Return a saved model that finds its weights under the name that they will have."""
     import onnx
 
     model = onnx.load(file, load_external_data=False, format="protobuf")
@@ -138,4 +158,4 @@ def _rename_data(file: Path, name: str) -> None:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = name
-    file.write_bytes(model.SerializeToString())
+    return model

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from llmopt.runtime import Runner
 
 _SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+_WRITING: Final = (*_SAMPLING[1:], "beams", "length_penalty")
+"""What may go with --text, and with sounds, where the model writes for what it reads."""
 
 
 @click.command("run")
@@ -28,7 +30,15 @@ _SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "
 @click.option("--top-p", type=float, metavar="X", help="Keep the likeliest of this probability.")
 @click.option("--top-k", type=int, metavar="N", help="Keep so many of the likeliest tokens.")
 @click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.")
-@click.option("--text", "texts", multiple=True, metavar="TEXT...", help="Embed these sentences.")
+@click.option("--beams", type=int, metavar="N", help="Search with so many.  [default: the model's]")
+@click.option("--length-penalty", type=float, metavar="X", help="Above 0 favours long texts.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="TEXT...",
+    help="Embed these sentences, or write what they become: translations, summaries.",
+)
 @click.option(
     "--inputs",
     type=click.Path(path_type=Path),
@@ -52,21 +62,26 @@ def run_command(artifact: Path, more: tuple[str, ...], **options: Any) -> None:
 
     \b
     --prompt prints the continuation as it is made,
-    --text one JSON array for each sentence,
-    --inputs writes every output into another .npz file.
+    --text one JSON array, or what it becomes, for each sentence,
+    --inputs writes every output into another .npz file;
+      of speech's features alone, it prints what was said.
     """  # noqa: D301 - \b keeps click from joining the lines
     asked = _mode(more, options)
     artifact = opened(artifact, options)
     from llmopt.runtime import load
 
-    if asked == "inputs":
+    if asked == "inputs" and options["output"] is not None:
         _run_arrays(artifact, options)
         return
     runner = load(artifact, threads=options["threads"])
     if asked == "prompt":
         _write_text(runner, options)
+    elif asked == "inputs":
+        _transcribe(runner, options)
+    elif runner.manifest.task == "text-to-text":
+        _rewrite(runner, [*options["texts"], *more], options)
     else:
-        _embed(runner, [*options["texts"], *more])
+        _embed(runner, [*options["texts"], *more], options)
 
 
 def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
@@ -85,8 +100,12 @@ def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
     [mode] = asked
     if more and mode != "text":
         raise UsageError(f"{more[0]!r} is one argument too many; quote a prompt of several words")
-    used = {"prompt": (*_SAMPLING,), "inputs": ("output", "force")}
-    for name in (*_SAMPLING, "output", "force"):
+    used = {
+        "prompt": _SAMPLING,
+        "inputs": ("output", "force", *_WRITING),
+        "text": _WRITING,
+    }
+    for name in (*_SAMPLING, "beams", "length_penalty", "output", "force"):
         left_out = options[name] is None or options[name] is False  # a seed of 0 is given
         if not left_out and name not in used.get(mode, ()):
             raise UsageError(
@@ -98,7 +117,7 @@ def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
 def _write_text(runner: Runner, options: Mapping[str, Any]) -> None:
     task = runner.manifest.task
     if task != "generate":
-        other = "--text" if task == "embed" else "--inputs with -o"
+        other = "--text" if task in {"embed", "text-to-text"} else "--inputs"
         raise UsageError(
             f"{runner.folder}: made for task {task!r}, it does not continue text; use {other}"
         )
@@ -108,7 +127,33 @@ def _write_text(runner: Runner, options: Mapping[str, Any]) -> None:
     click.echo()
 
 
-def _embed(runner: Runner, texts: list[str]) -> None:
+def _rewrite(runner: Runner, texts: list[str], options: Mapping[str, Any]) -> None:
+    for text in runner.generate(texts, **_wanted(options)):
+        click.echo(text)
+
+
+def _transcribe(runner: Runner, options: Mapping[str, Any]) -> None:
+    from llmopt.runtime.npz import read_npz
+
+    if runner.manifest.task != "speech-to-text":
+        raise UsageError("--inputs writes arrays: say where with -o FILE.npz")
+    feeds = read_npz(options["inputs"])
+    if len(feeds) != 1:
+        raise UsageError(
+            f"{options['inputs']}: one array of features was expected, not {len(feeds)}"
+        )
+    for text in runner.transcribe(next(iter(feeds.values())), **_wanted(options)):
+        click.echo(text)
+
+
+def _wanted(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _WRITING if options[name] is not None}
+
+
+def _embed(runner: Runner, texts: list[str], options: Mapping[str, Any]) -> None:
+    for name in _wanted(options):
+        flag = name.replace("_", "-")
+        raise UsageError(f"--{flag} has no effect with --text where a model makes embeddings")
     for row in runner.embed(texts):
         click.echo(json.dumps([float(f"{value:.7g}") for value in row]))
 
@@ -118,8 +163,8 @@ def _run_arrays(artifact: Path, options: Mapping[str, Any]) -> None:
     from llmopt.runtime import load
     from llmopt.runtime.npz import read_npz, write_npz
 
-    if options["output"] is None:
-        raise UsageError("--inputs writes arrays: say where with -o FILE.npz")
+    for name in _wanted(options):
+        raise UsageError(f"--{name.replace('_', '-')} has no effect with -o; leave it out")
     check_destination(options["output"], force=options["force"])
     feeds = read_npz(options["inputs"])
     found = load(artifact, threads=options["threads"]).run(feeds)

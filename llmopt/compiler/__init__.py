@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmopt.compiler.artifact import Artifact, CompileOptions, Progress
 from llmopt.compiler.clock import Clock
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import torch
 
     from llmopt.backends.base import Backend
+    from llmopt.bundle.manifest import Signature
     from llmopt.compiler.compilation import Optimized
-    from llmopt.frontend.source import SourceOptions
+    from llmopt.frontend.source import Source, SourceOptions
     from llmopt.ir.program import Program
-    from llmopt.passes.pipeline import Ran
+    from llmopt.passes.pipeline import Pipeline, Ran
     from llmopt.quantization.schemes import Scheme
 
 __all__ = ["Artifact", "Clock", "CompileOptions", "Progress", "compile_source", "optimize"]
@@ -63,10 +64,30 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
     places = [_place(output, name, backend, targets) for backend in backends]
     for place in places:
         check_destination(place, force=options.force)
+    suited = [_suited(source, backend, options, optimized, clock) for backend in backends]
     return [
-        Compilation.prepare(optimized, backend, options, clock).run(place)
-        for backend, place in zip(backends, places, strict=True)
+        Compilation.prepare(each, backend, options, clock).run(place)
+        for each, backend, place in zip(suited, backends, places, strict=True)
     ]
+
+
+def _suited(
+    source: str | Path | torch.nn.Module,
+    backend: Backend,
+    options: CompileOptions,
+    optimized: Optimized,
+    clock: Clock,
+) -> Optimized:
+    """Return the source as it was optimized, or without a cache that this backend cannot run."""
+    added = any(each.name == "add-kv-cache" and each.applied for each in optimized.ran)
+    reason = backend.cache_obstacle(optimized.source.program) if added else None
+    if reason is None:
+        return optimized
+    without = dataclasses.replace(options, passes=f"{options.passes},-add-kv-cache")
+    again = optimize(source, without, optimized.reading, clock)
+    note = f"no cache on {backend.name}, every token runs its whole prefix again: {reason}"
+    opened = dataclasses.replace(again.source, notes=(*again.source.notes, note))
+    return dataclasses.replace(again, source=opened)
 
 
 def optimize(
@@ -89,12 +110,52 @@ def optimize(
     with clock("tracing"):
         opened = open_source(source, reading)
     ran: list[Ran] = []
+    before = opened.program.signature
     with clock("optimizing"):
         pipeline.run(opened.program, lambda _, __, done: ran.append(done))
+    opened = _as_signed(opened, before, ran)
     report = fusion_report(opened.program, ran)
     require(report, options.require)
     _check_dialect(opened.program)
     return Optimized(opened, str(pipeline), ran, report, reading)
+
+
+def _as_signed(opened: Source, before: Signature, ran: Sequence[Ran]) -> Source:
+    """Return the source as passes changed its edge, and what became of its cache in words."""
+    from llmopt.frontend.adapted import PaddedReference, RenamedReference
+
+    after, reference = opened.program.signature, opened.reference
+    names = {
+        new.name: old.name
+        for old in (*before.inputs, *before.outputs)
+        if old.role in _NAMED and (new := after.find(old.role)) is not None
+    }
+    mask, tokens = after.find("mask"), before.find("tokens")
+    if mask is not None and tokens is not None and before.find("mask") is None:
+        names |= {mask.name: mask.name}
+        reference = PaddedReference(reference, tokens.name, mask.name)
+    if any(new != old for new, old in names.items()):
+        reference = RenamedReference(reference, names)
+    notes = (*opened.notes, *_cache_notes(opened.program, ran))
+    return dataclasses.replace(opened, reference=reference, notes=notes)
+
+
+_NAMED = ("tokens", "mask", "positions", "logits")
+
+
+def _cache_notes(program: Program, ran: Sequence[Ran]) -> list[str]:
+    """Return what `add-kv-cache` did, or why it did nothing, in words."""
+    notes = []
+    for each in (each for each in ran if each.name == "add-kv-cache"):
+        if each.applied:
+            layers = program.facts.model.layers
+            notes.append(f"add-kv-cache: keys and values of {layers} layers are remembered")
+        notes.extend(
+            f"add-kv-cache: no cache, every token runs its whole prefix again; {miss.node!r}: "
+            f"{miss.reason}"
+            for miss in each.missed
+        )
+    return notes
 
 
 def _check_distinct(backends: Sequence[Backend]) -> None:
@@ -148,23 +209,20 @@ def _without_lowering(options: CompileOptions, backends: Sequence[Backend]) -> C
     from llmopt.passes import PASSES
     from llmopt.passes.pipeline import items_of
 
-    lowering = {each.name for b in backends for each in b.passes(options.quantize)}
+    lowering = {each.name for b in backends for each in b.passes(options.quantize)} - set(PASSES)
     items = items_of(options.passes)
-    taken = {item[1:] for item in items if item.startswith("-")} & (lowering - set(PASSES))
-    if not taken:
+    moved = [item for item in items if isinstance(item, str) and item[:1] == "-"]
+    moved = [item for item in moved if item[1:] in lowering]
+    if not moved:
         return options
-    kept = ",".join(item for item in items if item.removeprefix("-") not in taken)
-    return dataclasses.replace(options, passes=kept, without=frozenset(taken))
+    kept = tuple(item for item in items if item not in moved)
+    return dataclasses.replace(options, passes=kept, without=frozenset(item[1:] for item in moved))
 
 
-def _pipeline(options: CompileOptions) -> Any:
-    from llmopt.passes import known_passes
-    from llmopt.passes.pipeline import Pipeline, load_plugin
+def _pipeline(options: CompileOptions) -> Pipeline:
+    from llmopt.passes.pipeline import Pipeline
 
-    known = known_passes()
-    for plugin in options.plugins:
-        known |= load_plugin(plugin)
-    return Pipeline.parse(options.passes, known=known)
+    return Pipeline.parse(options.passes, plugins=options.plugins)
 
 
 def _place(output: Path | None, name: str, backend: Backend, targets: Sequence[str]) -> Path:
@@ -177,5 +235,5 @@ def _check_dialect(program: Program) -> None:
     from llmopt.errors import PassError
     from llmopt.ir.dialect import invariants
 
-    if problems := invariants(program.model):
+    if problems := [each for m in program.components.values() for each in invariants(m)]:
         raise PassError("default", "; ".join(problems[:3]))

@@ -15,6 +15,11 @@ _TOKENS: Final = 128
 
 
 def activation_bytes(program: Program) -> int:
+    """Return the most bytes of results alive at once in any component; see ``_of_one``."""
+    return max(_of_one(part) for part in program.parts())
+
+
+def _of_one(program: Program) -> int:
     """Return the most bytes of results alive at once, for one prompt of 128 tokens.
 
     A result lives from the operator that makes it to the last that reads it, in the order of the

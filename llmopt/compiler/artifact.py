@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmopt.bundle.manifest import Manifest
     from llmopt.fusion import Fused
-    from llmopt.passes.pipeline import Ran
+    from llmopt.passes.pipeline import Item, Ran
+    from llmopt.passes.plugins import Plugin
 
 Progress = Callable[[str], None]
 
@@ -22,8 +23,8 @@ class CompileOptions:
 
     Args:
         quantize: A scheme, ``"w4"`` or ``"w4{block=64}"``; None keeps float32.
-        passes: The pipeline before quantization and lowering, as text.
-        plugins: Python files or modules that define more passes.
+        passes: The pipeline before quantization and lowering: text, or texts and passes.
+        plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
         verify: ``"final"`` or ``"off"``.
         max_kl: The largest mean KL divergence from the source that is accepted, nats.
@@ -34,8 +35,8 @@ class CompileOptions:
     """
 
     quantize: str | None = None
-    passes: str = "default"
-    plugins: Sequence[str] = ()
+    passes: str | Sequence[Item] = "default"
+    plugins: Sequence[Plugin] = ()
     require: Sequence[str] = ()
     verify: str = "final"
     max_kl: float | None = None
@@ -80,6 +81,7 @@ class Artifact:
                     "applied": ran.applied,
                     "missed": [{"node": m.node, "reason": m.reason} for m in ran.missed],
                 }
+                | ({"notes": list(ran.notes)} if ran.notes else {})
                 for ran in self.passes
             ],
             "fusion": {kind: dataclasses.asdict(fused) for kind, fused in self.fusion.items()},

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import llmopt
+from llmopt.backends import known_backends
 from llmopt.backends.base import Backend, Demand, Lowered, Run
-from llmopt.bundle.manifest import Manifest
+from llmopt.bundle.manifest import Component, Manifest
 from llmopt.bundle.report import write_report
 from llmopt.bundle.writer import staged_folder
 from llmopt.compiler.activations import activation_bytes
@@ -21,12 +22,13 @@ from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
 from llmopt.compiler.clock import Clock
 from llmopt.compiler.golden import ROWS, make_golden
-from llmopt.compiler.proxies import count_work
+from llmopt.compiler.proxies import work_of
 from llmopt.compiler.recipe import recipe
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
 from llmopt.frontend.source import Source, SourceOptions
 from llmopt.fusion import Fused
+from llmopt.ir.chained import chained
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline, Ran
@@ -56,6 +58,26 @@ class Optimized:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What was written, and what opens it here.
+
+    Args:
+        backend: What opens it.
+        program: What inputs and outputs mean.
+        files: The file of each component.
+    """
+
+    backend: Backend
+    program: Program
+    files: Mapping[str, Path]
+
+    def open(self, *, exact: bool = False) -> Run:
+        """Return a function from inputs to outputs of all components; see ``Backend.open``."""
+        runs = {name: self.backend.open(file, exact=exact) for name, file in self.files.items()}
+        return chained(self.program, runs)
+
+
+@dataclass(frozen=True)
 class Compilation:
     """What one target makes of a source.
 
@@ -80,6 +102,7 @@ class Compilation:
         cls, optimized: Optimized, backend: Backend, options: CompileOptions, clock: Clock
     ) -> Self:
         """Let the backend choose what is left to it, and measure what its scheme asks for."""
+        _check_components(optimized.source, backend)
         named = options.quantize or backend.default_scheme
         with clock(f"preparing {backend.name}"):
             settled, notes = backend.settled(optimized.source.program, named)
@@ -99,19 +122,19 @@ class Compilation:
         """
         source, done = self.optimized.source, list(self.optimized.ran)
         program = source.program.clone()
-        if problems := self.backend.check(program):
+        if problems := [p for part in program.parts() for p in self.backend.check(part)]:
             hint = f"choose another target than {self.backend.name}, or replace the operation"
             raise UnsupportedModelError(source.name, problems, hint)
         demand = Demand(self.options.batch, self.options.defer_engine)
         with staged_folder(place, force=self.options.force) as folder:
             lowering = self._lower(program, done)
             lowered = self._write(program, folder, demand)
-            with self._runnable(program, folder / lowered.entry, demand) as (runner, entry):
-                proof = self._prove(program, runner, entry, folder)
-                quality = self._quality(program, runner, entry)
+            with self._runnable(program, lowered.within(folder), demand) as runner:
+                proof = self._prove(program, runner, folder)
+                quality = self._quality(program, runner)
             text = ",".join(filter(None, [self.optimized.pipeline, lowering]))
             manifest = self._manifest(program, lowered, text, proof, quality)
-            work = count_work(program).to_dict() | {"activation_bytes": activation_bytes(program)}
+            work = work_of(program) | {"activation_bytes": activation_bytes(program)}
             did = self._compiled(done)
             self._finish(folder, dataclasses.replace(manifest, work=work, compiled=did))
         notes = (*source.notes, *self.notes, *lowered.notes)
@@ -141,24 +164,24 @@ class Compilation:
 
     @contextlib.contextmanager
     def _runnable(
-        self, program: Program, entry: Path, demand: Demand
-    ) -> Iterator[tuple[Backend, Path]]:
-        """Yield what runs here and its file: the artifact, or the same for this machine."""
+        self, program: Program, files: Mapping[str, Path], demand: Demand
+    ) -> Iterator[Written]:
+        """Yield what runs here: the artifact, or the same for this machine."""
         runner = None if self.options.verify == "off" else self.backend.stand_in()
         if runner is None:
-            yield self.backend, entry
+            yield Written(self.backend, program, files)
             return
-        with tempfile.TemporaryDirectory(dir=entry.parent.parent) as place:
+        with tempfile.TemporaryDirectory(dir=files[program.main].parent.parent) as place:
             with self.clock(f"writing for {runner.name}, which runs here"):
                 lowered = runner.write(program, Path(place), demand)
-            yield runner, Path(place) / lowered.entry
+            yield Written(runner, program, lowered.within(Path(place)))
 
-    def _prove(self, program: Program, runner: Backend, entry: Path, folder: Path) -> Verification:
+    def _prove(self, program: Program, runner: Written, folder: Path) -> Verification:
         """Compare the artifact with its source, and write what it computed as an example."""
         if self.options.verify == "off":
             return Verification("off")
         with self.clock("verifying against the source"):
-            exact = runner.open(entry, exact=True)
+            exact = runner.open(exact=True)
             proof = verify(
                 program,
                 exact,
@@ -169,16 +192,17 @@ class Compilation:
         # A scheme that rounds activations says how; otherwise kernels do it each their way, and
         # a device is to answer for its own way alone.
         settled = isinstance(self.scheme, DynamicInt8 | Static)
-        shown = runner.open(entry) if settled else exact
-        self._exemplify(program, shown, runner.target, folder)
-        by = self.backend.proven_by or ("" if runner is self.backend else runner.target)
+        shown = runner.open() if settled else exact
+        self._exemplify(program, shown, runner.backend.target, folder)
+        own = runner.backend is self.backend
+        by = self.backend.proven_by or ("" if own else runner.backend.target)
         return dataclasses.replace(proof, proven_by=by)
 
-    def _quality(self, program: Program, runner: Backend, entry: Path) -> dict[str, Any]:
+    def _quality(self, program: Program, runner: Written) -> dict[str, Any]:
         if self.scheme is None or self.options.verify == "off":
             return {}
         with self.clock("measuring quality against the source"):
-            quality = measure_quality(program, runner.open(entry), self.optimized.source.reference)
+            quality = measure_quality(program, runner.open(), self.optimized.source.reference)
         bound, found = self.options.max_kl, quality.get("kl_mean")
         if bound is not None and found is None:
             raise UsageError("--max-kl: this model gives no logits to measure it on")
@@ -215,6 +239,10 @@ class Compilation:
             recipe=self._recipe(program.facts.source.name),
             precision={} if self.scheme is None else {"weights": str(self.scheme)},
             signature=program.signature,
+            components=tuple(
+                Component(name, file, program.signatures[name])
+                for name, file in lowered.others.items()
+            ),
             model=program.facts.model,
             verification=proof.summary(),
             quality=quality,
@@ -237,3 +265,18 @@ class Compilation:
             manifest.with_files(folder).write(folder)
             peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             write_report(folder, self.clock.stages, peak_mb)
+
+
+def _check_components(source: Source, backend: Backend) -> None:
+    """Raise unless the backend takes as many components as the source has.
+
+    Raises:
+        UnsupportedModelError: it takes one alone.
+    """
+    names = list(source.program.components)
+    if len(names) > 1 and not backend.takes_components:
+        problem = f"{backend.name} takes models of one component, and this one has {len(names)}"
+        hint = "compile it for one of " + ", ".join(
+            name for name, each in known_backends().items() if each.takes_components
+        )
+        raise UnsupportedModelError(source.name, [f"{problem} ({', '.join(names)})"], hint)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from llmopt.ir.chained import source_feeds
 from llmopt.ir.feeds import Arrays, Case, feeds, positions
 from llmopt.ir.program import Program, Role
 from llmopt.runtime.golden import Golden, columns_of, kept
@@ -34,8 +35,10 @@ def make_golden(program: Program, run: Run, artifact: Path, rows: int = ROWS) ->
         rows: How many sequences.
     """
     told = tuple(Tokenizer(artifact).encode(TEXT)) if (artifact / TOKENIZER).is_file() else ()
-    if program.facts.task == "generate" and program.signature.has_cache:
-        made = _decoder(program, run, _beginning(program, told, rows))
+    if program.signature.find(Role.LOGITS) is not None and program.signature.has_cache:
+        longest = program.facts.model.max_source or PREFILL
+        read = source_feeds(program, Case(rows, min(PREFILL, longest), 0, "right"))
+        made = _decoder(program, run, _beginning(program, told, rows) | read)
     else:
         made = _plain(program, run, rows)
     return replace(made, text=TEXT, tokens=told) if told else made
@@ -81,6 +84,7 @@ def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
     Of its own text it is sure, as it never is of random tokens.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    given = {name: array for name, array in batch.items() if name != "position_ids"}
     length, end = ids.shape[1], 0
 
     def going_on(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
@@ -95,7 +99,7 @@ def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
     logits = decode(program.signature, going_on, batch, prefill).astype(np.float32)
     columns = columns_of(logits)
     return Golden(
-        inputs={"input_ids": ids, "attention_mask": mask},
+        inputs=given,
         outputs={
             "columns": columns,
             "logits": np.take_along_axis(logits, columns.astype(np.int64), axis=-1),

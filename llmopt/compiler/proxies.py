@@ -90,6 +90,16 @@ class Work:
         }
 
 
+def work_of(program: Program) -> dict[str, Any]:
+    """Return what one run of a lowered Program has to do, for the manifest.
+
+    Further components are listed under their names.
+    """
+    *others, main = program.parts()
+    further = {part.main: count_work(part).to_dict() for part in others}
+    return count_work(main).to_dict() | further
+
+
 def count_work(program: Program) -> Work:
     """Return what one run of a lowered Program has to do.
 

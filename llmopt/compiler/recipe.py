@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from llmopt.compiler.artifact import CompileOptions
 from llmopt.frontend.source import SourceOptions
+from llmopt.passes.pipeline import items_of, text_of
 
 _FLAGS: Final = {"plugins": "plugin"}
-_LEFT_OUT: Final = frozenset({"force"})
+_LEFT_OUT: Final = frozenset({"force", "without"})
 _FROM_PYTHON: Final = "GIVEN_IN_PYTHON"
 
 
@@ -26,9 +27,21 @@ def recipe(source: str, target: str, options: CompileOptions, reading: SourceOpt
     for given in (options, reading):
         for field in dataclasses.fields(given):
             value = getattr(given, field.name)
-            if field.name not in _LEFT_OUT and not _is_default(value, field):
+            if field.name == "passes":
+                words += _passes(options)
+            elif field.name not in _LEFT_OUT and not _is_default(value, field):
                 words += _spelled(_FLAGS.get(field.name, field.name).replace("_", "-"), value)
     return shlex.join(words)
+
+
+def _passes(options: CompileOptions) -> list[str]:
+    """Return the option that gives the pipeline, lowering passes that are left out in it too."""
+    items = [*items_of(options.passes), *(f"-{name}" for name in sorted(options.without))]
+    if items == ["default"]:
+        return []
+    objects = [item for item in items if not isinstance(item, str)]
+    unknown = ["--plugin", _FROM_PYTHON] if objects and not options.plugins else []
+    return ["--passes", text_of(items), *unknown]
 
 
 def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:

@@ -5,32 +5,26 @@ One layer of each kind is traced, the rest repeat it with their own weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature
 from llmopt.frontend.assemble import Assembly
 from llmopt.frontend.checkpoint import Checkpoint
-from llmopt.frontend.dims import name_dims
-from llmopt.frontend.trace import Read, trace_module
+from llmopt.frontend.encoder_decoder import trace_encoder_decoder
+from llmopt.frontend.parts import Dims, keep_last, renamer, trace_part
+from llmopt.frontend.trace import Read
 from llmopt.ir import graph as g
 from llmopt.ir.program import Facts, Program, Role
 from llmopt.models import Definition
-from llmopt.models.config import DecoderConfig, EncoderConfig
+from llmopt.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
 from llmopt.models.decoder import Context, Decoder
 from llmopt.models.encoder import Encoder
-
-# Sizes to trace with: all different, so that no two dimensions are taken for one.
-_B, _S, _P = 2, 5, 3
-_DYNAMIC = torch.export.Dim.DYNAMIC
-Dims = Sequence[int | str]
 
 
 def read_parameters(definition: Definition, checkpoint: Checkpoint) -> Read:
@@ -51,9 +45,13 @@ def trace_definition(definition: Definition, read: Read, facts: Facts) -> Progra
         read: Returns a parameter's numbers by name.
         facts: What is known beside the graph.
     """
-    if isinstance(definition.config, DecoderConfig):
-        return _decoder(definition, definition.config, read, facts)
-    return _encoder(definition, definition.config, read, facts)
+    match definition.config:
+        case DecoderConfig() as config:
+            return _decoder(definition, config, read, facts)
+        case EncoderDecoderConfig() as config:
+            return trace_encoder_decoder(definition, config, read, facts)
+        case config:
+            return _encoder(definition, config, read, facts)
 
 
 def decoder_facts(definition: Definition, config: DecoderConfig, **more: Any) -> ModelFacts:
@@ -87,61 +85,24 @@ def encoder_facts(definition: Definition, config: EncoderConfig, **more: Any) ->
     )
 
 
-class _Part(nn.Module):
-    """A piece of a model as a module of its own, with the whole's parameter names.
-
-    Args:
-        whole: The model that the piece is of.
-        compute: The piece's function.
-    """
-
-    def __init__(self, whole: nn.Module, compute: Callable[..., Any]) -> None:
-        super().__init__()
-        for name, child in whole.named_children():
-            self.add_module(name, child)
-        for name, buffer in whole.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=False)
-        self._compute = compute
-
-    @override
-    def forward(self, *tensors: Tensor) -> Any:
-        """Return what the piece computes."""
-        return self._compute(*tensors)
-
-
-def _trace(
-    whole: nn.Module,
-    compute: Callable[..., Any],
-    inputs: Mapping[str, tuple[Dims, torch.dtype]],
-    scope: str = "",
-) -> ir.Graph:
-    """Return the graph of a piece, its inputs and dimensions named.
-
-    Args:
-        whole: The model that the piece is of.
-        compute: The piece's function.
-        inputs: Dimensions and type of each input, by name.
-        scope: The module of nodes that the whole model computes itself.
-    """
-    sizes = {"B": _B, "S": _S, "P": _P, "T": _S + _P, "K": _S}
-    examples, dynamic = [], []
-    for dims, dtype in inputs.values():
-        shape = [sizes[d] if isinstance(d, str) else d for d in dims]
-        examples.append(torch.ones(shape, dtype=dtype))
-        dynamic.append({i: _DYNAMIC for i, d in enumerate(dims) if isinstance(d, str)})
-    traced = trace_module(_Part(whole, compute), examples, (tuple(dynamic),), read=_unread)
-    graph = traced.model.graph
-    for value, name in zip(graph.inputs, inputs, strict=True):
-        value.name = name
-    for node in graph if scope else ():
-        if not g.scope_of(node):
-            node.name = f"{scope}/{node.name}"
-    name_dims(graph, {name: dims for name, (dims, _) in inputs.items()})
-    return graph
-
-
-def _unread(name: str) -> npt.NDArray[Any]:
-    raise AssertionError(f"{name} was read while tracing")
+def encoder_decoder_facts(
+    definition: Definition, config: EncoderDecoderConfig, **more: Any
+) -> ModelFacts:
+    """Return what a runner has to know of a model that reads one sequence and writes another."""
+    layer = config.decoder.layers[0]
+    return ModelFacts(
+        family=definition.family,
+        layers=len(config.decoder.layers),
+        heads=layer.heads,
+        kv_heads=layer.heads,
+        head_width=layer.head_width,
+        hidden=config.hidden,
+        vocabulary=config.vocabulary,
+        max_source=config.max_source,
+        source_vocabulary=config.source_vocabulary,
+        cache="concat",
+        **more,
+    )
 
 
 def _decoder(definition: Definition, config: DecoderConfig, read: Read, facts: Facts) -> Program:
@@ -183,11 +144,11 @@ def _decoder(definition: Definition, config: DecoderConfig, read: Read, facts: F
         hidden, key, value = whole.add(
             graphs[kind],
             [hidden, *shared, *past],
-            _renamer(old, f"layers.{index}"),
+            renamer(old, f"layers.{index}"),
             prefix=f"layers.{index}.",
         )
         presents += [(f"present.{index}.key", key), (f"present.{index}.value", value)]
-    hidden = _keep_last(whole, hidden, ports)
+    hidden = keep_last(whole, hidden, ports)
     (logits,) = whole.add(_head(module, config), [hidden])
     whole.output(logits, "logits")
     logits.shape = ir.Shape(["B", "K", config.vocabulary])
@@ -226,7 +187,7 @@ def _prelude(module: Decoder) -> ir.Graph:
         "attention_mask": (("B", "T"), int64),
         "position_ids": (("B", "S"), int64),
     }
-    return _trace(module, compute, inputs, scope="context")
+    return trace_part(module, compute, inputs, scope="context")
 
 
 def _layer(module: Decoder, index: int, config: DecoderConfig) -> ir.Graph:
@@ -249,7 +210,7 @@ def _layer(module: Decoder, index: int, config: DecoderConfig) -> ir.Graph:
         inputs["sin"] = (("B", "S", kind.rope.width), real)
     inputs["past_key"] = (("B", kind.kv_heads, "P", kind.head_width), real)
     inputs["past_value"] = (("B", kind.kv_heads, "P", kind.head_width), real)
-    return _trace(module, compute, inputs)
+    return trace_part(module, compute, inputs)
 
 
 def _head(module: Decoder, config: DecoderConfig) -> ir.Graph:
@@ -259,29 +220,7 @@ def _head(module: Decoder, config: DecoderConfig) -> ir.Graph:
     inputs: dict[str, tuple[Dims, torch.dtype]] = {
         "hidden": (("B", "K", config.hidden), torch.float32)
     }
-    return _trace(module, compute, inputs, scope="lm_head")
-
-
-def _keep_last(whole: Assembly, hidden: ir.Value, ports: list[Port]) -> ir.Value:
-    """Slice the last ``logits_to_keep`` tokens, all for 0: an overridable initializer."""
-    keep = g.add_initializer(whole.graph, Role.LOGITS_TO_KEEP, ir.tensor(np.asarray(1, np.int64)))
-    whole.graph.inputs.append(keep)
-    ports.append(Port(Role.LOGITS_TO_KEEP, Role.LOGITS_TO_KEEP, "int64", ()))
-    build = g.Builder(whole.graph)
-    start = build.op("Neg", [build.op("Reshape", [keep, build.constant([1], "int64")])])
-    end = build.constant([np.iinfo(np.int64).max], "int64")
-    axis = build.constant([1], "int64")
-    last = build.op("Slice", [hidden, start, end, axis], name="logits_to_keep/Slice")
-    sizes = g.shape(hidden) or []
-    last.shape, last.type = ir.Shape(["B", "K", *sizes[2:]]), hidden.type
-    return last
-
-
-def _renamer(old: str, new: str) -> Callable[[str], str]:
-    def rename(name: str) -> str:
-        return new + name[len(old) :] if name.startswith((f"{old}.", f"{old}/")) else name
-
-    return rename
+    return trace_part(module, compute, inputs, scope="lm_head")
 
 
 def _encoder(definition: Definition, config: EncoderConfig, read: Read, facts: Facts) -> Program:
@@ -297,7 +236,7 @@ def _encoder(definition: Definition, config: EncoderConfig, read: Read, facts: F
     hidden, mask = whole.add(_encoder_prelude(module, names), list(values.values()))
     graphs = {kind: _encoder_layer(module, index, mask) for kind, index in kinds.items()}
     for index, kind in enumerate(config.layers):
-        rename = _renamer(f"layers.{kinds[kind]}", f"layers.{index}")
+        rename = renamer(f"layers.{kinds[kind]}", f"layers.{index}")
         (hidden,) = whole.add(graphs[kind], [hidden, mask], rename, prefix=f"layers.{index}.")
     outputs = [Port("last_hidden_state", Role.HIDDEN, "float32", ("B", "S", config.hidden))]
     if config.pooling is not None:
@@ -315,7 +254,7 @@ def _encoder_prelude(module: Encoder, names: Sequence[str]) -> ir.Graph:
         return module.embed(input_ids, *types), module.context(attention_mask)
 
     inputs: dict[str, tuple[Dims, torch.dtype]] = dict.fromkeys(names, (("B", "S"), torch.int64))
-    return _trace(module, compute, inputs, scope="context")
+    return trace_part(module, compute, inputs, scope="context")
 
 
 def _encoder_layer(module: Encoder, index: int, mask: ir.Value) -> ir.Graph:
@@ -330,7 +269,7 @@ def _encoder_layer(module: Encoder, index: int, mask: ir.Value) -> ir.Graph:
         "hidden": (("B", "S", module.config.hidden), torch.float32),
         "mask": (dims, dtype),
     }
-    return _trace(module, compute, inputs)
+    return trace_part(module, compute, inputs)
 
 
 def _pool(module: Encoder, config: EncoderConfig) -> ir.Graph:
@@ -338,4 +277,4 @@ def _pool(module: Encoder, config: EncoderConfig) -> ir.Graph:
         "hidden": (("B", "S", config.hidden), torch.float32),
         "attention_mask": (("B", "S"), torch.int64),
     }
-    return _trace(module, module.pool, inputs, scope="pooling")
+    return trace_part(module, module.pool, inputs, scope="pooling")

@@ -15,6 +15,31 @@ CHAT = "chat.json"
 GENERATION = "generation_config.json"
 
 
+_LEGACY = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "early_stopping",
+    "eos_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "pad_token_id",
+    "repetition_penalty",
+    "suppress_tokens",
+)
+
+
+def legacy_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of generation that older checkpoints keep in config.json."""
+    return {key: config[key] for key in _LEGACY if config.get(key) is not None}
+
+
 def shipped_files(
     path: Path, generation: Mapping[str, Any], model: ModelFacts
 ) -> tuple[dict[str, bytes], list[str]]:

@@ -19,6 +19,7 @@ from llmopt.frontend.trace import Read, to_numpy
 from llmopt.models import Definition
 from llmopt.models.decoder import Decoder
 from llmopt.models.encoder import Encoder
+from llmopt.models.encoder_decoder import EncoderDecoder
 
 Arrays = dict[str, npt.NDArray[Any]]
 Transform = Callable[[str, npt.NDArray[Any]], npt.NDArray[Any]]
@@ -58,6 +59,8 @@ class StreamedReference:
                 yield from _decode(module, feeds, load)
             elif isinstance(module, Encoder):
                 yield from _encode(module, feeds, load)
+            elif isinstance(module, EncoderDecoder):
+                yield from _rewrite(module, feeds, load)
 
 
 class _Loader:
@@ -149,6 +152,47 @@ def _encode(
             pooled = module.pool(state, f["attention_mask"])
             outputs["sentence_embedding"] = pooled.numpy()
         yield outputs
+
+
+def _rewrite(
+    module: EncoderDecoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader
+) -> Iterator[Arrays]:
+    """Read ``encoder.*`` and write ``decoder.*``, each stack layer by layer."""
+    memories = _read(module, feeds, load)
+    tables = [f"decoder.{name}" for name in ("embed_", "relative_bias")]
+    with load(module, "embed_tokens.", *tables):
+        hidden = [module.embed(f["input_ids"], f["position_ids"]) for f in feeds]
+        masks = [module.context(f["attention_mask"], f["input_ids"].shape[1]) for f in feeds]
+    for name in module.decoder.layers:
+        with load(module, f"decoder.layers.{name}."):
+            for number, state in enumerate(hidden):
+                memory, seen = memories[number], _source_mask(feeds[number])
+                hidden[number] = module.write(name, state, masks[number], memory, seen)
+    with load(module, "decoder.norm.", "embed_tokens.", "lm_head.", "logits_bias."):
+        for state, memory in zip(hidden, memories, strict=True):
+            logits = module.head(module.decoder.finish(state))
+            yield {"last_hidden_state": memory.numpy(), "logits": logits.numpy()}
+
+
+def _read(
+    module: EncoderDecoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader
+) -> list[Tensor]:
+    """Return what was read of each batch, [B, C, E]."""
+    source = "encoder.input_features" if module.config.bands else "encoder.input_ids"
+    tables = [f"encoder.{name}" for name in ("embed_", "relative_bias")]
+    with load(module, "embed_tokens.", "source_tokens.", "sounds.", *tables):
+        hidden = [module.read(f[source]) for f in feeds]
+        found = [_source_mask(f) for f in feeds]
+        masks = [None if mask is None else module.seen(mask) for mask in found]
+    for name, layer in module.encoder.layers.items():
+        with load(module, f"encoder.layers.{name}."):
+            hidden = [layer(state, mask) for state, mask in zip(hidden, masks, strict=True)]
+    with load(module, "encoder.norm."):
+        return [module.encoder.finish(state) for state in hidden]
+
+
+def _source_mask(feeds: Mapping[str, Tensor]) -> Tensor | None:
+    return feeds.get("encoder.attention_mask")
 
 
 class ModuleReference:

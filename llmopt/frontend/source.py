@@ -214,9 +214,10 @@ def _equal(checkpoint: Checkpoint) -> Any:
 def _facts(
     path: Path, config: Mapping[str, Any], definition: Any, options: SourceOptions
 ) -> tuple[Facts, list[str]]:
-    from llmopt.frontend.definition import decoder_facts, encoder_facts
-    from llmopt.frontend.files import shipped_files
-    from llmopt.models.config import DecoderConfig
+    from llmopt.frontend.definition import decoder_facts, encoder_decoder_facts, encoder_facts
+    from llmopt.frontend.files import legacy_settings, shipped_files
+    from llmopt.models.config import DecoderConfig, EncoderDecoderConfig
+    from llmopt.runtime.rules import unheeded
 
     generation = _generation(path)
     end = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -225,16 +226,23 @@ def _facts(
         "eos": tuple(end) if isinstance(end, list) else () if end is None else (end,),
         "pad": config.get("pad_token_id"),
     }
-    decoder = isinstance(definition.config, DecoderConfig)
     limit = _limit(path, definition)
-    special["max_length"] = min(limit, options.max_length or limit)
-    if decoder:
-        model = decoder_facts(definition, definition.config, **special)
-        task = "generate"
-    else:
-        model = encoder_facts(definition, definition.config, **special)
-        task = "embed" if definition.config.pooling is not None else "encode"
+    special["max_length"] = min(limit or options.max_length or 0, options.max_length or limit)
+    match definition.config:
+        case DecoderConfig() as ours:
+            model, task = decoder_facts(definition, ours, **special), "generate"
+        case EncoderDecoderConfig() as ours:
+            start = generation.get("decoder_start_token_id", config.get("decoder_start_token_id"))
+            model = encoder_decoder_facts(definition, ours, start=start, **special)
+            task = "speech-to-text" if ours.bands else "text-to-text"
+        case ours:
+            model = encoder_facts(definition, ours, **special)
+            task = "embed" if ours.pooling is not None else "encode"
+    if model.start is not None:
+        generation = generation or legacy_settings(config)
     files, notes = shipped_files(path, generation, model)
+    if model.start is not None and (ignored := unheeded(generation)):
+        notes.append(f"generation_config.json: {', '.join(ignored)} is not heeded")
     kind = "huggingface" if (path / "config.json").is_file() else "gguf"
     facts = Facts(
         task=options.task or task,

@@ -25,6 +25,10 @@ class Role(enum.StrEnum):
     PAST_VALUE = "past_value"
     PRESENT_KEY = "present_key"  # present.{layer}.key [B, G, T, D]
     PRESENT_VALUE = "present_value"
+    FEATURES = "features"  # input_features [B, bands, 2 * C]: sounds, where no tokens are read
+    SOURCE_MASK = "source_mask"  # encoder_attention_mask [B, C]: of what was read
+    SOURCE_KEY = "source_key"  # past_key_values.{layer}.encoder.key [B, H, C, D]
+    SOURCE_VALUE = "source_value"
     LOGITS_TO_KEEP = "logits_to_keep"  # an overridable initializer: 1 by default, 0 for all
     LOGITS = "logits"  # [B, K, V]
     HIDDEN = "hidden"  # last_hidden_state [B, S, E]
@@ -37,7 +41,8 @@ class Facts:
     """What is known about a model beside its graph.
 
     Args:
-        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``.
+        task: ``"generate"``, ``"text-to-text"``, ``"speech-to-text"``, ``"embed"``, ``"encode"``
+            or ``"raw"``.
         model: Heads, widths, limits and special tokens.
         source: Where it came from.
         expected: How many of each fusible thing the source has, counted from its config or its
@@ -63,46 +68,100 @@ class Facts:
 class Program:
     """A model on its way from source to artifact: passes edit it in place.
 
+    It has one component, ``model``, or several, of which the last is the one that ``model``,
+    ``graph`` and ``signature`` speak of.
+
     Args:
         model: The graph, standard ONNX operators of opset ``dialect.OPSET``.
         signature: What its inputs and outputs mean.
         facts: What else is known.
+        name: What the component is called.
     """
 
-    def __init__(self, model: ir.Model, signature: Signature, facts: Facts) -> None:
-        self.components: dict[str, ir.Model] = {"model": model}
-        self.signature = signature
+    def __init__(
+        self, model: ir.Model, signature: Signature, facts: Facts, name: str = "model"
+    ) -> None:
+        self.components: dict[str, ir.Model] = {name: model}
+        self.signatures: dict[str, Signature] = {name: signature}
         self.facts = facts
+        self.whole = self
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Program], facts: Facts) -> Program:
+        """Return one Program of several components, the main one last."""
+        *_, last = parts
+        program = cls(parts[last].model, parts[last].signature, facts, last)
+        program.components = {name: part.model for name, part in parts.items()}
+        program.signatures = {name: part.signature for name, part in parts.items()}
+        return program
+
+    @property
+    def main(self) -> str:
+        """The name of the component that ``model``, ``graph`` and ``signature`` speak of."""
+        return next(reversed(self.components))
 
     @property
     def model(self) -> ir.Model:
-        """The one component of a decoder-only or encoder-only model."""
-        return self.components["model"]
+        """The main component."""
+        return self.components[self.main]
 
     @property
     def graph(self) -> ir.Graph:
         """The graph of ``model``."""
         return self.model.graph
 
+    @property
+    def signature(self) -> Signature:
+        """What the inputs and outputs of ``model`` mean."""
+        return self.signatures[self.main]
+
+    @signature.setter
+    def signature(self, signature: Signature) -> None:
+        self.signatures[self.main] = signature
+
+    def parts(self) -> list[Program]:
+        """Return each component as a Program of its own that shares the graph.
+
+        What one learns about itself the whole does not know until it is told, see ``absorb``.
+        """
+        if len(self.components) == 1:
+            return [self]
+        made = []
+        for name, model in self.components.items():
+            part = Program(model, self.signatures[name], self.facts, name)
+            part.whole = self
+            made.append(part)
+        return made
+
+    def absorb(self, part: Program) -> None:
+        """Take over what a part, edited by itself, has become."""
+        self.components[part.main] = part.model
+        self.signatures[part.main] = part.signature
+        self.facts = part.facts
+
     def clone(self) -> Program:
         """Return a Program of its own that shares the unread weights."""
-        return Program(self.model.clone(), self.signature, self.facts)
+        copies = {
+            name: Program(model.clone(), self.signatures[name], self.facts, name)
+            for name, model in self.components.items()
+        }
+        return Program.joined(copies, self.facts)
 
     def learn(self, **facts: Any) -> None:
         """Replace some facts."""
         self.facts = replace(self.facts, **facts)
 
-    def input(self, role: Role, layer: int | None = None) -> ir.Value | None:
+    def input(self, role: Role | str, layer: int | None = None) -> ir.Value | None:
         """Return the graph input of ``role`` (and ``layer``), if there is one."""
         return _value(self.graph.inputs, self.signature.inputs, role, layer)
 
-    def output(self, role: Role, layer: int | None = None) -> ir.Value | None:
+    def output(self, role: Role | str, layer: int | None = None) -> ir.Value | None:
         """Return the graph output of ``role`` (and ``layer``), if there is one."""
         return _value(self.graph.outputs, self.signature.outputs, role, layer)
 
 
 def _value(
-    values: Iterable[ir.Value], ports: Iterable[Port], role: Role, layer: int | None
+    values: Iterable[ir.Value], ports: Iterable[Port], role: Role | str, layer: int | None
 ) -> ir.Value | None:
     names = {p.name for p in ports if p.role == role and layer in (None, p.layer)}
     return next((value for value in values if value.name in names), None)

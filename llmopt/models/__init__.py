@@ -1,6 +1,6 @@
 """Transformer definitions in plain PyTorch, and how checkpoints map onto them."""
 
-from llmopt.models.config import DecoderConfig, EncoderConfig, LayerConfig
+from llmopt.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, LayerConfig
 from llmopt.models.definition import FAMILIES, Definition, define
 from llmopt.models.recipe import Recipe
 
@@ -9,6 +9,7 @@ __all__ = [
     "DecoderConfig",
     "Definition",
     "EncoderConfig",
+    "EncoderDecoderConfig",
     "LayerConfig",
     "Recipe",
     "define",

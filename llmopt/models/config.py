@@ -185,3 +185,83 @@ class EncoderConfig:
         """Return how many attentions, norms, rotaries and activations a forward pass has."""
         layers = len(self.layers)
         return {"attention": layers, "norm": 2 * layers + 1, "rotary": 0, "activation": layers}
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """One of the two stacks of a model that reads one sequence and writes another.
+
+    Args:
+        layers: Every layer, first to last.
+        positions: Rows of its table of positions; 0 where it has none.
+        offset: The row of the first position.
+        sinusoidal: Whether that table is computed and not in the checkpoint.
+        buckets: Rows of a bias by distance, shared by the layers; 0: none.
+        furthest: Distances beyond this share a bucket.
+        embed_norm: Whether what enters the first layer is normalized.
+        final_norm: Whether what leaves the last one is.
+    """
+
+    layers: tuple[LayerConfig, ...]
+    positions: int = 0
+    offset: int = 0
+    sinusoidal: bool = False
+    buckets: int = 0
+    furthest: int = 128
+    embed_norm: bool = False
+    final_norm: bool = False
+
+    def norms(self, parts: int) -> int:
+        """Return how many norms it has, each layer being of so many parts."""
+        return parts * len(self.layers) + self.embed_norm + self.final_norm
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """A model that reads one sequence, of tokens or of sounds, and writes another of tokens.
+
+    Args:
+        vocabulary: Tokens that are written, V.
+        hidden: Width of the embedding, E.
+        encoder: What reads.
+        decoder: What writes; its layers attend to what was read, too.
+        max_length: The longest sequence that can be written; 0: any.
+        max_source: The longest sequence of tokens that can be read; 0: any.
+        norm: Root-mean-square or layer normalization.
+        norm_epsilon: What is added to the variance.
+        norm_first: Whether each part is normalized before it, not after its residual sum.
+        key_bias: Whether key projections add a bias where the others do.
+        tied: Whether the head's weight is the embedding's.
+        embedding_multiplier: What embeddings are multiplied by.
+        logits_multiplier: What goes into the head is multiplied by.
+        logits_bias: Whether logits have a bias.
+        source_vocabulary: Tokens of an embedding that only the encoder has; 0: it shares one.
+        bands: Frequency bands of the sounds that are read; 0 where it reads tokens.
+    """
+
+    vocabulary: int
+    hidden: int
+    encoder: StackConfig
+    decoder: StackConfig
+    max_length: int
+    max_source: int
+    norm: Literal["rms", "layer"]
+    norm_epsilon: float
+    norm_first: bool
+    key_bias: bool = True
+    tied: bool = True
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_bias: bool = False
+    source_vocabulary: int = 0
+    bands: int = 0
+
+    def expected(self) -> Mapping[str, int]:
+        """Return how many attentions, norms, rotaries and activations a forward pass has."""
+        read, written = len(self.encoder.layers), len(self.decoder.layers)
+        return {
+            "attention": read + 2 * written,
+            "norm": self.encoder.norms(2) + self.decoder.norms(3),
+            "rotary": 0,
+            "activation": read + written + (2 if self.bands else 0),
+        }

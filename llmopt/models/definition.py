@@ -5,27 +5,34 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from llmopt.errors import UnsupportedModelError
-from llmopt.models.config import DecoderConfig, EncoderConfig, LayerConfig
+from llmopt.models.config import DecoderConfig, EncoderDecoderConfig, LayerConfig
 from llmopt.models.decoder_families import DECODERS
+from llmopt.models.encoder_decoder_families import ENCODER_DECODERS
 from llmopt.models.encoder_families import ENCODERS
-from llmopt.models.family import Family, Fields, Weight, need, rows
+from llmopt.models.family import Config, Family, Fields, Weight, need, rows
 from llmopt.models.recipe import Recipe
 from llmopt.models.rope_config import refused
 
 if TYPE_CHECKING:
     import torch
 
-FAMILIES: Final[Mapping[str, Family]] = {**DECODERS, **ENCODERS}
+FAMILIES: Final[Mapping[str, Family]] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 
 # tensors that carry nothing the hidden states or logits depend on: what a module computes
-# itself, and heads of the pre-training that every encoder comes from
+# itself, heads of the pre-training that every encoder comes from, and further names of one
+# embedding
 _UNUSED: Final = re.compile(
     r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|embeddings\.position_ids)$"
-    r"|(^|\.)(pooler|cls|lm_head|vocab_transform|vocab_layer_norm|vocab_projector)\."
+    r"|(^|\.)(pooler|cls|lm_head|proj_out|vocab_transform|vocab_layer_norm|vocab_projector)\."
+    r"|(^|\.)(encoder|decoder)\.(embed_tokens|embed_positions)\.weight$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$"
 )
+
+
+_Writer = TypeVar("_Writer", DecoderConfig, EncoderDecoderConfig)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Definition:
         sources: How each parameter of the full module is made.
     """
 
-    config: DecoderConfig | EncoderConfig
+    config: Config
     family: str
     sources: Mapping[str, Recipe] = field(repr=False)
 
@@ -83,9 +90,13 @@ def define(
     names = frozenset(names)
     family = _family(config)
     parsed = family.parse(config)
-    prefix = _prefix(family.weights["embed_tokens"].path, names)
+    table = family.weights["embed_tokens"]
+    prefix = _prefix(table, names)
+    embedding = _named(table, prefix, names)
     if isinstance(parsed, DecoderConfig):
-        parsed = _untied(parsed, prefix + family.weights["embed_tokens"].path, names, equal)
+        parsed = _untied(parsed, embedding, names, equal)
+    elif isinstance(parsed, EncoderDecoderConfig):
+        parsed = _with_tables(_untied(parsed, embedding, names, equal), names)
     sources = {
         name: _recipe(parsed, family.weights, prefix, name, names)
         for name, _ in build(parsed).named_parameters()
@@ -97,7 +108,7 @@ def define(
 
 
 def build(
-    config: DecoderConfig | EncoderConfig,
+    config: Config,
     layers: Sequence[int] | None = None,
     device: str = "meta",
 ) -> torch.nn.Module:
@@ -106,14 +117,18 @@ def build(
 
     from llmopt.models.decoder import Decoder
     from llmopt.models.encoder import Encoder
+    from llmopt.models.encoder_decoder import EncoderDecoder
 
-    chosen = range(len(config.layers)) if layers is None else layers
+    module: torch.nn.Module
     with torch.device("meta"):
-        module = (
-            Decoder(config, chosen)
-            if isinstance(config, DecoderConfig)
-            else Encoder(config, chosen)
-        )
+        match config:
+            case DecoderConfig():
+                module = Decoder(config, _chosen(config.layers, layers))
+            case EncoderDecoderConfig():
+                longer = max(config.encoder.layers, config.decoder.layers, key=len)
+                module = EncoderDecoder(config, _chosen(longer, layers))
+            case _:
+                module = Encoder(config, _chosen(config.layers, layers))
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device=device)
@@ -122,6 +137,10 @@ def build(
             for name, buffer in part.named_buffers(recurse=False):
                 setattr(part, name, buffer.to(device))
     return module.eval()
+
+
+def _chosen(every: Sequence[object], layers: Sequence[int] | None) -> Sequence[int]:
+    return range(len(every)) if layers is None else layers
 
 
 def _family(config: Fields) -> Family:
@@ -148,19 +167,31 @@ def _family(config: Fields) -> Family:
     return family
 
 
-def _prefix(path: str, names: Collection[str]) -> str:
+def _prefix(weight: Weight, names: Collection[str]) -> str:
     """Return what stands before every name: ``""``, ``"model."``, ``"bert."``."""
-    ending = f"{path}.weight"
-    found = [name for name in names if name == ending or name.endswith(f".{ending}")]
-    return min(found, key=len, default="").removesuffix(ending)
+    for path in filter(None, (weight.path, weight.instead)):
+        ending = f"{path}.weight"
+        found = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        if found:
+            return min(found, key=len).removesuffix(ending)
+    return ""
+
+
+def _named(weight: Weight, prefix: str, names: Collection[str], layer: str = "") -> str:
+    """Return where a module's parameters are: at its path, or at the other if nothing is there."""
+    before = "" if weight.rooted else prefix
+    first, second = (before + path.format(layer) for path in (weight.path, weight.instead))
+    if not weight.instead or f"{first}.weight" in names or f"{second}.weight" not in names:
+        return first
+    return second
 
 
 def _untied(
-    config: DecoderConfig,
+    config: _Writer,
     embedding: str,
     names: Collection[str],
     equal: Callable[[str, str], bool] | None,
-) -> DecoderConfig:
+) -> _Writer:
     """Return the config with the head apart from the embedding if the checkpoint has another."""
     if not config.tied or "lm_head.weight" not in names:
         return config
@@ -168,21 +199,37 @@ def _untied(
     return replace(config, tied=same)
 
 
+def _with_tables(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
+    """Return the config with tables of positions read where the checkpoint has them."""
+    stored = [
+        side
+        for side in ("encoder", "decoder")
+        if any(name.endswith(f"{side}.embed_positions.weight") for name in names)
+    ]
+    read = {side: replace(getattr(config, side), sinusoidal=False) for side in stored}
+    return replace(config, **read)
+
+
 def _recipe(
-    config: DecoderConfig | EncoderConfig,
+    config: Config,
     weights: Mapping[str, Weight],
     prefix: str,
     parameter: str,
     names: Collection[str],
 ) -> Recipe:
     """Return how one parameter of the module is made."""
+    if parameter in weights:
+        whole = weights[parameter]
+        return Recipe((("" if whole.rooted else prefix) + whole.path,), whole.op)
     module, _, leaf = parameter.rpartition(".")
-    layer = re.match(r"layers\.(\d+)\.", module)
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
     index = layer[1] if layer else ""
-    weight = weights[module.replace(f".{index}.", ".{}.", 1) if layer else module]
-    path = ("" if weight.rooted else prefix) + weight.path.format(index)
-    kind = config.layers[int(index)] if layer else None
-    cut = rows(kind, weight.part) if isinstance(kind, LayerConfig) else None
+    weight = weights[module.replace(f"layers.{index}.", "layers.{}.", 1) if layer else module]
+    path = _named(weight, prefix, names, index)
+    cut = None
+    if weight.part and not isinstance(config, EncoderDecoderConfig):
+        kind = config.layers[int(index)]
+        cut = rows(kind, weight.part) if isinstance(kind, LayerConfig) else None
     op = weight.op if leaf == "weight" else "copy"
     return Recipe((_spelled(f"{path}.{leaf}", names),), op, cut)
 

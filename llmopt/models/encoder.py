@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmopt.models.activation import activate
+from llmopt.models.buckets import distance_buckets
 from llmopt.models.config import EncoderConfig, EncoderLayerConfig
 
 _BUCKETS = 32  # MPNet's code fixes both, whatever its config says
@@ -39,7 +39,8 @@ class Encoder(nn.Module):
             heads = config.layers[0].heads
             self.relative_bias = nn.Embedding(config.relative_buckets, heads)
             with torch.device("cpu"):
-                self.register_buffer("buckets", distance_buckets(), persistent=False)
+                table = distance_buckets(_BUCKETS, _FURTHEST, ahead=True)
+                self.register_buffer("buckets", table, persistent=False)
         self.layers = nn.ModuleDict({str(i): EncoderLayer(config, i) for i in layers})
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -180,25 +181,6 @@ class EncoderFeedForward(nn.Module):
         """Return [B, S, E] for ``x`` [B, S, E]."""
         result: Tensor = self.down_proj(activate(self.kind.activation, self.up_proj(x)))
         return result
-
-
-def distance_buckets() -> Tensor:
-    """Return the bucket of each distance from -128 to 128: [257] int64.
-
-    Half of the buckets are for keys ahead. In each half, 8 are for single distances and the rest
-    widen logarithmically up to 128. A table, because a logarithm taken on another machine may
-    fall on the other side of a bucket's edge.
-
-    Source: Song et al. 2020, https://arxiv.org/abs/2004.09297; Raffel et al. 2020,
-    https://arxiv.org/abs/1910.10683, section 2.1.
-    """
-    half = _BUCKETS // 2
-    exact = half // 2
-    distances = torch.arange(-_FURTHEST, _FURTHEST + 1)
-    away = distances.abs()
-    ratio = torch.log(away.clamp(min=1).float() / exact) / math.log(_FURTHEST / exact)
-    far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
-    return torch.where(away < exact, away, far) + (distances > 0) * half
 
 
 def _sum(hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llmopt.models.config import Activation, DecoderConfig, EncoderConfig, LayerConfig
+from llmopt.models.config import (
+    Activation,
+    DecoderConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LayerConfig,
+)
 from llmopt.models.recipe import Op
 from llmopt.models.rope_config import refused
 
 Fields = Mapping[str, Any]
+Config = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 
 # gelu_new, gelu_fast and gelu_pytorch_tanh spell one formula in three ways
 ACTIVATIONS: Final[Mapping[str, Activation]] = {
@@ -34,12 +41,14 @@ class Weight:
         op: What is done to its weight (and to nothing else).
         part: Which rows of a fused projection: ``q`` ``k`` ``v`` ``gate`` ``up``; all where empty.
         rooted: Whether ``path`` starts at the root, not below the checkpoint's prefix.
+        instead: The path in checkpoints that have nothing at the first; none where empty.
     """
 
     path: str
     op: Op = "copy"
     part: str = ""
     rooted: bool = False
+    instead: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,12 @@ class Family:
 
     Args:
         parse: Returns our config of a Hugging Face one.
-        weights: Our modules to the checkpoint's; ``layers.{}`` stands for every layer.
+        weights: Our modules (and parameters of the whole model) to the checkpoint's;
+            ``layers.{}`` stands for every layer.
         classes: Endings of the ``architectures`` that this definition computes.
     """
 
-    parse: Callable[[Fields], DecoderConfig | EncoderConfig]
+    parse: Callable[[Fields], Config]
     weights: Mapping[str, Weight]
     classes: Sequence[str]
 

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Final
 
 from llmopt.passes.base import Miss, Outcome, Pass
+from llmopt.passes.plugins import installed
 
 __all__ = ["DEFAULT", "PASSES", "Miss", "Outcome", "Pass", "known_passes"]
 
 PASSES: Final[Mapping[str, str]] = {
+    "add-kv-cache": "llmopt.passes.add_kv_cache:AddKvCache",
     "canonicalize": "llmopt.passes.canonicalize:Canonicalize",
     "cancel-transposes": "llmopt.passes.cancel_transposes:CancelTransposes",
     "convert-float": "llmopt.passes.convert_float:ConvertFloat",
+    "expand-einsum": "llmopt.passes.expand_einsum:ExpandEinsum",
     "fold-weights": "llmopt.passes.fold_weights:FoldWeights",
     "fuse-activations": "llmopt.passes.fuse_activations:FuseActivations",
     "fuse-attention": "llmopt.passes.fuse_attention:FuseAttention",
@@ -34,8 +37,10 @@ DEFAULT: Final[tuple[str, ...]] = (
     "fold-weights",  # projections become MatMul with a weight
     "fuse-norms",
     "fuse-activations",
+    "expand-einsum",  # attention is then written with MatMul, whoever wrote it
     "split-heads",  # products of [B * H, S, D] get the four axes that attention is known by
     "fuse-attention",  # written-out attention joins what torch already fused
+    "add-kv-cache",  # attention is recognized, masks and tables are still what they were traced as
     "fuse-rotary",  # before attention loses its [B, H, S, D] operands
     "raise-attention",  # cache, mask and heads in the dialect's form
     "cancel-transposes",  # what the forms above brought to cancel
@@ -47,13 +52,9 @@ DEFAULT: Final[tuple[str, ...]] = (
 
 
 def known_passes() -> dict[str, type[Pass]]:
-    """Return every pass by name: the built-in ones and those of installed plugins."""
-    from importlib.metadata import entry_points
-
-    found = {name: _load(where) for name, where in PASSES.items()}
-    for entry in entry_points(group="llmopt.passes"):
-        found[entry.name] = entry.load()
-    return found
+    """Return every pass by name: the built-in ones and those of installed packages."""
+    ours = {name: _load(where) for name, where in PASSES.items()}
+    return ours | installed("llmopt.passes", PASSES, Pass)
 
 
 def _load(where: str) -> type[Pass]:

@@ -33,10 +33,12 @@ class Outcome:
     Args:
         applied: How many changes it made.
         missed: Every candidate it declined.
+        notes: What it found out, a sentence each; an analysis gives nothing else.
     """
 
     applied: int = 0
     missed: list[Miss] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def modified(self) -> bool:
@@ -51,6 +53,10 @@ class Outcome:
         """Record that ``node`` was left alone."""
         name = node if isinstance(node, str) else node.name or node.op_type
         self.missed.append(Miss(name, reason, kind))
+
+    def note(self, text: str) -> None:
+        """Record something that the user is told, beside what was changed."""
+        self.notes.append(text)
 
 
 class Pass(abc.ABC):

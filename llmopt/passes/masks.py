@@ -78,7 +78,7 @@ def _cases(program: Program, probe: Probe, *, padded: bool) -> list[Case] | str:
     paddings = ("none", "left", "right") if padded else ("none",)
     cases = [Case(3, 5, past, side) for past in ((0, 4) if cached else (0,)) for side in paddings]
     longest = program.facts.max_length or UNBOUNDED
-    length = min(max(_lengths(probe, longest), default=0), longest)
+    length = min(max(lengths(probe, longest), default=0), longest)
     if cached and length > 3:
         cases.append(Case(1, 3, length - 3))
     elif length > LONGEST_SQUARE:
@@ -88,7 +88,7 @@ def _cases(program: Program, probe: Probe, *, padded: bool) -> list[Case] | str:
     return cases
 
 
-def _lengths(probe: Probe, longest: int) -> Iterator[int]:
+def lengths(probe: Probe, longest: int) -> Iterator[int]:
     """Yield how many tokens it takes to see what each constant does: a window, or a table."""
     for value in probe.inputs:
         if value.const_value is None:

@@ -5,23 +5,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from typing_extensions import override
 
-from llmopt.errors import LlmoptError, PassError, UnknownNameError, UsageError
+from llmopt.errors import UnknownNameError, UsageError
 from llmopt.ir import dialect
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
+from llmopt.passes import options
 from llmopt.passes.base import Miss, Outcome, Pass
+from llmopt.passes.options import spell
+from llmopt.passes.plugins import Plugin, invalid, is_ours, passes_with, run_guarded
 
 _ITEM: Final = re.compile(r"(?P<minus>-?)(?P<name>[A-Za-z0-9_-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 _SPLIT: Final = re.compile(r",(?![^{}]*\})")
+
+Item = str | Pass
+"""A pass, by its name and options or itself."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,14 @@ class Ran:
         applied: How many changes it made.
         missed: What it declined, with reasons.
         duration_s: Seconds it took.
+        notes: What it found out.
     """
 
     name: str
     applied: int
     missed: tuple[Miss, ...]
     duration_s: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,35 +60,39 @@ class Pipeline:
 
     @staticmethod
     def parse(
-        text: str,
+        text: str | Sequence[Item],
         *,
         default: Sequence[str] | None = None,
         known: Mapping[str, type[Pass]] | None = None,
+        plugins: Sequence[Plugin] = (),
     ) -> Pipeline:
         """Return the pipeline that ``text`` names.
 
         Args:
             text: Pass names, comma-separated, options in braces; ``default`` stands for the
-                default passes and ``-name`` takes one of them away.
+                default passes and ``-name`` takes one of them away. In a sequence, each item is
+                such a text, or a pass itself.
             default: What ``default`` stands for; the built-in list if not given.
             known: Passes by name; the built-in ones and those of plugins if not given.
+            plugins: Files, modules or classes that ``known`` is taken from where it is not given.
 
         Raises:
             UnknownNameError: no such pass, or no such option of it.
             UsageError: the text is not of this form.
+            PluginError: a plugin cannot be used.
         """
-        from llmopt.passes import DEFAULT, known_passes
+        from llmopt.passes import DEFAULT
 
-        table = known_passes() if known is None else known
-        items: list[str] = []
+        table = passes_with(plugins) if known is None else known
+        items: list[Item] = []
         for item in items_of(text):
             if item == "default":
                 items.extend(DEFAULT if default is None else default)
-            elif item.startswith("-"):
+            elif isinstance(item, str) and item.startswith("-"):
                 items = _without(items, item[1:], table)
             else:
                 items.append(item)
-        return Pipeline(tuple(make(item, table) for item in items))
+        return Pipeline(tuple(make(i, table) if isinstance(i, str) else i for i in items))
 
     @override
     def __str__(self) -> str:
@@ -98,39 +109,54 @@ class Pipeline:
             after: Called after each pass: printing, timing and verifying are its business.
 
         Raises:
-            PassError: a pass left the Program outside the dialect.
+            PassError: a pass left the Program outside the dialect, or one of others failed.
         """
         for item in self.passes:
             start = time.perf_counter()
-            outcome = self._step(item, program)
-            ran = Ran(
-                item.name, outcome.applied, tuple(outcome.missed), time.perf_counter() - start
-            )
+            outcome = Outcome()
+            for part in program.parts():
+                found = self._step(item, part)
+                outcome.hit(found.applied)
+                outcome.missed += found.missed
+                outcome.notes += found.notes
+                program.absorb(part)
+            spent_s = time.perf_counter() - start
+            missed, notes = tuple(outcome.missed), tuple(outcome.notes)
             if after is not None:
-                after(item, program, ran)
+                after(item, program, Ran(item.name, outcome.applied, missed, spent_s, notes))
         return program
 
     @staticmethod
     def _step(item: Pass, program: Program) -> Outcome:
         edge = _edge(program)
-        outcome = item.run(program)
-        if outcome.modified:
+        outcome = run_guarded(item, program)
+        modified = outcome.modified or not is_ours(type(item))  # others may not say what they did
+        if modified:
             g.name_nodes(program.graph)
         if _edge(program) != edge and not item.changes_signature:
-            raise PassError(item.name, "it changed the inputs or outputs")
-        problems = dialect.verify(program.model) if outcome.modified and not item.lowers else []
+            raise invalid(item, "it changed the inputs or outputs")
+        problems = dialect.verify(program.model) if modified and not item.lowers else []
         if problems:
-            raise PassError(item.name, "; ".join(problems[:3]))
+            raise invalid(item, "; ".join(problems[:3]))
         return outcome
 
 
-def items_of(text: str) -> list[str]:
-    """Return the items of a pipeline's text.
+def items_of(text: str | Sequence[Item]) -> list[Item]:
+    """Return the items of a pipeline's text, or of a sequence of such texts and passes.
 
     >>> items_of("default, -merge-qkv, my-pass{limit=3,deep=true}")
     ['default', '-merge-qkv', 'my-pass{limit=3,deep=true}']
     """
+    if not isinstance(text, str):
+        return [
+            each for part in text for each in ([part] if isinstance(part, Pass) else items_of(part))
+        ]
     return [item.strip() for item in _SPLIT.split(text.strip())] if text.strip() else []
+
+
+def text_of(items: Sequence[Item]) -> str:
+    """Return items as one text."""
+    return ",".join(item if isinstance(item, str) else spell(item) for item in items)
 
 
 def make(text: str, known: Mapping[str, type[Pass]]) -> Pass:
@@ -142,90 +168,15 @@ def make(text: str, known: Mapping[str, type[Pass]]) -> Pass:
         raise UnknownNameError(
             "pass", match["name"], known, "`llmopt passes` describes each; --plugin adds yours"
         )
-    cls = known[match["name"]]
-    fields = {f.name: f for f in _options(cls)}
-    options: dict[str, Any] = {}
-    for pair in filter(None, (p.strip() for p in (match["options"] or "").split(","))):
-        key, _, value = pair.partition("=")
-        if key not in fields:
-            raise UnknownNameError(f"option of pass {match['name']}", key, fields)
-        options[key] = _convert(_kind(fields[key]), key, value)
-    return cls(**options)
+    return options.make(known[match["name"]], match["options"] or "")
 
 
-def spell(item: Pass) -> str:
-    """Return the text that makes this pass again: only options that differ from the default."""
-    changed = []
-    for field in _options(type(item)):
-        value = getattr(item, field.name)
-        if value != field.default:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            changed.append(f"{field.name}={text}")
-    return item.name + (f"{{{','.join(changed)}}}" if changed else "")
-
-
-def _options(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
-    """Return the options of a pass: its fields."""
-    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-
-
-def _kind(field: dataclasses.Field[Any]) -> str:
-    """Return the name of an option's type, written as text or as a class."""
-    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
-
-
-def _convert(kind: str, key: str, text: str) -> Any:
-    readers: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "bool": {"true": True, "false": False, "1": True, "0": False}.__getitem__,
-    }
-    try:
-        return readers[kind](text)
-    except (KeyError, ValueError):
-        raise UsageError(f"option {key}={text!r}: expected {kind}") from None
-
-
-def _without(items: list[str], name: str, known: Mapping[str, type[Pass]]) -> list[str]:
+def _without(items: list[Item], name: str, known: Mapping[str, type[Pass]]) -> list[Item]:
     if name not in known:
         raise UnknownNameError("pass", name, known, "only a pass that exists can be taken away")
-    return [item for item in items if item.split("{")[0] != name]
+    return [i for i in items if (i.split("{")[0] if isinstance(i, str) else i.name) != name]
 
 
 def _edge(program: Program) -> list[tuple[str | None, str]]:
     graph = program.graph
     return [(v.name, str(v.dtype)) for v in (*graph.inputs, *graph.outputs)]
-
-
-def load_plugin(path: str) -> dict[str, type[Pass]]:
-    """Return the passes that a Python file or module defines.
-
-    Raises:
-        LlmoptError: it cannot be imported, or defines no pass.
-    """
-    import importlib
-    import importlib.util
-    import sys
-    from pathlib import Path
-
-    try:
-        if path.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"llmopt_plugin_{Path(path).stem}", path)
-            if spec is None or spec.loader is None or not Path(path).is_file():
-                raise UsageError(f"--plugin {path}: no such file")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(path)
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(f"--plugin {path}: cannot be imported: {error}") from error
-    found = {
-        value.name: value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Pass) and hasattr(value, "name")
-    }
-    if not found:
-        raise LlmoptError(f"--plugin {path}: it defines no subclass of llmopt.Pass with a name")
-    return found

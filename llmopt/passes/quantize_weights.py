@@ -144,7 +144,8 @@ def _heads(program: Program) -> set[object]:
     vocabulary = program.facts.model.vocabulary
     return {
         weights.identity(base)
-        for node, _, base in candidates(program)
+        for part in program.whole.parts()  # an embedding that is a head elsewhere is one here
+        for node, _, base in candidates(part)
         if g.is_op(node, "MatMul") and base.shape.numpy()[0] == vocabulary
     }
 

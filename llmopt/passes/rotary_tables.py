@@ -144,8 +144,15 @@ def positions(program: Program) -> ir.Value:
     zero, one = build.constant(0, "int64"), build.constant(1, "int64")
     row = build.op("Range", [zero, count, one])
     if (past := program.input(Role.PAST_KEY)) is not None:
-        row = build.op("Add", [row, build.op("Shape", [past], {"start": 2, "end": 3})])
+        row = build.op("Add", [row, _length(build, program.input(Role.MASK), past, count)])
     result = build.op("Expand", [row, sizes], name="positions")
     dims = g.shape(tokens) or ["B", "S"]
     result.shape, result.type = ir.Shape(dims[:2]), ir.TensorType(ir.DataType.INT64)
     return result
+
+
+def _length(build: g.Builder, mask: ir.Value | None, past: ir.Value, count: ir.Value) -> ir.Value:
+    """Return P: of the mask where there is one, as a past in place is as long as it has room."""
+    if mask is None:
+        return build.op("Shape", [past], {"start": 2, "end": 3})
+    return build.op("Sub", [build.op("Shape", [mask], {"start": 1, "end": 2}), count])

@@ -39,7 +39,8 @@ def rounding_of(passes: Sequence[Pass], program: Program) -> Rounding | None:
         return None
     rounding: Rounding = _unchanged
     for each in reversed(found):
-        rounding = each.rounding(program, rounding)
+        for part in program.parts():
+            rounding = each.rounding(part, rounding)
     return rounding
 
 

@@ -16,10 +16,13 @@ from llmopt.errors import LlmoptError, SourceNotFoundError, UsageError
 INTERRUPTED: Final = 130
 _MODES: Final = ("prompt", "text", "selftest", "serve")
 _SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+_WRITING: Final = ("max_new_tokens", "beams")
 _BELONGS: Final = {
-    **dict.fromkeys(_SAMPLING, "prompt"),
-    "json": "selftest",
-    **dict.fromkeys(("host", "port", "queue"), "serve"),
+    **dict.fromkeys(_SAMPLING, ("prompt",)),
+    "max_new_tokens": ("prompt", "text"),
+    "beams": ("text",),
+    "json": ("selftest",),
+    **dict.fromkeys(("host", "port", "queue"), ("serve",)),
 }
 """Which of the modes an option is for."""
 
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", type=Path, help="what `llmopt compile` wrote, or a bundle")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text")
-    mode.add_argument("--text", nargs="+", metavar="TEXT", help="embed these sentences")
+    mode.add_argument("--text", nargs="+", metavar="TEXT", help="embed or rewrite these sentences")
     mode.add_argument("--selftest", action="store_true", help="compare with the example it carries")
     mode.add_argument("--serve", action="store_true", help="answer OpenAI's requests over HTTP")
     parser.add_argument(
@@ -81,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--top-p", type=float, metavar="X", help="the likeliest of this probability")
     one.add_argument("--top-k", type=int, metavar="N", help="so many of the likeliest tokens")
     one.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    text = parser.add_argument_group("with --text, of a model that writes what a text becomes")
+    text.add_argument(
+        "--beams", type=int, metavar="N", help="search with so many; the model's if not"
+    )
     test = parser.add_argument_group("with --selftest")
     test.add_argument("--json", action="store_true", default=None, help="print one JSON object")
     _add_serving(parser)
@@ -115,8 +122,8 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 
 def _run(asked: argparse.Namespace) -> int:
     mode = next(name for name in _MODES if _given(asked, name))
-    for option, owner in _BELONGS.items():
-        if _given(asked, option) and mode != owner:
+    for option, owners in _BELONGS.items():
+        if _given(asked, option) and mode not in owners:
             flag = option.replace("_", "-")
             raise UsageError(f"--{flag} has no effect with --{mode}; leave it out")
     run = {"prompt": _prompt, "text": _text, "selftest": _selftest, "serve": _serve}[mode]
@@ -150,6 +157,15 @@ def _text(asked: argparse.Namespace) -> int:
     from llmopt.runtime import load
 
     runner = load(artifact_at(asked), threads=asked.threads)
+    options = _options(asked, _WRITING)
+    if runner.manifest.task == "text-to-text":
+        for text in runner.generate(asked.text, **options):
+            sys.stdout.write(f"{text}\n")
+        return 0
+    if options:
+        raise UsageError(
+            f"{asked.artifact}: makes embeddings; --{min(options).replace('_', '-')} has no effect"
+        )
     for row in runner.embed(asked.text):
         sys.stdout.write(json.dumps([float(f"{value:.7g}") for value in row]) + "\n")
     return 0

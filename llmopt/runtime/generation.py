@@ -28,6 +28,9 @@ class TokenOptions(TypedDict, total=False):
     top_k: int
     seed: int | None
     stop_tokens: Sequence[int] | None
+    beams: int
+    length_penalty: float
+    early_stopping: bool | str
 
 
 class TextOptions(TypedDict, total=False):
@@ -40,6 +43,9 @@ class TextOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     chat: bool
+    beams: int
+    length_penalty: float
+    early_stopping: bool | str
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Request:
         stop: Strings that end the text, and are not part of it.
         stop_tokens: Tokens that end a row; None for those of the manifest.
         chat: The prompt is what the user says to an assistant.
+        beams: Sequences that a model which reads one text and writes another follows at once, see
+            `llmopt.runtime.beams`; None for what the checkpoint says, and so for the next two.
+        length_penalty: Their scores are divided by their length to this power.
+        early_stopping: When the search is over: true, false or ``"never"``.
 
     Raises:
         UsageError: A value is outside its range.
@@ -68,6 +78,9 @@ class Request:
     stop: str | Sequence[str] = ()
     stop_tokens: Sequence[int] | None = None
     chat: bool = False
+    beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -23,6 +23,7 @@ from llmopt.runtime.generation import (
     check_tokens,
 )
 from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
+from llmopt.runtime.rewriting import ENCODER, Asked, Rewriter
 from llmopt.runtime.session import Array, open_session
 from llmopt.runtime.steps import Sequences
 from llmopt.runtime.tokens import Tokenizer
@@ -49,6 +50,7 @@ class Runner:
         self.manifest = Manifest.read(folder)
         self.manifest.check_sizes(folder)
         self.session = open_session(folder, self.manifest, threads)
+        self.rewriter = Rewriter.open(folder, self.manifest, self.session)
         self._warned = False
 
     @overload
@@ -60,10 +62,11 @@ class Runner:
     def generate(
         self, prompt: Prompt | Sequence[Prompt], **options: Unpack[TextOptions]
     ) -> str | list[str]:
-        """Return the text that follows the prompt, without the prompt.
+        """Return the text that follows the prompt, without the prompt; or what it becomes.
 
         Args:
-            prompt: A text, or several to be continued together. With ``chat=True`` each may be
+            prompt: A text, or several to be continued (by a model that reads one text and writes
+                another: rewritten) together. With ``chat=True`` each may be
                 a conversation: ``{"role": …, "content": …}`` for each message.
             **options: See `Request`.
 
@@ -75,6 +78,10 @@ class Runner:
         """
         one = is_one(prompt)
         prompts: Any = [prompt] if one else prompt
+        if self.rewriter is not None:
+            texts = [_text(each) for each in prompts]
+            found = self.rewriter.texts(texts, self.tokenizer, _asked(options))
+            return found[0] if one else found
         texts = [""] * len(prompts)
         for row, piece in self._pieces(prompts, _request(options)):
             texts[row] += piece
@@ -93,6 +100,9 @@ class Runner:
         Raises:
             UsageError: An option is out of range, or the prompt is empty or too long.
         """
+        if self.rewriter is not None:
+            yield from self.rewriter.texts([_text(prompt)], self.tokenizer, _asked(options))
+            return
         for _, piece in self._pieces([prompt], _request(options)):
             if piece:
                 yield piece
@@ -114,6 +124,9 @@ class Runner:
         """
         one = len(ids) == 0 or not isinstance(ids[0], Sequence | np.ndarray)
         prompts: list[Any] = [ids] if one else list(ids)
+        if self.rewriter is not None:
+            written = self.rewriter.ids(prompts, _asked(options))
+            return written[0] if one else written
         rows: list[list[int]] = [[] for _ in prompts]
         for first, generation in self._generations(prompts, _request(options)):
             for tokens in generation:
@@ -122,13 +135,50 @@ class Runner:
                         rows[first + row].append(token)
         return rows[0] if one else rows
 
-    def logits(self, ids: Any, prefill: int | None = None, *, mask: Any = None) -> Array:
+    def transcribe(
+        self,
+        features: Any,
+        *,
+        language: str | None = None,
+        task: str | None = None,
+        **options: Unpack[TokenOptions],
+    ) -> list[str]:
+        """Return the text of each recording.
+
+        Args:
+            features: [B, bands, frames] or [bands, frames] float32: log-mel features of 30 s, as
+                the checkpoint's feature extractor makes them.
+            language: What is spoken, ``"en"``; found out if not given.
+            task: ``"transcribe"``, or ``"translate"`` into English.
+            **options: See `Request`.
+
+        Returns:
+            One text for each recording.
+
+        Raises:
+            UsageError: The model hears nothing, or an option is out of range.
+        """
+        if self.rewriter is None:
+            raise UsageError(f"made for task {self.manifest.task!r}, it does not hear")
+        spoken = language, task
+        return self.rewriter.transcribe(features, self.tokenizer, _asked(options), spoken)
+
+    def logits(
+        self,
+        ids: Any,
+        prefill: int | None = None,
+        *,
+        mask: Any = None,
+        source: Mapping[str, Array] | None = None,
+    ) -> Array:
         """Return the logits of every position, computed as generation would.
 
         Args:
             ids: [B, S] tokens.
             prefill: How many go in the first step; the rest follow one by one. None for all.
             mask: [B, S], 0 where a row is padding in front; None where there is none.
+            source: What is read first, by a model that reads one sequence and writes another: the
+                inputs of its encoder, by name.
 
         Returns:
             [B, S, V] float32.
@@ -140,7 +190,7 @@ class Runner:
         self._check_ids(tokens, prefill)
         batch, length = tokens.shape
         real = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
-        sequences = Sequences(self.session, batch, length)
+        sequences = Sequences(self.session, batch, length, self._memory(source))
         ends = [prefill or length, *range((prefill or length) + 1, length + 1)]
         parts: list[Array] = []
         for start, end in zip([0, *ends], ends, strict=False):
@@ -179,12 +229,20 @@ class Runner:
         """Return every output of the model, by name.
 
         Args:
-            feeds: Arrays by input name; see `complete_feeds` for what may be left out.
+            feeds: Arrays by input name; see `complete_feeds` for what may be left out. Of a model
+                with an encoder, that one's begin with ``encoder.``.
 
         Raises:
             UsageError: A name, element type or shape is not what the model takes.
         """
-        return self.session.run(complete_feeds(self.session, feeds))
+        start = f"{ENCODER}."
+        source = {n.removeprefix(start): a for n, a in feeds.items() if n.startswith(start)}
+        if self.rewriter is None or not source:
+            return self.session.run(complete_feeds(self.session, feeds))
+        reader = self.rewriter.reader
+        memory = reader.read(complete_feeds(reader.encoder, source))
+        rest = {name: array for name, array in feeds.items() if not name.startswith(start)}
+        return self.session.run(complete_feeds(self.session, {**rest, **memory}))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -216,6 +274,10 @@ class Runner:
 
         Without a mask the model cannot tell padding from text, so prompts go one by one.
         """
+        for name in ("beams", "length_penalty", "early_stopping"):
+            if getattr(request, name) is not None:
+                problem = "it is for models that read one text and write another; leave it out"
+                raise UsageError(f"{name}: {problem}")
         self._warn_without_cache()
         together = self.session.find("mask") is not None or len(set(map(len, prompts))) == 1
         if together or not prompts:
@@ -244,10 +306,32 @@ class Runner:
             raise UsageError(f"prefill {prefill} is not between 1 and {length}")
         check_tokens(tokens, facts.vocabulary)
 
+    def _memory(self, source: Mapping[str, Array] | None) -> dict[str, Array]:
+        if (self.rewriter is None) != (source is None):
+            had = (
+                "an encoder: give what it reads"
+                if source is None
+                else "no encoder: it reads nothing"
+            )
+            raise UsageError(f"the model has {had} as source")
+        if self.rewriter is None or source is None:
+            return {}
+        return self.rewriter.reader.read(source)
+
     def _warn_without_cache(self) -> None:
         if self.manifest.model.cache == "none" and not self._warned:
             self._warned = True
             logger.warning("the model has no cache: every new token runs its whole prefix again")
+
+
+def _text(prompt: Prompt) -> str:
+    if not isinstance(prompt, str):
+        raise UsageError("this model rewrites texts; it takes no conversation")
+    return prompt
+
+
+def _asked(options: Mapping[str, Any]) -> Asked:
+    return Asked(_request(options), frozenset(options))
 
 
 def _request(options: Mapping[str, Any]) -> Request:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,12 +22,14 @@ class Step:
         mask: [B, T] int64, 1 where a token is real, for past and new tokens.
         positions: [B, S] int64.
         every: Whether logits of all S positions are wanted, or of the last one only.
+        given: Inputs that are the same in every step: what a model that reads has made of it.
     """
 
     tokens: Array
     mask: Array
     positions: Array
     every: bool
+    given: Mapping[str, Array] = field(default_factory=dict)
 
     def feeds(self, session: Session) -> dict[str, Array]:
         """Return the inputs that this model has, by name."""
@@ -38,11 +41,12 @@ class Step:
             "logits_to_keep": np.array(0 if self.every else 1, np.int64),
         }
         ports = ((array, session.find(role)) for role, array in by_role.items())
-        return {
+        found = {
             port.name: np.ascontiguousarray(array, port.dtype).reshape(array.shape)
             for array, port in ports
             if port is not None
         }
+        return {**found, **self.given}
 
 
 class Stepper(Protocol):
@@ -50,6 +54,19 @@ class Stepper(Protocol):
 
     def run(self, step: Step) -> Array:
         """Return logits [B, K, V]; the array is overwritten by the next run."""
+
+
+@runtime_checkable
+class Reorders(Protocol):
+    """A decoder whose memory can be given to other rows."""
+
+    def reorder(self, rows: Sequence[int], length: int) -> None:
+        """Let row i go on from what row ``rows[i]`` remembers.
+
+        Args:
+            rows: [B].
+            length: How many tokens are remembered.
+        """
 
 
 class NoCache:
@@ -82,11 +99,20 @@ class Sequences:
         session: The model.
         batch: B.
         capacity: Most tokens a row can come to.
+        given: Inputs that are the same in every step.
     """
 
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        batch: int,
+        capacity: int,
+        given: Mapping[str, Array] | None = None,
+    ) -> None:
         self.length = 0
         self.capacity = capacity
+        self._given = given or {}
+        self._target = session.manifest.target
         self._stepper = session.stepper(batch, capacity)
         self._mask = np.ones((batch, capacity), np.int64)
         self._real = np.zeros((batch, 1), np.int64)
@@ -110,9 +136,21 @@ class Sequences:
             raise UsageError(f"{end} tokens do not fit: there is room for {self.capacity}")
         positions = self._place(end, mask)
         self.length = end
-        step = Step(tokens, self._mask[:, :end], positions, every)
+        step = Step(tokens, self._mask[:, :end], positions, every, self._given)
         logits = self._stepper.run(step)
         return logits if every else logits[:, -1:]
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on from where row ``rows[i]`` is; no row may be padded.
+
+        Raises:
+            UsageError: What keeps the cache cannot do it.
+        """
+        if list(rows) == list(range(len(rows))):
+            return
+        if not isinstance(self._stepper, Reorders):
+            raise UsageError(f"{self._target} cannot follow several beams; use one")
+        self._stepper.reorder(rows, self.length)
 
     def _place(self, end: int, mask: Array | None) -> Array:
         """Note which of the new tokens are real and return their positions."""

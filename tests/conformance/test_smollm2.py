@@ -35,15 +35,22 @@ def oracle() -> Any:
     return real_models.transformers_from_gguf(real_models.smollm2_gguf())
 
 
-@pytest.fixture(scope="module", params=["gguf", "folder"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The unquantized artifact, from either form of the checkpoint."""
-    work = tmp_path_factory.mktemp("smollm2")
-    source = real_models.smollm2_gguf()
-    if request.param == "folder":
-        source = work / "hf"
-        shapes.smollm2(source)
-    return llmopt.compile(source, output=work / "fp32", require=["attention=all", "norm=all"])
+def compiled(source: Path, output: Path) -> Any:
+    return llmopt.compile(source, output=output, require=["attention=all", "norm=all"])
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The unquantized artifact."""
+    return compiled(real_models.smollm2_gguf(), tmp_path_factory.mktemp("smollm2") / "fp32")
+
+
+@pytest.fixture(scope="module")
+def from_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same from the other form of the checkpoint."""
+    work = tmp_path_factory.mktemp("folder")
+    shapes.smollm2(work / "hf")
+    return compiled(work / "hf", work / "fp32")
 
 
 def tokens(artifact: Any, text: str) -> list[int]:
@@ -118,7 +125,11 @@ def test_greedy_tokens_equal_transformers(artifact: Any, oracle: Any) -> None:
         assert_same(plain, theirs, margins)
 
 
-def test_logits_at_prefill_and_every_step(artifact: Any, oracle: Any) -> None:
+@pytest.mark.parametrize("form", ["artifact", "from_folder"])
+def test_logits_at_prefill_and_every_step(
+    form: str, oracle: Any, request: pytest.FixtureRequest
+) -> None:
+    artifact = request.getfixturevalue(form)
     ids = (tokens(artifact, "The quick brown fox jumps over the lazy dog") * 4)[:33]
     with torch.inference_mode():
         wanted = oracle(torch.tensor([ids])).logits.numpy()

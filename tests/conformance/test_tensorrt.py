@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import real_models
+from traced import Traced
 
-import llmopt
 from llmopt.compiler import Artifact
 
 pytestmark = pytest.mark.slow
@@ -26,10 +26,19 @@ def _tensorrt() -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="needs llmopt[tensorrt-rtx]")
 
 
-def compiled(source: Path, folder: Path, **options: Any) -> Artifact:
+@pytest.fixture(scope="module")
+def minilm() -> Traced:
+    return Traced.of(real_models.minilm_folder())
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Traced:
+    return Traced.of(real_models.smollm2_gguf(), max_length=48)
+
+
+def compiled(traced: Traced, folder: Path, **options: Any) -> Artifact:
     """Return the artifact for RTX 40 and RTX 50."""
-    target = "tensorrt-rtx{sm=89;120}"
-    return llmopt.compile(source, target=target, output=folder / "artifact", **options)
+    return traced.compiled("tensorrt-rtx{sm=89;120}", folder / "artifact", **options)
 
 
 def check(artifact: Artifact, attentions: int) -> None:
@@ -56,8 +65,8 @@ def check(artifact: Artifact, attentions: int) -> None:
         pytest.param("fp8", 1e-2, 0.99, id="fp8"),
     ],
 )
-def test_minilm(scheme: str, worst: float, cosine: float, tmp_path: Path) -> None:
-    artifact = compiled(real_models.minilm_folder(), tmp_path, quantize=scheme)
+def test_minilm(scheme: str, worst: float, cosine: float, minilm: Traced, tmp_path: Path) -> None:
+    artifact = compiled(minilm, tmp_path, quantize=scheme)
 
     check(artifact, 6)
     assert artifact.manifest.verification["worst_error_rel"] <= worst
@@ -68,10 +77,8 @@ def test_minilm(scheme: str, worst: float, cosine: float, tmp_path: Path) -> Non
     ("scheme", "worst", "kl"),
     [pytest.param("fp16", 1e-2, 1e-4, id="fp16"), pytest.param("w4", 1e-2, 0.6, id="w4")],
 )
-def test_smollm2(scheme: str, worst: float, kl: float, tmp_path: Path) -> None:
-    artifact = compiled(
-        real_models.smollm2_gguf(), tmp_path, quantize=scheme, max_length=48, batch=2
-    )
+def test_smollm2(scheme: str, worst: float, kl: float, smollm2: Traced, tmp_path: Path) -> None:
+    artifact = compiled(smollm2, tmp_path, quantize=scheme, batch=2)
 
     check(artifact, 30)
     assert artifact.manifest.verification["worst_error_rel"] <= worst

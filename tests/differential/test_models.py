@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmopt.models import Definition, EncoderConfig, Recipe, define
+from llmopt.models import DecoderConfig, Definition, EncoderConfig, Recipe, define
 from llmopt.models.definition import FAMILIES
 
 B, S, P = 3, 5, 4  # H, G, D, E, F and V are below; no two are equal
@@ -227,8 +227,9 @@ def tokens(length: int, seed: int = 3) -> Tensor:
 
 
 def empty_past(definition: Definition, length: int = 0) -> list[tuple[Tensor, Tensor]]:
+    assert isinstance(definition.config, DecoderConfig)
     layers = definition.config.layers
-    shapes = [(B, kind.kv_heads, length, kind.head_width) for kind in layers]  # type: ignore[union-attr]
+    shapes = [(B, kind.kv_heads, length, kind.head_width) for kind in layers]
     return [(torch.zeros(shape), torch.zeros(shape)) for shape in shapes]
 
 

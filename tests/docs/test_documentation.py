@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,18 @@ import click
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
 import llmopt
 from llmopt.backends import ALIASES, BACKENDS
 from llmopt.backends.base import Demand
+from llmopt.cli import app
 from llmopt.errors import FusionError
 from llmopt.fusion import fusion_report, require
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.passes.pipeline import Pipeline, Ran, load_plugin
+from llmopt.passes.pipeline import Pipeline, Ran
+from llmopt.passes.plugins import load_plugin
 from llmopt.quantization.schemes import SCHEMES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -125,6 +129,29 @@ def test_links_between_pages_lead_somewhere() -> None:
     for file in [*DOCS.rglob("*.md"), README]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
             assert (file.parent / link).exists(), f"{file.name}: {link}"
+
+
+def test_the_page_of_custom_passes_shows_what_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny.ir", "clamp_logits.py", "count_flops.py"):
+        text = (EXAMPLES / name).read_text(encoding="utf-8")
+        assert text.strip() in page("custom-passes"), "run `make docs`"
+        assert sum(bool(line.strip()) for line in text.splitlines()) <= 25
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    blocks = re.findall(r"```console\n(.*?)```", page("custom-passes"), re.DOTALL)
+    shown = [part for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+    assert len(shown) == 9
+    for part in shown:
+        command, _, output = part.partition("\n")
+        words = shlex.split(command)
+        assert words[0] == "llmopt"
+
+        result = CliRunner().invoke(app, words[1:], prog_name="llmopt")
+
+        wanted = ".*".join(map(re.escape, output.split("…")))
+        assert re.fullmatch(wanted, result.output, re.DOTALL), f"{command}\n{result.output}"
 
 
 def test_examples_are_shown_as_they_are() -> None:

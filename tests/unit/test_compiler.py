@@ -13,11 +13,14 @@ import pytest
 import tiny_sources
 import torch
 from torch import Tensor, nn
+from traced import Traced
 from typing_extensions import override
 
 import llmopt
 from llmopt.errors import AccuracyError, FusionError, SourceError, UsageError
 from llmopt.runtime.selftest import selftest
+
+pytestmark = pytest.mark.xdist_group("traced")  # once in one process
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -26,12 +29,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
-def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
-    source = tiny_sources.llama_folder(tmp_path / "llama")
-
+def test_the_same_source_gives_the_same_bytes(traced: Traced, tmp_path: Path) -> None:
+    scheme = "w4{block=16}"
     made = [
-        llmopt.compile(source, output=tmp_path / f"out{number}", quantize="w4{block=16}")
-        for number in range(2)
+        llmopt.compile(traced.source, output=tmp_path / "new", quantize=scheme),
+        traced.compiled("onnxruntime-cpu", tmp_path / "again", quantize=scheme),
     ]
 
     assert digests(made[0].path) == digests(made[1].path)
@@ -45,15 +47,16 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
     assert tested.checks[2].compared == 28 * 92
 
 
-def test_quality_past_the_bound_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    source = tiny_sources.llama_folder(tmp_path / "llama")
-
+def test_quality_past_the_bound_is_an_error_and_leaves_nothing(
+    traced: Traced, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
     with pytest.raises(AccuracyError, match="mean KL divergence"):
-        llmopt.compile(source, output=tmp_path / "out", quantize="w4{block=16}", max_kl=1e-9)
+        traced.compiled("onnxruntime-cpu", out, quantize="w4{block=16}", max_kl=1e-9)
 
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
     with pytest.raises(UsageError, match="give --quantize too"):
-        llmopt.compile(source, output=tmp_path / "out", max_kl=1.0)
+        llmopt.compile(traced.source, output=out, max_kl=1.0)
 
 
 def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path) -> None:
@@ -109,9 +112,8 @@ def test_an_encoder_is_proven_in_every_scheme(scheme: str, tmp_path: Path) -> No
     assert selftest(artifact.path).passed
 
 
-def test_a_decoder_answers_through_its_cache(tmp_path: Path) -> None:
-    source = tiny_sources.llama_folder(tmp_path / "llama")
-    runner = llmopt.load(llmopt.compile(source, output=tmp_path / "out", batch=1))
+def test_a_decoder_answers_through_its_cache(traced: Traced, tmp_path: Path) -> None:
+    runner = llmopt.load(traced.compiled("onnxruntime-cpu", tmp_path / "out", batch=1))
     assert selftest(tmp_path / "out").checks[2].compared == 16 * 92  # one row, as --batch says
     ids = np.array([[5, 9, 11, 3, 8, 7]])
 
@@ -121,12 +123,10 @@ def test_a_decoder_answers_through_its_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["onnxruntime-cpu", "tvm-cpu"])
-def test_a_table_tied_to_a_head_of_int8_is_rounded_with_it(target: str, tmp_path: Path) -> None:
-    source = tiny_sources.llama_folder(tmp_path / "llama")
-
-    artifact = llmopt.compile(
-        source, target=target, output=tmp_path / "out", quantize="w8a8-dynamic"
-    )
+def test_a_table_tied_to_a_head_of_int8_is_rounded_with_it(
+    target: str, traced: Traced, tmp_path: Path
+) -> None:
+    artifact = traced.compiled(target, tmp_path / "out", quantize="w8a8-dynamic")
 
     assert artifact.manifest.verification["worst_error_rel"] <= 1e-3
     assert llmopt.load(artifact).logits(np.array([[5, 9, 11]])).shape[:2] == (1, 3)

@@ -320,6 +320,7 @@ def test_ctrl_c_where_python_loses_it_has_the_same_exit_code(where: str, tmp_pat
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=heed_ctrl_c,
     )
 
     assert result.stderr == "interrupted; nothing was written\n"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_sources
 from programs import bound, program
 from tiny_decoder import tiny_decoder
+from traced import Traced
 
-import llmopt
 from llmopt.compiler.proxies import count_work
 from llmopt.ir import graph as g
 
@@ -48,15 +47,15 @@ def test_one_row_for_each_sequence_is_counted_apart() -> None:
     assert work.products["sequence"].macs == Counter({"float32": 32})
 
 
+@pytest.mark.xdist_group("traced")
 @pytest.mark.parametrize(
     ("target", "product"),
     [("onnxruntime-cpu", "MatMulNBits"), pytest.param("tvm-cpu", "Linear", marks=pytest.mark.slow)],
 )
-def test_the_manifest_says_what_was_compiled(target: str, product: str, tmp_path: Path) -> None:
-    source = tiny_sources.llama_folder(tmp_path / "llama")
-    artifact = llmopt.compile(
-        source, target=target, quantize="w4{block=16}", verify="off", output=tmp_path / "out"
-    )
+def test_the_manifest_says_what_was_compiled(
+    target: str, product: str, traced: Traced, tmp_path: Path
+) -> None:
+    artifact = traced.compiled(target, tmp_path / "out", quantize="w4{block=16}", verify="off")
     manifest = artifact.manifest
 
     assert manifest.work["operators"]["layers.0.attention.o_proj"][product] == 1

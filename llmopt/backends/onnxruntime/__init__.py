@@ -30,6 +30,7 @@ class _OnProcessor(Backend):
     """What the targets for processors share: the graph is the same."""
 
     schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic"})
+    takes_components: ClassVar[bool] = True
 
     @override
     def available(self) -> Availability:

@@ -14,7 +14,7 @@ from llmopt.backends.onnxruntime.genai import FILE as GENAI
 from llmopt.backends.onnxruntime.genai import genai_config
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program, Role
-from llmopt.ir.saving import save_with_data
+from llmopt.ir.saving import save_all
 
 ENTRY: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
@@ -34,13 +34,22 @@ def write_model(
         providers: What onnxruntime-genai is to run it with, and their options; the processor if
             none.
     """
-    model = program.model
-    finish(model)
-    _declare_last_token(program)
-    save_with_data(model, folder / ENTRY, DATA, alignment=_ALIGNMENT)
-    if (config := genai_config(program, ENTRY, providers)) is not None:
+    for part in program.parts():
+        finish(part.model)
+        _declare_last_token(part)
+    files = component_files(program)
+    models = {files[name]: model for name, model in program.components.items()}
+    save_all(models, folder, DATA, alignment=_ALIGNMENT)
+    if (config := genai_config(program, files[program.main], providers)) is not None:
         (folder / GENAI).write_bytes(config)
-    return Lowered(ENTRY, program, {"onnxruntime": installed("onnxruntime"), "opset": OPSET})
+    entry = files.pop(program.main)
+    versions: dict[str, str | int] = {"onnxruntime": installed("onnxruntime"), "opset": OPSET}
+    return Lowered(entry, program, versions, others=files)
+
+
+def component_files(program: Program) -> dict[str, str]:
+    """Return the file of each component: ``model.onnx``, or one named after each."""
+    return {name: f"{name}.onnx" for name in program.components}
 
 
 def _declare_last_token(program: Program) -> None:

@@ -20,6 +20,8 @@ from typing_extensions import override
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.fuse_attention import FORBIDDEN
+from llmopt.passes.masks import Meaning, understand
 
 MICROSOFT: Final = "com.microsoft"
 TURNED: Final = "rows/turned"
@@ -71,23 +73,40 @@ class LowerAttention(Pass):
         padded = g.optional(node, 3) is not None
         if padded and not self.bias and _named(program, TURNED) is None:
             return "GroupQueryAttention takes no mask here, and rows could not be turned round"
-        return not_grouped(program, node)
+        return not_grouped(program, node, bias=self.bias)
 
 
 def _remember_cache(program: Program) -> None:
-    """Note whether past and present may be one buffer."""
-    if program.signature.has_cache:
-        plain = g.nodes(program.graph, "Attention")
-        model = replace(program.facts.model, cache="concat" if plain else "shared")
-        program.learn(model=model)
+    """Note whether past and present may be one buffer.
+
+    They may where GroupQueryAttention writes them all, and a mask says how much is in use.
+    """
+    if not program.signature.has_cache:
+        return
+    names = {p.name for p in program.signature.outputs if p.role in _PRESENTS}
+    presents = [value for value in program.graph.outputs if value.name in names]
+    makers = [value.producer() for value in presents]
+    grouped = all(node is not None and node.op_type == "GroupQueryAttention" for node in makers)
+    shared = grouped and program.signature.find(Role.MASK) is not None
+    program.learn(model=replace(program.facts.model, cache="shared" if shared else "concat"))
 
 
-def not_grouped(program: Program, node: ir.Node) -> str | None:
-    """Return why GroupQueryAttention would compute something else, or None."""
-    if not g.attribute(node, "is_causal", 0):
-        return "GroupQueryAttention is causal, this is not"
+_PRESENTS: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE)
+
+
+def not_grouped(program: Program, node: ir.Node, *, bias: bool = False) -> str | None:
+    """Return why GroupQueryAttention would compute something else, or None.
+
+    Args:
+        program: Where it is.
+        node: An Attention with a cache.
+        bias: Whether GroupQueryAttention takes a bias.
+    """
     mask = g.optional(node, 3)
-    if mask is not None and mask is not _padding(program):
+    causal = bool(g.attribute(node, "is_causal", 0))
+    if not causal and not (bias and _forbids_later(program, mask)):
+        return "GroupQueryAttention is causal, this is not"
+    if causal and mask is not None and mask is not _padding(program):
         return "its mask is not padding alone"
     widths = [g.static(node.inputs[i], -1) for i in range(3)]
     heads, groups = g.attribute(node, "q_num_heads", 1), g.attribute(node, "kv_num_heads", 1)
@@ -134,7 +153,10 @@ def _grouped(program: Program, node: ir.Node, *, bias: bool) -> None:
     packed = _packed(q, k, v)
     qkv = [packed, None, None] if packed is not None else [q, k, v]
     last, total = _lengths(program)
-    added = _bias(program) if bias and g.optional(node, 3) is not None else None
+    mask = g.optional(node, 3)
+    added = mask
+    if mask is not None and g.attribute(node, "is_causal", 0):
+        added = _bias(program) if bias else None
     inputs = [*qkv, node.inputs[4], node.inputs[5], last, total, *tables, added]
     outputs = build.ops(
         "GroupQueryAttention",
@@ -146,6 +168,20 @@ def _grouped(program: Program, node: ir.Node, *, bias: bool) -> None:
     )
     for old, new in zip(node.outputs, outputs, strict=True):
         g.replace(old, new)
+
+
+def _forbids_later(program: Program, mask: ir.Value | None) -> bool:
+    """Whether a mask is a bias of full size where keys are not later than the query.
+
+    It may forbid more of them, padding or what is out of a window: it goes on as it is.
+    """
+    where = g.producer(mask, "Where")
+    lowest = g.scalar(where.inputs[2]) if where is not None else None
+    full = mask is not None and (g.shape(mask) or [])[2:] == ["S", "T"]
+    if where is None or not full or lowest is None or lowest > FORBIDDEN:
+        return False
+    meaning = understand(program, g.operand(where, 0))
+    return isinstance(meaning, Meaning) and meaning.causal
 
 
 def _scale(node: ir.Node) -> dict[str, float]:
@@ -274,11 +310,24 @@ def _multi_head(program: Program, node: ir.Node) -> None:
     if g.attribute(node, "is_causal", 0):
         attributes["unidirectional"] = 1
     padding, bias = _masks(program, node, build)
-    inputs = [*node.inputs[:3], None, padding, bias]
+    pair = [_by_head(node.inputs[i]) for i in (1, 2)]
+    # keys and values that come from elsewhere by head are taken as they are, if both do
+    operands = [node.inputs[0], *(node.inputs[1:3] if None in pair else pair)]
+    inputs = [*operands, None, padding, bias]
     out = build.op(
         "MultiHeadAttention", _trimmed(inputs), attributes, domain=MICROSOFT, name=node.name
     )
     g.replace(node.outputs[0], out)
+
+
+def _by_head(value: ir.Value | None) -> ir.Value | None:
+    """Return [B, H, T, D] where ``value`` [B, T, H * D] is made of it, and it is an input."""
+    flat = g.producer(value, "Reshape")
+    turned = g.producer(flat.inputs[0], "Transpose") if flat is not None else None
+    if turned is None or list(g.attribute(turned, "perm", ())) != [0, 2, 1, 3]:
+        return None
+    source = g.operand(turned, 0)
+    return source if source.is_graph_input() else None
 
 
 def _masks(
@@ -299,7 +348,7 @@ def _masks(
         return known, None
     low = build.constant(np.finfo(np.float32).min, "float32")
     bias = build.op("Where", [mask, build.constant(0.0, "float32"), low])
-    bias.shape = mask.shape
+    bias.shape, bias.type = mask.shape, ir.TensorType(ir.DataType.FLOAT)
     return None, _expanded(build, bias, node)
 
 

@@ -109,6 +109,12 @@ class _TensorRt(Backend):
         return Availability(self._to_build(missing), missing or _driver())
 
     @override
+    def cache_obstacle(self, program: Program) -> str | None:
+        from llmopt.backends.caches import not_in_place
+
+        return not_in_place(program)
+
+    @override
     def check(self, program: Program) -> list[str]:
         return problems_of(program)
 

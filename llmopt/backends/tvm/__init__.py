@@ -68,6 +68,12 @@ class Tvm(Backend):
         return dataclasses.replace(scheme, scale="float16")
 
     @override
+    def cache_obstacle(self, program: Program) -> str | None:
+        from llmopt.backends.caches import not_in_place
+
+        return not_in_place(program)
+
+    @override
     def check(self, program: Program) -> list[str]:
         from llmopt.backends.tvm.rules import unsupported
 

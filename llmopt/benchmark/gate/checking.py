@@ -19,6 +19,7 @@ from llmopt.benchmark.gate.results import CheckResult, Recorded
 from llmopt.benchmark.gate.rounds import BASELINE, Measured, measurable
 from llmopt.benchmark.machine import this_machine
 from llmopt.errors import UsageError
+from llmopt.runtime.opening import is_bundle
 
 Progress = Callable[[str], None]
 _LOOK_AFTER: Final = 1.35
@@ -173,7 +174,7 @@ def _pairs(request: Request) -> tuple[list[Pair], str]:
             raise UsageError(
                 f"two artifacts are called {name}; rename one, or check them one by one"
             )
-    if not request.baseline.is_file():
+    if not request.baseline.is_file() or is_bundle(request.baseline):
         alone = len(names) == 1
         found = [
             Pair(request, each, beside(request.baseline, each, alone=alone))

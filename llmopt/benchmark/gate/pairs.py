@@ -29,6 +29,7 @@ from llmopt.benchmark.gate.rounds import (
 )
 from llmopt.benchmark.workload import Encode, Generate, Workload, default_workload, parse_workload
 from llmopt.bundle.manifest import MANIFEST, Manifest
+from llmopt.bundle.signing import Trust
 from llmopt.errors import SourceNotFoundError, UsageError
 from llmopt.runtime.cores import usable_cores
 from llmopt.runtime.opening import artifact_of, is_bundle
@@ -63,6 +64,7 @@ class Request:
         budgets: From ``llmopt.toml``.
         seed: Of the tokens.
         commands: What starts the workers, by side.
+        trust: Whose signature each candidate has to have, and the baseline if it is a bundle.
     """
 
     candidates: tuple[Path, ...]
@@ -76,6 +78,7 @@ class Request:
     budgets: tuple[Budget, ...] = ()
     seed: int = 0
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    trust: Trust | None = None
 
     def allowed(self, name: str, metric: str) -> float:
         """Return how much larger than the baseline a metric of an artifact may be."""
@@ -100,7 +103,7 @@ class Pair:
 
     def __init__(self, request: Request, candidate: Path, baseline: Path | Stored | None) -> None:
         self.name = name_of(candidate)
-        candidate = artifact_of(candidate)
+        candidate = artifact_of(candidate, request.trust)
         self.candidate = candidate
         self.manifest = Manifest.read(candidate)
         self.manifest.check_sizes(candidate)
@@ -108,7 +111,7 @@ class Pair:
         self.before = self.stored.manifest if self.stored is not None else self.manifest
         places = {CANDIDATE: candidate}
         if isinstance(baseline, Path):
-            baseline = artifact_of(baseline)
+            baseline = artifact_of(baseline, request.trust if is_bundle(baseline) else None)
             self.before = Manifest.read(baseline)
             self.before.check_sizes(baseline)
             places = {BASELINE: baseline, CANDIDATE: candidate}

@@ -12,6 +12,7 @@ from llmopt.benchmark.gate.decisions import Answer
 from llmopt.benchmark.gate.proxies import Change
 from llmopt.benchmark.gate.rounds import Measured
 from llmopt.benchmark.machine import Machine
+from llmopt.errors import LlmoptError
 
 SCHEMA: Final = 1
 EXIT_CODES: Final = {"pass": 0, "fail": 1, "refused": 3, "inconclusive": 4}
@@ -111,6 +112,12 @@ class CheckResult:
         if self.fails(change):
             return "fail"
         return "reported" if self.proxies == "report" and not change.limited else "pass"
+
+
+def failure(error: LlmoptError) -> dict[str, Any]:
+    """Return, for JSON, what is said where there is no verdict."""
+    code = error.exit_code
+    return {"schema": SCHEMA, "verdict": "error", "exit_code": code, "error": str(error)}
 
 
 def verdict_of(answer: Answer) -> str:

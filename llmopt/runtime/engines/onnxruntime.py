@@ -261,6 +261,7 @@ class SharedCache:
         pairs = cache_pairs(session)
         shapes = [cache_shape(past, batch, capacity) for past, _ in pairs]
         caches = zeros_together(shapes, [past.dtype for past, _ in pairs])
+        self._caches = caches
         for (past, present), cache in zip(pairs, caches, strict=True):
             self._binding.share(past.name, present.name, session.value(cache))
 
@@ -278,6 +279,11 @@ class SharedCache:
         logits = self._fetch_logits(step)
         self._binding.run()
         return logits
+
+    def reorder(self, rows: Sequence[int], length: int) -> None:
+        """Let row i go on from what row ``rows[i]`` remembers."""
+        for cache in self._caches:
+            cache[:, :, :length] = cache[list(rows), :, :length]
 
     def _run_one(self, step: Step) -> Array:
         """Run a step of one token: buffers stay bound, and only the growing mask is bound anew."""
@@ -360,6 +366,12 @@ class ConcatCache:
         pasts = (past.name for past, _ in self._pairs)
         self._cache = dict(zip(pasts, presents, strict=True))
         return np.asarray(logits.numpy())
+
+    def reorder(self, rows: Sequence[int], length: int) -> None:  # noqa: ARG002 - all of it
+        """Let row i go on from what row ``rows[i]`` remembers."""
+        self._held = [value.numpy()[list(rows)] for value in self._cache.values()]
+        values = map(self._session.value, self._held)
+        self._cache = dict(zip(self._cache, values, strict=True))
 
 
 def _import_onnxruntime() -> Any:

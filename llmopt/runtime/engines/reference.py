@@ -76,6 +76,10 @@ class CopiedCache:
         self._cache = {past: found[present] for past, present in self._presents.items()}
         return found[self._logits]
 
+    def reorder(self, rows: Sequence[int], length: int) -> None:  # noqa: ARG002 - all of it
+        """Let row i go on from what row ``rows[i]`` remembers."""
+        self._cache = {name: array[list(rows)] for name, array in self._cache.items()}
+
 
 def _import_evaluator() -> Any:
     try:

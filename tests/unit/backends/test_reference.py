@@ -15,15 +15,14 @@ import pytest
 import tiny_sources
 from programs import program
 from tiny_decoder import VOCABULARY, tiny_decoder
+from traced import Traced
 
 import llmopt
 from llmopt.backends import find_backend, reference
 from llmopt.backends.base import Availability, Demand
 from llmopt.backends.reference import Reference
 from llmopt.bundle.manifest import Manifest
-from llmopt.compiler import CompileOptions, compile_source
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
-from llmopt.frontend.source import SourceOptions
 from llmopt.ir.dialect import invariants, verify
 from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Case, feeds
@@ -31,22 +30,18 @@ from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime.engines.reference import ReferenceSession
 from llmopt.runtime.selftest import selftest
 
+pytestmark = pytest.mark.xdist_group("traced")  # once in one process
+
 PROMPTS = [[5, 9, 11, 3, 8, 7], [4, 40]]
 ALL_STEPS: dict[str, Any] = {"max_new_tokens": 8, "stop_tokens": ()}
 INSTALL = "pip install 'llmopt[compile]'"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sources.llama_folder(tmp_path_factory.mktemp("sources") / "llama")
-
-
-@pytest.fixture(scope="module")
-def both(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[llmopt.Artifact]:
-    """The tiny Llama, traced once, for the reference and for ONNX Runtime."""
+def both(traced: Traced, tmp_path_factory: pytest.TempPathFactory) -> list[llmopt.Artifact]:
+    """The tiny Llama for the reference and for ONNX Runtime."""
     folder = tmp_path_factory.mktemp("both")
-    targets = ["reference", "onnxruntime-cpu"]
-    return compile_source(source, targets, folder, CompileOptions(), SourceOptions())
+    return [traced.compiled(name, folder / name) for name in ("reference", "onnxruntime-cpu")]
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +150,9 @@ def test_an_encoder_of_dynamic_int8_is_proven_and_does_not_mix_its_rows(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["w4{block=16}", "bf16"])
 def test_a_scheme_is_compiled_proven_and_generates(
-    scheme: str, source: Path, tmp_path: Path
+    scheme: str, traced: Traced, tmp_path: Path
 ) -> None:
-    artifact = llmopt.compile(source, target="reference", output=tmp_path / "a", quantize=scheme)
+    artifact = traced.compiled("reference", tmp_path / "a", quantize=scheme)
 
     worst = artifact.manifest.verification["worst_error_rel"]
     assert worst <= find_backend("reference").tolerance(scheme)
@@ -168,9 +163,9 @@ def test_a_scheme_is_compiled_proven_and_generates(
 
 @pytest.mark.slow
 def test_the_same_source_gives_the_same_bytes(
-    llama: llmopt.Artifact, source: Path, tmp_path: Path
+    llama: llmopt.Artifact, traced: Traced, tmp_path: Path
 ) -> None:
-    again = llmopt.compile(source, target="reference", output=tmp_path / "again")
+    again = llmopt.compile(traced.source, target="reference", output=tmp_path / "again")
 
     for name in ("manifest.json", "model.onnx", "model.onnx.data"):
         assert (llama.path / name).read_bytes() == (again.path / name).read_bytes(), name

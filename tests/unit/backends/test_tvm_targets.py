@@ -18,6 +18,7 @@ import tiny_sources
 from bare_device import TVM, on_device
 from programs import program
 from tiny_artifacts import rewrite_manifest
+from traced import Traced
 
 import llmopt
 from llmopt.backends.base import Demand
@@ -29,21 +30,17 @@ from llmopt.errors import ArtifactError, BackendUnavailableError, UnknownNameErr
 from llmopt.runtime.engines import tvm as engine
 from llmopt.runtime.processor import processor_features
 
+pytestmark = pytest.mark.xdist_group("traced")  # once in one process
+
 PROMPTS = [[5, 9, 11, 3, 8, 7], [4, 40]]
 ALL_STEPS: dict[str, Any] = {"max_new_tokens": 12, "stop_tokens": ()}
 needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 machine")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sources.llama_folder(tmp_path_factory.mktemp("sources") / "llama")
-
-
-@pytest.fixture(scope="module")
-def llama(source: Path, tmp_path_factory: pytest.TempPathFactory) -> llmopt.Artifact:
+def llama(traced: Traced, tmp_path_factory: pytest.TempPathFactory) -> llmopt.Artifact:
     """The tiny Llama for this machine, unrounded."""
-    folder = tmp_path_factory.mktemp("tvm") / "llama"
-    return llmopt.compile(source, target="tvm-cpu", output=folder)
+    return traced.compiled("tvm-cpu", tmp_path_factory.mktemp("tvm") / "llama")
 
 
 @pytest.fixture
@@ -68,10 +65,9 @@ def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> 
 
 
 def test_rounded_weights_are_proven_and_their_quality_measured(
-    source: Path, tmp_path: Path
+    traced: Traced, tmp_path: Path
 ) -> None:
-    scheme = "w4{block=16,head=6}"
-    artifact = llmopt.compile(source, target="tvm-cpu", output=tmp_path / "out", quantize=scheme)
+    artifact = traced.compiled("tvm-cpu", tmp_path / "out", quantize="w4{block=16,head=6}")
 
     assert artifact.manifest.verification["worst_error_rel"] <= 1e-4
     assert 0 < artifact.manifest.quality["kl_mean"] < 1
@@ -83,9 +79,9 @@ def test_rounded_weights_are_proven_and_their_quality_measured(
 
 
 def test_weights_in_bfloat16_are_half_the_bytes_and_proven(
-    source: Path, llama: llmopt.Artifact, tmp_path: Path
+    traced: Traced, llama: llmopt.Artifact, tmp_path: Path
 ) -> None:
-    artifact = llmopt.compile(source, target="tvm-cpu", output=tmp_path / "out", quantize="bf16")
+    artifact = traced.compiled("tvm-cpu", tmp_path / "out", quantize="bf16")
 
     assert artifact.manifest.precision == {"weights": "bf16"}
     assert artifact.manifest.verification["worst_error_rel"] <= 1e-5  # rounded alike
@@ -164,9 +160,9 @@ def test_weights_are_mapped_where_wide_vectors_like_them(llama: llmopt.Artifact)
 
 @pytest.mark.slow
 def test_the_same_source_gives_the_same_bytes(
-    llama: llmopt.Artifact, source: Path, tmp_path: Path
+    llama: llmopt.Artifact, traced: Traced, tmp_path: Path
 ) -> None:
-    again = llmopt.compile(source, target="tvm-cpu", output=tmp_path / "again", verify="off")
+    again = llmopt.compile(traced.source, target="tvm-cpu", output=tmp_path / "again", verify="off")
 
     for name in ("model.so", engine.WEIGHTS, engine.INDEX):
         files = [(folder / name).read_bytes() for folder in (llama.path, again.path)]

@@ -192,6 +192,20 @@ def test_places_that_may_not_be_written_to_are_storage_errors(tmp_path: Path) ->
         pass
 
 
+@pytest.mark.parametrize("place", ["/proc/out", "/proc/none/out"])
+def test_a_place_that_takes_no_files_is_found_out_before_any_work(place: str) -> None:
+    with pytest.raises(StorageError, match="its folder takes no files"):
+        check_destination(Path(place))
+    for staged in (staged_file, staged_folder):
+        with pytest.raises(StorageError, match="its folder takes"), staged(Path(place)):
+            pytest.fail("the block ran")
+
+
+def test_looking_at_a_place_leaves_nothing_there(tmp_path: Path) -> None:
+    check_destination(tmp_path / "deep/er/out")
+    assert names(tmp_path) == []
+
+
 def test_errors_about_other_files_pass_through(tmp_path: Path) -> None:
     other = PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model.gguf")
     with pytest.raises(PermissionError), staged_folder(tmp_path / "out"):

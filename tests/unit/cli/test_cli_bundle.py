@@ -121,16 +121,41 @@ def test_certificates_work_as_keys_do(llmopt: Any, bundle: Path, alice: Signer) 
         ["bundle", "selftest"],
         ["run", "--prompt", "ab"],
         ["evaluate", "--reference", "x"],
+        ["bench"],
+        ["check", "--baseline", "tiny.llmopt"],
     ],
 )
 def test_a_signature_that_is_missing_stops_every_command(
-    llmopt: Any, bundle: Path, alice: Signer, command: list[str]
+    llmopt: Any, bundle: Path, alice: Signer, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(bundle.parent)
     result = llmopt(*command, bundle, "--key", alice.public)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert "not signed" in result.stderr
     assert not Path("out").exists()
+
+
+def test_what_is_measured_is_what_was_signed(llmopt: Any, bundle: Path, alice: Signer) -> None:
+    assert llmopt("bundle", "sign", bundle, "--private-key", alice.private).exit_code == 0
+    other = bundle.with_name("other.llmopt")
+    shutil.copyfile(bundle, other)
+    key, quick = ["--key", alice.public], ["--workload", "prefill=2,decode=2"]
+
+    found = llmopt("bench", bundle, *key, *quick, "--repetitions", 1, "--json")
+    assert found.exit_code == 0, found.stderr
+    assert json.loads(found.stdout)["artifacts"][0]["path"] == str(bundle)
+    counted = ["check", bundle, *key, "--proxies", "only"]
+    same = llmopt(*counted, "--baseline", bundle)
+    assert same.exit_code == 0, same.stderr
+
+    for line in (["bench", bundle, other], [*counted, "--baseline", other]):
+        refused = llmopt(*line, *key, *quick)
+        assert refused.exit_code == 1, refused.stderr
+        assert "other.llmopt: not signed" in refused.stderr
+    one = llmopt("bench", bundle, other, *key, "--signature", f"{bundle}.sig")
+    assert one.exit_code == 2
+    assert "that of one bundle" in one.stderr
 
 
 def test_unpack_takes_what_suits_or_is_named_or_all(
@@ -187,10 +212,23 @@ def test_a_damaged_bundle_is_an_error_of_one_line(llmopt: Any, bundle: Path) -> 
         assert "damaged" in result.stderr
 
 
-def test_selftest_of_a_bundle_without_an_example_says_so(llmopt: Any, bundle: Path) -> None:
-    result = llmopt("bundle", "selftest", bundle)
-    assert result.exit_code == 1
-    assert "carries no example" in result.stderr
+def test_a_selftest_that_cannot_be_carried_out_says_so_in_every_form(
+    llmopt: Any, bundle: Path, alice: Signer
+) -> None:
+    for line, code, words in (
+        ([bundle], 1, "carries no example"),
+        ([bundle, "--key", alice.public], 1, "not signed"),
+        ([bundle, "--key", bundle.with_name("none")], 2, "no such file"),
+        ([bundle.with_name("none.llmopt")], 2, "not found"),
+    ):
+        result = llmopt("bundle", "selftest", *line)
+        assert (result.exit_code, result.stdout) == (code, "")
+        assert words in result.stderr
+        asked = llmopt("bundle", "selftest", *line, "--json")
+        said = json.loads(asked.stdout)
+        assert (asked.exit_code, asked.stderr) == (code, result.stderr)
+        assert (said["passed"], said["artifact"]) == (False, str(line[0]))
+        assert words in said["error"]
 
 
 def test_the_recipe_makes_the_same_bundle_again(

@@ -251,9 +251,12 @@ def test_a_process_that_ends_is_an_error_in_every_form(
     monkeypatch.setattr(Rounds, "measure", measure)
     report = tmp_path / "check.xml"
     result = llmopt(
-        "check", made / "shared", "--baseline", made / "shared", *QUICK, "--junit", report
+        "check", made / "shared", "--baseline", made / "shared", *QUICK, "--junit", report, "--json"
     )
     assert result.exit_code == 1
+    said = json.loads(result.stdout)
+    assert (said["schema"], said["verdict"], said["exit_code"]) == (1, "error", 1)
+    assert "no memory" in said["error"]
     assert "no memory" in result.stderr
     error = ET.parse(report).getroot().find(".//error")  # noqa: S314 - ours
     assert error is not None

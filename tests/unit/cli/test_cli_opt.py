@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,60 @@ def test_large_weights_go_into_a_file_beside_it(
     assert weight.numpy().sum() == 256
 
 
+def test_text_goes_in_and_out_with_its_weights(
+    llmopt: Any, written_out: Path, tmp_path: Path
+) -> None:
+    text, back = tmp_path / "silu.ir", tmp_path / "back.onnx"
+
+    assert llmopt("opt", written_out, "--passes", "fuse-activations", "-o", text).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["silu.ir", "silu.ir.data"]
+    assert "Swish" in text.read_text()
+    result = llmopt("opt", text, "--passes", "remove-dead", "--timing", "-o", back)
+
+    assert result.exit_code == 0, result.stderr
+    assert re.fullmatch(r"remove-dead: 0 applied, 0 missed, \d+\.\d ms\n", result.stderr)
+    model = onnx.load(back)
+    assert [node.op_type for node in model.graph.node] == ["MatMul", "Swish"]
+    assert onnx.numpy_helper.to_array(model.graph.initializer[0]).sum() == 256
+
+
+def test_a_program_with_a_cache_is_read_as_it_is(llmopt: Any, tmp_path: Path) -> None:
+    graph = (
+        "main (float[B,S,8] x, float[B,1,P,8] past_key_values.0.key) =>"
+        " (float[B,1,T,8] present.0.key) <int64[4] sizes = {0,-1,1,8}>"
+        '{ rows = Reshape (x, sizes)\n "layers.0" = Transpose <perm = [0,2,1,3]> (rows)\n'
+        ' "present.0.key" = Concat <axis = 2> ("past_key_values.0.key", "layers.0") }'
+    )
+    for name in ("past_key_values.0.key", "present.0.key"):
+        graph = graph.replace(f" {name}", f' "{name}"')
+    (tmp_path / "cache.ir").write_text(graph, encoding="utf-8")
+    line = ["--passes", "canonicalize", "-o", tmp_path / "cache.onnx"]
+
+    assert llmopt("opt", tmp_path / "cache.ir", *line).exit_code == 0
+    result = llmopt("opt", tmp_path / "cache.onnx", "--passes", "cancel-transposes")
+
+    assert result.exit_code == 0, result.stderr
+    assert '"present.0.key" = Concat' in result.stdout
+
+
+def test_numbers_that_a_text_leaves_out_are_missed_by_who_reads_them(
+    llmopt: Any, written_out: Path, tmp_path: Path
+) -> None:
+    shown = llmopt("opt", written_out, "--passes", "canonicalize").stdout
+    (tmp_path / "shown.ir").write_text(shown, encoding="utf-8")
+
+    again = llmopt("opt", tmp_path / "shown.ir", "--passes", "fuse-activations")
+    refused = llmopt(
+        "opt", tmp_path / "shown.ir", "--passes", "remove-dead", "-o", tmp_path / "out.onnx"
+    )
+
+    assert "Swish" in again.stdout
+    assert refused.exit_code == 1
+    assert len(refused.stderr.splitlines()) == 2
+    assert "the numbers of 'w' are left out of this text" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["shown.ir"]
+
+
 @pytest.mark.parametrize(("after", "count"), [("all", 2), ("fuse-activations", 1)])
 def test_text_after_passes(after: str, count: int, llmopt: Any, written_out: Path) -> None:
     line = ["opt", written_out, "--passes", "canonicalize,fuse-activations", "--print-after", after]
@@ -110,16 +165,34 @@ def test_misses_are_told_with_reasons(llmopt: Any, written_out: Path, tmp_path: 
         ("nothing.onnx --passes canonicalize", 2, "not found"),
         ("{} --passes bogus", 2, "unknown pass 'bogus'"),
         ("{} --passes canonicalize --print-after fuse-norms", 2, "pass in this pipeline"),
-        ("{}.txt --passes canonicalize", 1, "not an .onnx file"),
+        ("{}.txt --passes canonicalize", 1, "neither an .onnx file nor text"),
         ("{}", 2, "Missing option '--passes'"),
+        ("open.ir --passes canonicalize", 1, "line: 2 column: "),
+        ("odd.ir --passes canonicalize", 1, "No Op registered for Odd"),
+        ("old.ir --passes canonicalize", 1, "not in the dialect: opset 20"),
+        ("none.ir --passes canonicalize", 2, "not found"),
     ],
 )
 def test_a_wrong_request_is_refused(
-    line: str, code: int, says: str, llmopt: Any, written_out: Path
+    line: str, code: int, says: str, llmopt: Any, wrong: Path
 ) -> None:
-    written_out.with_name("silu.onnx.txt").touch()
-
-    result = llmopt("opt", *line.format(written_out).split())
+    result = llmopt("opt", *line.format(wrong).split())
 
     assert result.exit_code == code
     assert says in result.stderr
+
+
+@pytest.fixture
+def wrong(written_out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file, with texts beside it that are no Programs."""
+    monkeypatch.chdir(written_out.parent)
+    ports = "main (float[B] x) => (float[B] y)"
+    head = '<ir_version: 9, opset_import: ["" : 20]>'
+    for name, text in {
+        "silu.onnx.txt": "",
+        "open.ir": f"{ports} {{\n y = Relu(x)",
+        "odd.ir": f"{ports} {{ y = Odd(x) }}",
+        "old.ir": f"{head} {ports} {{ y = Relu(x) }}",
+    }.items():
+        Path(name).write_text(text, encoding="utf-8")
+    return written_out

@@ -105,7 +105,6 @@ def one_line(result: Result) -> str:
         "bench x --html out.html",
         "check x",
         "bundle create x",
-        "diff a b",
         "bisect x",
         "algorithms",
     ],

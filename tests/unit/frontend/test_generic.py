@@ -160,10 +160,10 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 def test_an_encoder_and_a_decoder_are_not_one_component(tmp_path: Path) -> None:
-    config = transformers.T5Config(
+    config = transformers.LongT5Config(
         vocab_size=19, d_model=24, d_kv=8, d_ff=20, num_layers=1, num_heads=3
     )
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    transformers.LongT5ForConditionalGeneration(config).save_pretrained(tmp_path)
 
     with pytest.raises(UnsupportedModelError, match="an encoder and a decoder"):
         open_source(tmp_path, SourceOptions())

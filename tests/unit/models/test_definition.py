@@ -10,8 +10,9 @@ import torch
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.models import DecoderConfig, Definition, EncoderConfig, Recipe, define
+from llmopt.models.buckets import distance_buckets
 from llmopt.models.definition import FAMILIES, build
-from llmopt.models.encoder import Encoder, distance_buckets
+from llmopt.models.encoder import Encoder
 
 LLAMA: Mapping[str, Any] = {
     "model_type": "llama",
@@ -66,6 +67,11 @@ BERT_NAMES = frozenset(
 
 def llama(names: frozenset[str] = NAMES, **changes: Any) -> Definition:
     return define({**LLAMA, **changes}, names)
+
+
+def decoder(definition: Definition) -> DecoderConfig:
+    assert isinstance(definition.config, DecoderConfig)
+    return definition.config
 
 
 def test_every_parameter_has_a_recipe_and_every_tensor_is_used() -> None:
@@ -145,12 +151,13 @@ def test_parameters_are_on_meta_and_buffers_are_not() -> None:
 def test_equal_layers_are_one_kind() -> None:
     windows = {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 3}
     extra = frozenset(f"model.layers.{i}.self_attn.{n}_norm.weight" for i in range(4) for n in "qk")
-    layers = llama(NAMES | extra, architectures=None, **windows).config.layers
+    layers = decoder(llama(NAMES | extra, architectures=None, **windows)).layers
     assert layers[0] == layers[1] == layers[2] != layers[3]
 
 
 def test_rotary_is_left_out_of_every_so_many_layers() -> None:
-    layers = llama(model_type="smollm3", architectures=None, no_rope_layer_interval=2).config.layers
+    found = llama(model_type="smollm3", architectures=None, no_rope_layer_interval=2)
+    layers = decoder(found).layers
     assert [getattr(layer, "rope", None) is not None for layer in layers] == [1, 0, 1, 0]
 
 
@@ -209,7 +216,7 @@ def test_positions_counted_past_the_padding_token_shorten_the_longest_text() -> 
 
 
 def test_distance_buckets_are_symmetric_halves_that_widen() -> None:
-    table = distance_buckets()
+    table = distance_buckets(32, 128, ahead=True)
     assert table.shape == (257,)
     behind, ahead = table[:128].flip(0), table[129:]
     assert torch.equal(behind + 16, ahead)
@@ -226,7 +233,7 @@ _GEMMA3 = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"
     [
         pytest.param(
             {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
-            ["'mamba' (MambaForCausalLM)", "known: bert, ", "install transformers", "file.py:"],
+            ["'mamba' (MambaForCausalLM)", "known: bart, ", "install transformers", "file.py:"],
             id="architecture",
         ),
         pytest.param({"model_type": None}, ["lacks 'model_type'"], id="no model type"),

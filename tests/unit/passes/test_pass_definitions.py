@@ -20,6 +20,8 @@ from llmopt.ir.program import Program
 from llmopt.passes import DEFAULT, PASSES
 from llmopt.passes.pipeline import Pipeline, Ran
 
+pytestmark = pytest.mark.xdist_group("definitions")  # of which each is traced once
+
 TOLERANCE: Final = 2e-5  # float32, max|a-b| / max|b| over unpadded positions
 VOCABULARY: Final = 31
 _SIZES: Final[Mapping[str, Any]] = {

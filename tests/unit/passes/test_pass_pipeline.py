@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -11,12 +10,12 @@ import pytest
 from programs import operators, program
 from typing_extensions import override
 
-from llmopt.errors import LlmoptError, PassError, UnknownNameError, UsageError
+from llmopt.errors import PassError, UnknownNameError, UsageError
 from llmopt.ir.program import Program
 from llmopt.passes import DEFAULT, PASSES, known_passes
 from llmopt.passes.base import Miss, Outcome, Pass
-from llmopt.passes.pipeline import Pipeline, Ran, load_plugin, spell
-from llmopt.passes.remove_dead import RemoveDead
+from llmopt.passes.options import spell
+from llmopt.passes.pipeline import Pipeline, Ran
 
 TEXT = "main (float[B,4] x) => (float[B,4] y) { a = Identity (x)\n b = Abs (a)\n y = Relu (a) }"
 
@@ -85,7 +84,9 @@ def test_options_have_the_types_of_their_fields() -> None:
         ("default,-fuse-norm", UnknownNameError, "fuse-norm"),
         ("tunable{counts=4}", UnknownNameError, "count"),
         ("tunable{count=many}", UsageError, "expected int"),
-        ("tunable{loud=maybe}", UsageError, "expected bool"),
+        ("tunable{loud=maybe}", UsageError, "expected true or false"),
+        ("tunable{count}", UsageError, "has no value"),
+        ("tunable{count=1,count=2}", UsageError, "given twice"),
         ("tunable{count=4", UsageError, "is not a pass"),
         ("fuse norms", UsageError, "is not a pass"),
         ("remove-dead{all=1}", UnknownNameError, "all"),
@@ -172,54 +173,3 @@ def test_an_outcome_counts_and_names() -> None:
 
     assert outcome == Outcome(2, outcome.missed)
     assert outcome.missed == [Miss("Relu", "no name", "norm"), Miss("label", "a name")]
-
-
-PLUGIN = '''
-from dataclasses import dataclass
-from typing import ClassVar
-from llmopt.passes.base import Outcome, Pass
-
-@dataclass(frozen=True)
-class Mine(Pass):
-    """Mine."""
-    name: ClassVar[str] = "mine"
-    limit: int = 2
-    gently: bool = False
-
-    def run(self, program):
-        return Outcome()
-'''
-
-
-def test_a_plugin_file_adds_its_passes_with_options_of_plain_types(tmp_path: Path) -> None:
-    path = tmp_path / "my_pass.py"
-    path.write_text(PLUGIN)
-
-    found = load_plugin(str(path))
-
-    pipeline = Pipeline.parse("default,mine{limit=9,gently=true}", known={**KNOWN, **found})
-    assert str(pipeline).endswith("remove-dead,mine{limit=9,gently=true}")
-
-
-def test_a_plugin_module_is_imported_by_name() -> None:
-    assert load_plugin("llmopt.passes.remove_dead")["remove-dead"] is RemoveDead
-
-
-@pytest.mark.parametrize(
-    ("content", "error"),
-    [
-        (None, UsageError),
-        ("import no_such_module_at_all", UsageError),
-        ("def (", UsageError),
-        ("x = 1", LlmoptError),
-    ],
-)
-def test_a_plugin_that_gives_no_pass_is_refused(
-    tmp_path: Path, content: str | None, error: type[Exception]
-) -> None:
-    path = tmp_path / "bad.py"
-    if content is not None:
-        path.write_text(content)
-
-    with pytest.raises(error, match="--plugin"):
-        load_plugin(str(path))

@@ -276,14 +276,15 @@ def test_a_slow_device_is_measured_on_fewer_tokens(
 ) -> None:
     asked = []
 
-    def timed(_runner: Any, prompt: int, steps: int) -> tuple[float, float]:
+    def timed(_runner: Any, _read: Any, prompt: int, steps: int) -> tuple[float, float]:
         asked.append((prompt, steps))
         return prompt * 1.0, steps * 1.0
 
     monkeypatch.setattr(module, "_timed", timed)
     monkeypatch.setattr(module, "_REPEATS", 1)
 
-    speed = module._decoding(load(decoder, threads=1))
+    golden = Golden.read(decoder) or Golden({}, {}, {})
+    speed = module._decoding(load(decoder, threads=1), golden)
 
     assert asked == [(1, 1), (1, 1)]
     assert speed == {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 1.0}

@@ -1,0 +1,28 @@
+"""Whether a decoder keeps its keys and values the way a backend's own caches need it."""
+
+from __future__ import annotations
+
+from llmopt.ir import graph as g
+from llmopt.ir.program import Program, Role
+from llmopt.passes.raise_attention import PADDING_MASK
+
+
+def not_in_place(program: Program) -> str | None:
+    """Return why caches cannot be written in place, None if they can: Attention keeps them all.
+
+    A backend that owns the buffers of a cache knows Attention alone, masked by what its
+    attributes say and by padding, and rows that are counted before it runs.
+    """
+    presents = (Role.PRESENT_KEY, Role.PRESENT_VALUE)
+    names = {port.name for port in program.signature.outputs if port.role in presents}
+    for value in (value for value in program.graph.outputs if value.name in names):
+        node = value.producer()
+        if node is None or not g.is_op(node, "Attention"):
+            return f"{value.name!r} is written by no Attention"
+        mask = g.producer(g.optional(node, 3))
+        if mask is not None and mask.name != PADDING_MASK:
+            return f"{node.name!r} has a mask of its own"
+    for node in g.nodes(program.graph, "Slice"):
+        if g.ints(node.inputs[1]) is None and node.name != "logits_to_keep/Slice":
+            return f"{node.name!r} cuts rows that are counted while it runs"
+    return None

@@ -1,0 +1,83 @@
+"""A source seen as passes changed its edge: other names, and padding where it knows of none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.frontend.reference import Arrays, Reference, Transform
+
+
+class RenamedReference:
+    """A source whose inputs and outputs the Program calls by other names.
+
+    Args:
+        reference: The source.
+        names: What the Program calls each: what the source calls it.
+    """
+
+    def __init__(self, reference: Reference, names: Mapping[str, str]) -> None:
+        self._reference = reference
+        self._inner = dict(names)
+        self._outer = {old: new for new, old in names.items()}
+
+    def run(
+        self, batches: Sequence[Arrays], transform: Transform | None = None
+    ) -> Iterator[Arrays]:
+        """Yield the outputs of each batch, by the Program's names."""
+        given = [_renamed(batch, self._inner) for batch in batches]
+        for found in self._reference.run(given, transform):
+            yield _renamed(found, self._outer)
+
+
+def _renamed(arrays: Arrays, names: Mapping[str, str]) -> Arrays:
+    return {names.get(name, name): array for name, array in arrays.items()}
+
+
+class PaddedReference:
+    """A source that takes tokens alone, and a Program that was given a mask.
+
+    A row with padding is run without it, alone. What comes out for padding is 0.
+
+    Args:
+        reference: The source.
+        tokens: What its input is called.
+        mask: What the Program calls its mask.
+    """
+
+    def __init__(self, reference: Reference, tokens: str, mask: str) -> None:
+        self._reference = reference
+        self._tokens = tokens
+        self._mask = mask
+
+    def run(
+        self, batches: Sequence[Arrays], transform: Transform | None = None
+    ) -> Iterator[Arrays]:
+        """Yield the outputs of each batch, [B, S, ...]."""
+        parts = [self._parts(batch) for batch in batches]
+        found = self._reference.run([part for each in parts for part in each], transform)
+        for batch, each in zip(batches, parts, strict=True):
+            results = [next(found) for _ in each]
+            real = batch[self._mask] == 1
+            yield results[0] if real.all() else _together(results, real)
+
+    def _parts(self, batch: Arrays) -> list[Arrays]:
+        """Return the batch, or each of its rows without padding if a row has any."""
+        tokens, real = batch[self._tokens], batch[self._mask] == 1
+        if real.all():
+            return [{self._tokens: tokens}]
+        return [{self._tokens: row[here][None]} for row, here in zip(tokens, real, strict=True)]
+
+
+def _together(rows: Sequence[Arrays], real: npt.NDArray[np.bool_]) -> Arrays:
+    """Return outputs [B, S, ...] of rows that were run alone."""
+    outputs: dict[str, npt.NDArray[Any]] = {}
+    for name, first in rows[0].items():
+        whole = np.zeros((*real.shape, *first.shape[2:]), first.dtype)
+        for place, row in enumerate(rows):
+            whole[place, real[place]] = row[name][0]
+        outputs[name] = whole
+    return outputs

@@ -1,0 +1,275 @@
+"""Passes of others: from files and modules, as classes, and from installed packages.
+
+What is wrong with one is told in a line that says where: it is never our bug. A pass that the
+user asked for is an error then; an installed package that nobody asked for is a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from llmopt.errors import LlmoptError, PassError, PassFailedError, PluginError
+from llmopt.ir.program import Program
+from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.options import options_of
+
+Plugin = str | type[Pass]
+logger = logging.getLogger("llmopt")
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\Z")
+_PACKAGE: Final = "llmopt"
+_IMPORTING: Final = ("<frozen importlib", os.sep + "importlib" + os.sep, __file__)
+
+
+def passes_with(plugins: Iterable[Plugin]) -> dict[str, type[Pass]]:
+    """Return every known pass by name: ours, those installed, and those of ``plugins``.
+
+    Args:
+        plugins: Python files, names of modules, or classes.
+
+    Raises:
+        PluginError: One cannot be used, or a name is taken.
+    """
+    from llmopt.passes import PASSES, known_passes
+
+    known = known_passes()
+    for plugin in plugins:
+        for name, cls in load_plugin(plugin).items():
+            other = known.get(name, cls)
+            if other is not cls:
+                whose = "llmopt's own" if name in PASSES else f"that of {place_of(other)}"
+                raise PluginError(
+                    place_of(cls), f"its pass {name!r} has the name of {whose}", "rename it"
+                )
+            known[name] = cls
+    return known
+
+
+def load_plugin(plugin: Plugin) -> dict[str, type[Pass]]:
+    """Return the passes that a Python file or module defines, or a class by its name.
+
+    Raises:
+        PluginError: It cannot be imported, defines no pass, or one that cannot be used.
+    """
+    if not isinstance(plugin, str | os.PathLike):
+        cls = checked(plugin)
+        return {cls.name: cls}
+    module = _imported(os.fspath(plugin))
+    top = module.__name__.partition(".")[0]
+    classes = [
+        value
+        for value in dict.fromkeys(v for v in vars(module).values() if isinstance(v, type))
+        if issubclass(value, Pass) and value.__module__.partition(".")[0] in {top, _others(value)}
+    ]
+    named = [cls for cls in classes if hasattr(cls, "name") and not _is_base(cls, classes)]
+    if not named:
+        at = "".join(f"; {cls.__name__} ({place_of(cls)}) has no name" for cls in classes[:1])
+        problem = f"it defines no subclass of llmopt.Pass with a name{at}"
+        raise PluginError(os.fspath(plugin), problem, "docs/custom-passes.md shows one")
+    found: dict[str, type[Pass]] = {}
+    for cls in named:
+        if found.setdefault(checked(cls).name, cls) is not cls:
+            where = place_of(found[cls.name])
+            raise PluginError(
+                place_of(cls), f"its pass {cls.name!r} has the name of that of {where}", "rename it"
+            )
+    return found
+
+
+def checked(cls: Any) -> type[Pass]:
+    """Return a pass that pipelines can name and make.
+
+    Raises:
+        PluginError: It has no name that text can spell, no ``run``, or an option of another type.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise PluginError(
+            repr(cls), "it is no subclass of llmopt.Pass", "derive it from llmopt.Pass"
+        )
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not _NAME.match(name) or name == "default":
+        problem = f"{cls.__name__} has the name {name!r}"
+        raise PluginError(place_of(cls), problem, "name it in letters, digits and hyphens")
+    if inspect.isabstract(cls):
+        problem = f"{cls.__name__} has no method run(self, program)"
+        raise PluginError(place_of(cls), problem, "define it, and return an llmopt.Outcome")
+    options_of(cls)
+    return cls
+
+
+def installed(group: str, ours: Mapping[str, str], base: type[Any]) -> dict[str, type[Any]]:
+    """Return what other packages offer in a group of entry points; what is broken is told.
+
+    Args:
+        group: ``"llmopt.passes"`` or ``"llmopt.backends"``.
+        ours: Our own, whose names are taken.
+        base: What each has to be a subclass of.
+    """
+    from importlib.metadata import entry_points
+
+    found: dict[str, type[Any]] = {}
+    for entry in entry_points(group=group):
+        package = entry.dist.name if entry.dist is not None else entry.value
+        try:
+            cls = entry.load()
+            problem = _unusable(cls, entry.name, base, {*ours, *found})
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a stranger's module does
+            problem = f"cannot be imported: {one_line(error)} ({raised_at(error)})"
+        if problem:
+            told = "package %s: its %r of %s is left out, it %s; update or uninstall the package"
+            logger.warning(told, package, entry.name, group, problem)
+        else:
+            found[entry.name] = cls
+    return found
+
+
+def _unusable(cls: Any, name: str, base: type[Any], taken: set[str]) -> str:
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        return f"is no subclass of llmopt's {base.__name__}"
+    if getattr(cls, "name", None) != name:
+        return f"calls itself {getattr(cls, 'name', None)!r}"
+    if name in taken:
+        return "has a name that is taken"
+    if issubclass(cls, Pass):
+        try:
+            checked(cls)
+        except PluginError as error:
+            return f"cannot be used: {error.problem} ({error.where})"
+    return ""
+
+
+def run_guarded(item: Pass, program: Program) -> Outcome:
+    """Run a pass; what goes wrong in one that is not ours is told as its own.
+
+    Raises:
+        PassFailedError: It raised an exception, or returned no Outcome.
+    """
+    if is_ours(type(item)):
+        return item.run(program)
+    try:
+        outcome: Any = item.run(program)
+    except LlmoptError:
+        raise
+    except Exception as error:
+        where = raised_at(error, source_of(type(item)))
+        raise PassFailedError(item.name, one_line(error), where) from error
+    if not isinstance(outcome, Outcome):
+        problem = f"run returned {type(outcome).__name__}, not llmopt.Outcome"
+        raise PassFailedError(item.name, problem, place_of(type(item)))
+    return outcome
+
+
+def invalid(item: Pass, problem: str) -> PassError:
+    """Return the error of a pass that left the Program invalid, saying where it is not ours."""
+    cls = type(item)
+    return PassError(item.name, problem, "" if is_ours(cls) else place_of(cls))
+
+
+def is_ours(cls: type[Any]) -> bool:
+    """Whether a class is part of llmopt."""
+    return cls.__module__.partition(".")[0] == _PACKAGE
+
+
+def place_of(cls: type[Any]) -> str:
+    """Return the file and line where a class is defined, or its module where there is no file."""
+    try:
+        return f"{_shown(source_of(cls))}:{inspect.findsource(cls)[1] + 1}"
+    except (OSError, TypeError, KeyError):  # KeyError: where TVM has put its own getfile
+        return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def source_of(cls: type[Any]) -> str:
+    """Return the file that a class is defined in; empty where there is none."""
+    return str(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
+
+
+def raised_at(error: BaseException, preferred: str = "") -> str:
+    """Return file and line where an exception came from: the last in a file, or the last at all."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_shown(error.filename)}:{error.lineno}"
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if not any(part in f.filename for part in _IMPORTING)]
+    inside = [frame for frame in frames if frame.filename == preferred]
+    last = [*frames[-1:], *inside[-1:]][-1:]
+    return f"{_shown(last[0].filename)}:{last[0].lineno}" if last else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says, with its class, in one line.
+
+    >>> one_line(ZeroDivisionError("division by zero"))
+    'ZeroDivisionError: division by zero'
+    """
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}".rstrip(": ")
+
+
+def _imported(plugin: str) -> ModuleType:
+    hint = "correct it there"
+    try:
+        if plugin.endswith(".py"):
+            return _from_file(plugin)
+        return importlib.import_module(plugin)
+    except PluginError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and plugin.partition(".")[0] == error.name.partition(".")[0]:
+            hint = "give a .py file, or a module that Python finds"
+        else:
+            hint = "install it into the environment of llmopt"
+        where = raised_at(error, str(Path(plugin).resolve())) or plugin
+        raise PluginError(where, one_line(error), hint) from error
+    except (Exception, SystemExit) as error:
+        where = raised_at(error, str(Path(plugin).resolve())) or plugin
+        raise PluginError(where, f"cannot be imported: {one_line(error)}", hint) from error
+
+
+def _from_file(plugin: str) -> ModuleType:
+    """Return the module of a file, under a name that no other file has."""
+    path = Path(plugin).resolve()
+    if not path.is_file():
+        raise PluginError(plugin, "no such file", "give a .py file, or a module that Python finds")
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"plugin_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _others(cls: type[Any]) -> str:
+    """Return the package of a class that is not ours: what it re-exports is meant."""
+    package = cls.__module__.partition(".")[0]
+    return package if package != _PACKAGE else ""
+
+
+def _is_base(cls: type[Any], classes: Iterable[type[Any]]) -> bool:
+    """Whether a class only is what others derive from."""
+    derived = any(issubclass(other, cls) and other is not cls for other in classes)
+    return inspect.isabstract(cls) and derived
+
+
+def _shown(path: str) -> str:
+    """Return a path from the working folder where it lies below it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
