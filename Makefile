@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
 ARM64 := build/arm64/machine.json
 HEADERS := build/onnxruntime
 
-.PHONY: help demo check test test-slow edge-test golden replay fuzz docs bench pins clean
+.PHONY: help demo check test test-slow edge-test golden replay fuzz docs bench matrix pins clean
 
 help:  ## Say what there is
 	@echo "make TARGET, where TARGET is one of:"
@@ -73,6 +73,11 @@ else
 	$(BIN)/python bench/ceilings.py
 	$(BIN)/python bench/vs_genai.py smollm2:w4 smollm2:fp32 llama-1.2b:w4 llama-1.2b:fp32
 endif
+
+matrix: $(STAMP)  ## Compile a tiny model of every family, measure each, write docs/matrix.md
+	$(BIN)/python bench/matrix.py $(FAMILIES) || touch build/matrix/failed
+	$(BIN)/cog -r -P -I docs docs/matrix.md
+	@! rm build/matrix/failed 2>/dev/null
 
 pins: $(STAMP)  ## Write constraints.txt from the environment
 	@{ sed -n '/^#/p' constraints.txt; \

@@ -28,6 +28,7 @@ from llmopt.quantization.schemes import SCHEMES
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results.json"
 CONFORMANCE = ROOT / "bench" / "conformance.json"
+MATRIX = ROOT / "bench" / "matrix.json"
 _LABELS = "Rewrites|Needs|Numerics|Scope|Leaves|Source|Args|Raises|Returns"
 _LABEL = re.compile(rf"(?:^|(?<=[.)] ))({_LABELS}): ?", re.MULTILINE)
 
@@ -247,6 +248,62 @@ def conformance() -> None:
         for model in dict.fromkeys(row["model"] for row in of):
             cells = {r["scheme"]: _held(r) for r in of if r["model"] == model}
             print(f"| {model} | {' | '.join(cells.get(scheme, '') for scheme in schemes_)} |")
+
+
+def matrix() -> None:
+    """Print what became of each family: one row each, and the reason of every miss."""
+    results = json.loads(MATRIX.read_text())
+    rows = results["rows"]
+    fused = [row["fused"]["attention"] for row in rows if "attention" in row.get("fused", {})]
+    expected, found = sum(e for e, _ in fused), sum(min(pair) for pair in fused)
+    traced = sum(row["traced"] for row in rows)
+    print(
+        f"\n{traced} of {len(rows)} families are traced; {found} of the {expected} attentions in "
+        f"them are fused ({found / expected:.0%}).\n"
+    )
+    if results["missing"]:
+        print(f"Not measured yet: {', '.join(results['missing'])}.\n")
+    print("| family | cache | attention | norm | rotary | reference | onnxruntime-cpu | s |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        errors = [_errors(row, target) for target in ("reference", "onnxruntime-cpu")]
+        counts = [_counted(row, kind) for kind in ("attention", "norm", "rotary")]
+        seconds = f"{row.get('seconds', {}).get('all', 0):.0f}"
+        cells = [row["family"], row.get("cache", "").split(":")[0], *counts, *errors, seconds]
+        print(f"| {' | '.join(cells)} |")
+    reasons = [(row["family"], reason) for row in rows for reason in _reasons(row)]
+    if reasons:
+        print("\n## What is missed, and why\n")
+    for family, reason in reasons:
+        print(f"- {family}: {reason}")
+
+
+def _counted(row: dict[str, Any], kind: str) -> str:
+    expected, found = row.get("fused", {}).get(kind, (0, 0))
+    return f"{found} of {expected}" if expected else ""
+
+
+def _errors(row: dict[str, Any], target: str) -> str:
+    """Return the worst error in float32 and with ``w8``."""
+    found = row.get("errors", {}).get(target, {})
+    return " / ".join(f"{e:.0e}" if isinstance(e, float) else "failed" for e in found.values())
+
+
+def _reasons(row: dict[str, Any]) -> list[str]:
+    """Return why something is not as it should be, each reason once."""
+    errors = [e for of in row.get("errors", {}).values() for e in of.values()]
+    found = [
+        row.get("reason", ""),
+        *(e for e in errors if isinstance(e, str)),
+        *row.get("misses", ()),
+    ]
+    if ":" in row.get("cache", ""):
+        found.append(row["cache"])
+    return [
+        " ".join(str(reason).split()).replace("|", "\\|")
+        for reason in dict.fromkeys(found)
+        if reason
+    ]
 
 
 def _held(row: dict[str, Any]) -> str:

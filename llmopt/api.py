@@ -37,6 +37,7 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     dynamic_shapes: Any = None,
     max_length: int | None = None,
     trust_pickle: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = lambda _: None,
 ) -> Artifact:
     """Return the artifact of ``source`` for ``target``, proven to compute the same thing.
@@ -63,6 +64,7 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
         dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
         max_length: The most tokens of one sequence; the model's own limit if not given.
         trust_pickle: Whether a file may execute code that it carries.
+        trust_remote_code: Whether Python code in a Hugging Face folder may be executed.
         progress: Told what is being done.
 
     Raises:
@@ -76,7 +78,9 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     options = CompileOptions(
         quantize, items, plugins, require, verify, max_kl, force, batch, defer_engine
     )
-    reading = SourceOptions(model, trust_pickle, task, example_inputs, dynamic_shapes, max_length)
+    reading = SourceOptions(
+        model, trust_pickle, task, example_inputs, dynamic_shapes, max_length, trust_remote_code
+    )
     place = None if output is None else Path(output)
     return compile_source(source, [target], place, options, reading, progress)[0]
 

@@ -134,6 +134,27 @@ class PickleRefusedError(UsageError):
         )
 
 
+class RemoteCodeRefusedError(UsageError):
+    """The model of a folder is Python code that lies in it, which would be executed.
+
+    Args:
+        path: The folder.
+        files: The files with the code.
+    """
+
+    def __init__(self, path: Path, files: Iterable[str]) -> None:
+        self.path = path
+        self.files = list(files)
+        super().__init__(str(path), self.files)
+
+    @override
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: refused, its model is code in the folder ({', '.join(self.files)}), "
+            "which would be executed; read it, then pass --trust-remote-code if you trust it"
+        )
+
+
 class PluginError(UsageError):
     """A file or module of passes, or one pass in it, cannot be used as it is.
 

@@ -118,6 +118,8 @@ def sample(program: Program, run: Run, read: Arrays, length: int) -> npt.NDArray
             "attention_mask": np.ones((rows, position + 1), np.int64),
             "position_ids": np.full((rows, 1), position, np.int64),
         }
+        if program.signature.find(Role.POSITIONS) is None:
+            del step["position_ids"]
         found = run({**step, **caches, **read})
         caches = dict(zip(caches, (found[name] for name in presents), strict=True))
         scores = found["logits"][:, -1].astype(np.float64)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
+
+import onnx_ir as ir
 
 from llmopt.errors import FusionError, UnknownNameError, UsageError
 from llmopt.ir import graph as g
@@ -49,10 +52,29 @@ def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, Fused]:
 def _count(program: Program, kind: str) -> int:
     if kind == "rotary":  # a layer's rotary is fused when both its Q and its K go through it
         return sum(
-            all(g.producer(node.inputs[index], "RotaryEmbedding") for index in (0, 1))
+            all(_rotated(g.operand(node, index)) for index in (0, 1))
             for node in g.nodes(program.graph, "Attention")
         )
     return len(g.nodes(program.graph, *KINDS[kind]))
+
+
+_MOVEMENT: Final = frozenset(
+    {"Cast", "Concat", "Expand", "Reshape", "ScatterND", "Slice", "Split", "Transpose", "Unsqueeze"}
+)
+
+
+def _rotated(value: ir.Value) -> bool:
+    """Whether ``value``, or a part that was put into it, went through a RotaryEmbedding."""
+    stack, seen = [value], {value}
+    while stack:
+        node = stack.pop().producer()
+        if g.is_op(node, "RotaryEmbedding"):
+            return True
+        if node is not None and g.is_op(node, *_MOVEMENT):
+            above = [v for v in node.inputs if v is not None and v not in seen]
+            seen.update(above)
+            stack.extend(above)
+    return False
 
 
 def required_kinds(requirements: Sequence[str]) -> list[str]:

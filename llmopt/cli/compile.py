@@ -115,6 +115,11 @@ SCHEMA = 1
     is_flag=True,
     help="Execute the code that a pickled file carries. Only for files you made yourself.",
 )
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Execute Python code that lies in a Hugging Face folder. Only where you have read it.",
+)
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click

@@ -85,11 +85,12 @@ def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     given = {name: array for name, array in batch.items() if name != "position_ids"}
-    length = ids.shape[1]
+    length, end = ids.shape[1], 0
 
     def going_on(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        nonlocal end
         found = run(step)
-        end = step["attention_mask"].shape[1]
+        end += step["input_ids"].shape[1]
         if end < length:  # the next step reads it there
             ids[:, end] = found["logits"][:, -1].argmax(axis=-1)
         return found

@@ -33,6 +33,7 @@ class SourceOptions:
         example_inputs: Arrays or tensors by name or in order, or the path of an .npz.
         dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
         max_length: The most tokens of one sequence; the model's own limit if not given.
+        trust_remote_code: Whether Python code in a Hugging Face folder may be executed.
     """
 
     model: str | None = None
@@ -41,6 +42,7 @@ class SourceOptions:
     example_inputs: Mapping[str, Any] | Sequence[Any] | str | Path | None = None
     dynamic_shapes: Any = None
     max_length: int | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,15 @@ def open_folder(path: Path, options: SourceOptions) -> Source:
     """Return the source of a Hugging Face folder or a GGUF file."""
     from llmopt.frontend.definition import read_parameters, trace_definition
     from llmopt.frontend.reference import StreamedReference
-    from llmopt.models import define
+    from llmopt.models import FAMILIES, define
 
-    checkpoint = open_checkpoint(_weights(path), trust_pickle=options.trust_pickle)
-    config = _config(path)
+    config = _config(_weights(path))
+    described = path.is_dir() and (path / "config.json").is_file()
+    if described and config.get("model_type") not in (None, *FAMILIES):
+        from llmopt.frontend.generic import open_generic
+
+        return open_generic(path, config, options)
+    checkpoint = open_checkpoint(path, trust_pickle=options.trust_pickle)
     definition = define(config, checkpoint.names(), equal=_equal(checkpoint))
     _check_shapes(path, definition, checkpoint)
     facts, notes = _facts(path, config, definition, options)

@@ -7,6 +7,7 @@ Each is a class of the evaluator's own kind: called with arrays, it returns a tu
 - *RMSNormalization*, *LayerNormalization*: ``stash_type`` says that means and squares are of
   float32, where the evaluator computes them in the type of its input: 1000 squared is infinite
   in float16.
+- *GatherElements*: the evaluator gathers from at most 64 rows, numpy's limit of choices.
 - *MatMul* of 16 bits is right, and a hundred times slower than numpy is with 32. Here it is the
   same sum, of float32, rounded once.
 """
@@ -108,7 +109,20 @@ class MatMul(op_matmul.MatMul):  # type: ignore[misc] # as above
         return (np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype),)
 
 
-CORRECTED: Final = (Attention, RMSNormalization, LayerNormalization, MatMul)
+class GatherElements(OpRun):  # type: ignore[misc] # as above
+    """Rows gathered from any number of them."""
+
+    op_domain = ""
+
+    @override
+    def _run(self, data: Array, indices: Array, *, axis: int) -> tuple[Array]:
+        """Return ``data[.., indices, ..]``, one number for each index; negative ones count back."""
+        others = tuple(slice(size) for size in indices.shape)
+        cut = tuple(slice(None) if n == axis % data.ndim else o for n, o in enumerate(others))
+        return (np.take_along_axis(data[cut], indices.astype(np.int64), axis),)
+
+
+CORRECTED: Final = (Attention, GatherElements, RMSNormalization, LayerNormalization, MatMul)
 
 
 def _last(x: Array, axis: int) -> tuple[int, ...]:

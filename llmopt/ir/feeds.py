@@ -80,6 +80,12 @@ def feeds(
     return arrays
 
 
+def taken(signature: Signature, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    """Return those of ``arrays`` that ``signature`` has an input for, by name."""
+    names = {port.name for port in signature.inputs}
+    return {name: array for name, array in arrays.items() if name in names}
+
+
 def resolve(dim: int | str, sizes: Mapping[str, int]) -> int:
     """Return a dimension's size; an unknown symbol counts as 2, an expression is computed.
 

@@ -75,6 +75,8 @@ class Probe:
         import onnx
         from onnx.reference import ReferenceEvaluator
 
+        from llmopt.ir.evaluator_ops import CORRECTED
+
         given = {str(v.name): feeds[str(v.name)] for v in self.inputs if v.is_graph_input()}
         given |= {str(v.name): _size(v, sizes) for v in self.shapes}
         tensors = [
@@ -98,7 +100,7 @@ class Probe:
             graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10
         )
         with np.errstate(all="ignore"):  # infinities are what masks are made of
-            results = ReferenceEvaluator(model).run(None, given)
+            results = ReferenceEvaluator(model, new_ops=list(CORRECTED)).run(None, given)
         return [np.asarray(result) for result in results]
 
 

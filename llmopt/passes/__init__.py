@@ -29,6 +29,7 @@ PASSES: Final[Mapping[str, str]] = {
     "quantize-weights": "llmopt.passes.quantize_weights:QuantizeWeights",
     "raise-attention": "llmopt.passes.raise_attention:RaiseAttention",
     "remove-dead": "llmopt.passes.remove_dead:RemoveDead",
+    "split-heads": "llmopt.passes.split_heads:SplitHeads",
 }
 
 DEFAULT: Final[tuple[str, ...]] = (
@@ -37,6 +38,7 @@ DEFAULT: Final[tuple[str, ...]] = (
     "fuse-norms",
     "fuse-activations",
     "expand-einsum",  # attention is then written with MatMul, whoever wrote it
+    "split-heads",  # products of [B * H, S, D] get the four axes that attention is known by
     "fuse-attention",  # written-out attention joins what torch already fused
     "add-kv-cache",  # attention is recognized, masks and tables are still what they were traced as
     "fuse-rotary",  # before attention loses its [B, H, S, D] operands

@@ -5,6 +5,7 @@ Rewrites::
     Softmax(scale * Q @ K^T  [softcap]  [+ mask, or Where(mask, ., -inf)]) @ V
     into    Attention(Q, K, V, mask)  on [batch, heads, tokens, width]
 
+Where Q, K and V are [batch * heads, tokens, width], each is one head of a sequence of its own.
 ``raise-attention`` then gives it the dialect's form, whichever way it was spelled.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
@@ -30,8 +32,9 @@ class Scores:
     """What a softmax is taken of: ``cap * tanh(scale * Q @ K^T / cap) + masks``.
 
     Args:
-        q: [B, H, S, D].
-        k: K transposed, [B, G, D, T]; or K itself, [B, G, T, D], if it is ``turned``.
+        q: [B, H, S, D], or [N, S, D].
+        k: K transposed, [B, G, D, T]; or K itself, [B, G, T, D], if it is ``turned``. Or of as
+            many axes as ``q``.
         turned: Whether the transpose was taken off K.
         scale: Factor of the products.
         softcap: Bound of the scores; 0 is none.
@@ -52,9 +55,9 @@ class FuseAttention(Pass):
     """Fuse written-out attention into one Attention operator.
 
     Numerics: the same formula; within 1e-5 relative in float32. A query that may attend to
-    nothing gives zeros, where the written-out form gives NaN or an average.
-    Scope: the graph. Leaves: scores that are not rank 4, weights that are read elsewhere, and
-    whatever else stands between the product and the softmax, by name.
+    nothing gives zeros or an average, where the written-out form gives NaN or an average.
+    Scope: the graph. Leaves: scores of other ranks than 3 and 4, weights that are read
+    elsewhere, and whatever else stands between the product and the softmax, by name.
     """
 
     name: ClassVar[str] = "fuse-attention"
@@ -63,6 +66,8 @@ class FuseAttention(Pass):
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         for softmax in g.nodes(program.graph, "Softmax"):
+            if (g.rank(softmax.inputs[0]) or 3) < 3:
+                continue  # one row of scores for each token: a router's choice, no attention
             scores = find_scores(g.operand(softmax, 0))
             product = _weighted_sum(softmax)
             if isinstance(scores, str):
@@ -92,12 +97,13 @@ def find_scores(value: ir.Value) -> Scores | str:
 
 def _product(node: ir.Node) -> Scores | str:
     q, kt = g.operand(node, 0), g.operand(node, 1)
-    if g.rank(q) != 4 or g.rank(kt) != 4:
+    if g.rank(q) not in (3, 4) or g.rank(kt) != g.rank(q):
         return f"its scores {node.name!r} are of rank {g.rank(q)}, not [batch, heads, S, T]"
     q, q_factor = _peel(q)
     k, outer = _peel(kt)
     transpose = g.producer(k, "Transpose")
-    turned = transpose is not None and [*g.attribute(transpose, "perm", ())] == [0, 1, 3, 2]
+    swapped = [0, 1, 3, 2] if g.rank(kt) == 4 else [0, 2, 1]
+    turned = transpose is not None and [*g.attribute(transpose, "perm", ())] == swapped
     if transpose is None or not turned:
         return Scores(q, k, turned=False, scale=q_factor * outer)
     k, inner = _peel(g.operand(transpose, 0))
@@ -107,15 +113,18 @@ def _product(node: ir.Node) -> Scores | str:
 def _obstacle(scores: Scores, v: ir.Value) -> str | None:
     """Return why Attention would compute something else, or None."""
     q, k, v_sizes = g.shape(scores.q), g.shape(scores.k), g.shape(v)
-    if q is None or k is None or v_sizes is None or len(v_sizes) != 4 or scores.q.dtype is None:
+    if q is None or k is None or v_sizes is None or scores.q.dtype is None:
+        return "the sizes of Q, K or V are not known"
+    if len(v_sizes) != len(q):
         return f"V is {v_sizes}, not [batch, heads, T, width]"
-    if _differ(q[0], k[0]) or _differ(k[0], v_sizes[0]) or _differ(k[1], v_sizes[1]):
+    several = len(q) == 4
+    if _differ(q[0], k[0]) or _differ(k[0], v_sizes[0]) or (several and _differ(k[1], v_sizes[1])):
         return f"its Q {q[:2]}, K {k[:2]} and V {v_sizes[:2]} differ in batch or heads"
     if scores.scale <= 0 or scores.softcap < 0:
         return f"its scale {scores.scale:g} or cap {scores.softcap:g} is not positive"
     for _, mask in scores.masks:
         sizes = g.shape(mask)
-        if sizes is None or not 2 <= len(sizes) <= 4 or sizes[-1] == 1:
+        if sizes is None or not 2 <= len(sizes) <= len(q) or sizes[-1] == 1:
             return f"its mask {mask.name!r} is {sizes}, not [..., S, T]"
     return None
 
@@ -239,6 +248,11 @@ def _guards(node: ir.Node, weights: ir.Value) -> bool:
 
 def _fuse(scores: Scores, product: ir.Node, softmax: ir.Node) -> None:
     build = g.Builder(product)
+    v = g.operand(product, 1)
+    if alone := g.rank(scores.q) == 3:
+        masks = tuple((kind, _one_head(build, mask)) for kind, mask in scores.masks)
+        q, k, v = (_one_head(build, x) for x in (scores.q, scores.k, v))
+        scores = replace(scores, q=q, k=k, masks=masks)
     k, sizes = scores.k, g.shape(scores.k)
     if not scores.turned:
         k = build.op("Transpose", [scores.k], {"perm": [0, 1, 3, 2]})
@@ -247,10 +261,26 @@ def _fuse(scores: Scores, product: ir.Node, softmax: ir.Node) -> None:
     attributes = {"scale": scores.scale}
     if scores.softcap:
         attributes["softcap"] = scores.softcap
-    inputs = [scores.q, k, g.operand(product, 1), combine(build, scores.masks, scores.q)]
+    inputs = [scores.q, k, v, combine(build, scores.masks, scores.q)]
     out = build.op("Attention", inputs, attributes, name=softmax.name)
-    out.shape, out.type = product.outputs[0].shape, product.outputs[0].type
-    g.replace(product.outputs[0], out)
+    old = product.outputs[0]
+    out.shape, out.type = old.shape, old.type
+    if alone:
+        rows = g.shape(old) or []
+        out.shape = ir.Shape([rows[0], 1, *rows[1:]])
+        out = build.op("Squeeze", [out, build.constant([1], "int64")])
+        out.shape, out.type = old.shape, old.type
+    g.replace(old, out)
+
+
+def _one_head(build: g.Builder, x: ir.Value) -> ir.Value:
+    """Return [N, S, D] as [N, 1, S, D], and what has fewer axes as it is."""
+    sizes = g.shape(x)
+    if sizes is None or len(sizes) < 3:
+        return x
+    out = build.op("Unsqueeze", [x, build.constant([1], "int64")])
+    out.shape, out.type = ir.Shape([sizes[0], 1, *sizes[1:]]), x.type
+    return out
 
 
 def combine(
@@ -272,7 +302,9 @@ def combine(
     if mask is None:
         return total
     dtype = total.dtype or like.dtype or ir.DataType.FLOAT
-    forbidden = build.constant(np.asarray(-np.inf, dtype.numpy()))
+    # not infinity: where a query may attend to nothing, its weights must be numbers
+    lowest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]
+    forbidden = build.constant(np.asarray(lowest, dtype.numpy()))
     result = build.op("Where", [mask, total, forbidden])
     result.type, result.shape = ir.TensorType(dtype), g.broadcast(mask, total)
     return result

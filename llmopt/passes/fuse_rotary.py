@@ -3,31 +3,32 @@
 Rewrites::
 
     x * cos + Concat(-x[d/2:], x[:d/2]) * sin    into    RotaryEmbedding(x, cos, sin, position_ids)
+    Concat(a * cos - b * sin, b * cos + a * sin)    into    the same of Concat(a, b)
+    x * cos + Stack(-x[1::2], x[::2]) * sin      into    the same, interleaved
 
 with ``cos`` and ``sin`` [positions, d/2] computed now: they are evaluated at every position up to
-``max_length``, and the table is used only if looking it up agrees with the graph at others.
+``max_length``, and the table is used only if looking it up agrees with the graph at others. Where
+only a part of each head is rotated, ``x`` is that part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.ir import graph as g
-from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.match import Bound, either, matches, op
-from llmopt.ir.probe import Probe
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.raise_attention import tokens_first, tokens_last
+from llmopt.passes.rotary_tables import Layout, Pairing, positions, table
 
-Array = npt.NDArray[Any]
-_PATTERN: Final = op(
+_SIN: Final = "sin"
+_HALVES: Final = op(
     "Add",
     op("Mul", "x", "cos"),
     op(
@@ -36,14 +37,58 @@ _PATTERN: Final = op(
             op("Concat", op("Neg", "upper"), "lower", axis=-1),
             op("Concat", op("Neg", "upper"), "lower", axis=3),
         ),
-        "sin",
+        _SIN,
     ),
+)
+_PAIRS: Final = op(
+    "Add",
+    op("Mul", "x", "cos"),
+    op(
+        "Mul",
+        op(
+            "Reshape",
+            op(
+                "Concat",
+                op("Unsqueeze", op("Neg", "upper"), "axis"),
+                op("Unsqueeze", "lower", "axis2"),
+                axis=-1,
+            ),
+        ),
+        _SIN,
+    ),
+)
+_APART: Final = op(
+    "Concat",
+    op("Sub", op("Mul", "lower", "cos"), op("Mul", "upper", _SIN)),
+    op("Add", op("Mul", "upper", "cos"), op("Mul", "lower", _SIN)),
+    axis=-1,
 )
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """A rotation that is written out.
+
+    Args:
+        x: What is rotated, of four axes.
+        cos: Cosines, of as many axes or broadcast to them.
+        sin: Sines.
+        layout: Where the heads and the tokens of x are.
+        pairing: Which numbers turn together, and how they are told in the tables.
+        apart: What has to be put side by side first, where x is not that already.
+    """
+
+    x: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    layout: Layout
+    pairing: Pairing
+    apart: tuple[ir.Value, ir.Value] | None = None
+
+
+@dataclass(frozen=True)
 class FuseRotary(Pass):
-    """Fuse rotary position embedding (rotate-half form) into one operator with one table.
+    """Fuse rotary position embedding, of halves or of pairs, into one operator with one table.
 
     Numerics: the table holds what the graph computes, bit for bit; the rotation is within 1e-6
     relative in float32. Positions at or past ``max_length`` are outside the table.
@@ -56,14 +101,12 @@ class FuseRotary(Pass):
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
-        tables: dict[ir.Value, ir.Value | str] = {}
-        for node in g.nodes(program.graph, "Add"):
-            ways = list(matches(_PATTERN, node.outputs[0]))
-            if not ways:
+        tables: dict[tuple[ir.Value, Layout, Pairing], ir.Value | str] = {}
+        for node in g.nodes(program.graph, "Add", "Concat"):
+            found = _find(node.outputs[0])
+            if found is None:
                 continue
-            # both operands of a product may be x: the one whose halves are turned is
-            bound = next((way for way in ways if _obstacle(way) is None), ways[0])
-            reason = _obstacle(bound) or self._fuse(program, node, bound, tables)
+            reason = found if isinstance(found, str) else self._fuse(program, node, found, tables)
             if reason:
                 outcome.miss(node, reason, "rotary")
             else:
@@ -74,39 +117,101 @@ class FuseRotary(Pass):
 
     @staticmethod
     def _fuse(
-        program: Program, node: ir.Node, bound: Bound, tables: dict[ir.Value, ir.Value | str]
+        program: Program,
+        node: ir.Node,
+        found: Rotation,
+        tables: dict[tuple[ir.Value, Layout, Pairing], ir.Value | str],
     ) -> str | None:
         looked_up = []
-        for name in ("cos", "sin"):
-            value = bound[name]
-            if value not in tables:
-                tables[value] = _table(program, value, name)
-            if isinstance(table := tables[value], str):
-                return f"{name}: {table}"
-            looked_up.append(table)
-        x, build = bound["x"], g.Builder(node)
-        heads, width = g.static(x, 1), g.static(x, 3)
-        assert heads is not None
-        assert width is not None
-        inputs = [tokens_first(build, x), *looked_up, positions(program)]
-        out = build.op("RotaryEmbedding", inputs, {"num_heads": heads})
-        g.replace(node.outputs[0], tokens_last(build, out, x, width))
+        for name, value in (("cos", found.cos), (_SIN, found.sin)):
+            key = (value, found.layout, found.pairing)
+            if key not in tables:
+                tables[key] = table(program, value, name, found.layout, found.pairing)
+            if isinstance(made := tables[key], str):
+                return f"{name}: {made}"
+            looked_up.append(made)
+        _rotate(g.Builder(node), node.outputs[0], found, [*looked_up, positions(program)])
         return None
 
 
-def _obstacle(bound: Bound) -> str | None:
-    """Return why this is not the rotation of the halves of x, or None."""
-    x, lower, upper = bound["x"], bound["lower"], bound["upper"]
-    width = g.static(x, -1)
-    if g.rank(x) != 4 or g.static(x, 1) is None or width is None:
+def _rotate(build: g.Builder, old: ir.Value, found: Rotation, rest: list[ir.Value]) -> None:
+    """Put the operator in the place of ``old``."""
+    x, heads_first = found.x, found.layout is Layout.HEADS_FIRST
+    if found.apart is not None:
+        x = build.op("Concat", list(found.apart), {"axis": -1})
+        x.shape, x.type = found.x.shape, found.x.type
+    heads, width = g.static(x, 1 if heads_first else 2), g.static(x, 3)
+    assert heads is not None
+    assert width is not None
+    attributes = {"num_heads": heads} | ({"interleaved": 1} if found.pairing is _TWINS else {})
+    if heads_first:
+        out = build.op("RotaryEmbedding", [tokens_first(build, x), *rest], attributes)
+        g.replace(old, tokens_last(build, out, x, width))
+        return
+    sizes = g.shape(x)
+    assert sizes is not None
+    flat = build.op("Reshape", [x, build.constant([0, 0, heads * width], "int64")])
+    flat.shape, flat.type = ir.Shape([*sizes[:2], heads * width]), x.type
+    out = build.op("RotaryEmbedding", [flat, *rest], attributes)
+    out.shape, out.type = flat.shape, x.type
+    split = build.op("Reshape", [out, build.constant([0, 0, heads, width], "int64")])
+    split.shape, split.type = ir.Shape(sizes), x.type
+    g.replace(old, split)
+
+
+_TWINS: Final = Pairing.TWINS
+
+
+def _find(value: ir.Value) -> Rotation | str | None:
+    """Return the rotation that ``value`` is, why it is another, or None if it is none."""
+    reason: str | None = None
+    for found in _ways(value):
+        if isinstance(found, Rotation):
+            return found
+        reason = reason or found
+    return reason
+
+
+def _ways(value: ir.Value) -> Iterator[Rotation | str]:
+    for bound in matches(_HALVES, value):
+        yield _checked(bound, bound["x"], Pairing.HALVES)
+    for bound in matches(_PAIRS, value):
+        yield _checked(bound, bound["x"], Pairing.TWINS)
+    for bound in matches(_APART, value):
+        source = part(bound["lower"])
+        if source is not None and g.rank(source[0]) == 4:
+            yield _checked(bound, source[0], Pairing.APART)
+
+
+def _checked(bound: Bound, x: ir.Value, pairing: Pairing) -> Rotation | str:
+    """Return the rotation, or why this is not one of the two parts of x."""
+    width, layout = g.static(x, -1), _layout(x)
+    if layout is None or width is None:
         return f"x is {g.shape(x)}, not [batch, heads, tokens, width]"
-    if part(lower) != (x, 0, width // 2) or part(upper) != (x, width // 2, width):
-        return "what it concatenates are not the halves of x"
-    return None
+    lower, upper = part(bound["lower"]), part(bound["upper"])
+    halves = ((x, 0, width // 2, 1), (x, width // 2, width, 1))
+    twins = ((x, 0, width, 2), (x, 1, width, 2))
+    apart = (bound["lower"], bound["upper"])
+    if pairing is Pairing.APART and (lower, upper) == twins:  # they leave as halves
+        return Rotation(x, bound["cos"], bound[_SIN], layout, pairing, apart)
+    if (lower, upper) != (twins if pairing is Pairing.TWINS else halves):
+        return "what it turns are not the halves of x, nor every other number"
+    if pairing is Pairing.TWINS and g.shape(bound["root"].outputs[0]) != g.shape(x):
+        return "the turned numbers are not put back in pairs"
+    return Rotation(x, bound["cos"], bound[_SIN], layout, pairing)
 
 
-def part(value: ir.Value) -> tuple[ir.Value, int, int] | None:
-    """Return (x, start, end) where ``value`` is ``x[..., start:end]``."""
+def _layout(x: ir.Value) -> Layout | None:
+    """Return where the heads of x are: the axis of the two inner ones that has a fixed size."""
+    if g.rank(x) != 4:
+        return None
+    if g.static(x, 1) is not None:
+        return Layout.HEADS_FIRST
+    return Layout.TOKENS_FIRST if g.static(x, 2) is not None else None
+
+
+def part(value: ir.Value) -> tuple[ir.Value, int, int, int] | None:
+    """Return (x, start, end, step) where ``value`` is ``x[..., start:end:step]``."""
     node = g.producer(value, "Slice", "Split")
     if node is None:
         return None
@@ -118,108 +223,10 @@ def part(value: ir.Value) -> tuple[ir.Value, int, int] | None:
         if g.attribute(node, "axis", 0) not in (-1, (g.rank(x) or 0) - 1):
             return None
         before = [g.static(v, -1) or 0 for v in node.outputs[: value.index()]]
-        return x, sum(before), sum(before) + size
+        return x, sum(before), sum(before) + size, 1
     starts, axes = g.ints(node.inputs[1]), g.ints(g.optional(node, 3))
-    steps = g.ints(g.optional(node, 4)) or [1]
-    if starts is None or axes not in ([-1], [(g.rank(x) or 0) - 1]) or steps != [1]:
+    step = (g.ints(g.optional(node, 4)) or [1])[0]
+    if starts is None or axes not in ([-1], [(g.rank(x) or 0) - 1]) or step < 1:
         return None
     start = starts[0] + width if starts[0] < 0 else starts[0]
-    return x, start, start + size
-
-
-def _table(program: Program, value: ir.Value, name: str) -> ir.Value | str:
-    """Return the table of ``value`` as an initializer, or why there is none."""
-    probe = Probe(program, [value])
-    if (reason := _not_positional(program, probe)) is not None:
-        return reason
-    limit = program.facts.max_length
-    # at least as long as the cases below, so that looking them up stays inside
-    everywhere = _angles(program, probe, Case(1, max(limit, 9)))
-    if isinstance(everywhere, str):
-        return everywhere
-    table = everywhere[0]
-    for case in (Case(3, 5), Case(3, 5, 4, "left"), Case(3, 6, 0, "right")):
-        if case.past and not program.signature.has_cache:
-            continue
-        if not _same(_angles(program, probe, case), table[_positions(program, case)]):
-            return f"it is no function of the position alone (at {case.label})"
-    half = table.shape[-1] // 2
-    if not np.array_equal(table[:, :half], table[:, half:]):
-        return "its halves differ: another rotation than rotate-half"
-    return _shared(program, name, np.ascontiguousarray(table[:limit, :half]))
-
-
-def _not_positional(program: Program, probe: Probe) -> str | None:
-    """Return why the angles cannot be a table of positions, or None."""
-    if (reason := probe.obstacle()) is not None:
-        return reason
-    port = program.signature.find(Role.POSITIONS)
-    if extra := probe.reads() - ({port.name} if port else set()):
-        return f"it depends on {', '.join(sorted(extra))}"
-    return None if program.facts.max_length else "the longest sequence is not known"
-
-
-def _same(found: Array | str, looked_up: Array) -> bool:
-    if isinstance(found, str) or found.shape[1:] != looked_up.shape[1:]:
-        return False
-    return np.array_equal(np.broadcast_to(found, looked_up.shape), looked_up)
-
-
-def _positions(program: Program, case: Case) -> Array:
-    if (port := program.signature.find(Role.POSITIONS)) is not None:
-        return feeds(program.signature, case, 2, {port.name})[port.name]
-    return np.arange(case.past, case.past + case.new)[None].repeat(case.batch, 0)
-
-
-def _angles(program: Program, probe: Probe, case: Case) -> Array | str:
-    """Return the evaluated angles as [B or 1, S, D]."""
-    sizes = {"B": case.batch, "S": case.new, "P": case.past, "T": case.past + case.new}
-    found = probe.attempt(feeds(program.signature, case, 2, probe.reads()), sizes)
-    if isinstance(found, str):
-        return found
-    array: Array = found[0]
-    if array.ndim == 4 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim == 2:
-        array = array[None]
-    if array.ndim != 3 or array.shape[1] != case.new:
-        return f"it is {list(array.shape)}, not [batch, 1, tokens, width]"
-    return array
-
-
-def _shared(program: Program, name: str, table: Array) -> ir.Value:
-    """Return an initializer that holds ``table``; layers with the same angles share one."""
-    for known, value in program.graph.initializers.items():
-        if known.startswith(f"rotary_{name}") and value.const_value is not None:
-            held = value.const_value.numpy()
-            if held.shape == table.shape and np.array_equal(held, table):
-                return value
-    return g.add_initializer(program.graph, f"rotary_{name}", ir.tensor(table))
-
-
-def positions(program: Program) -> ir.Value:
-    """Return position_ids [B, S]: the input, or P, P+1, P+2... where the model has none."""
-    if (given := program.input(Role.POSITIONS)) is not None:
-        return given
-    for node in g.nodes(program.graph, "Expand"):
-        if node.name == "positions":
-            return node.outputs[0]
-    tokens = program.input(Role.TOKENS) or program.graph.inputs[0]
-    build = g.Builder(program.graph[0])
-    sizes = build.op("Shape", [tokens], {"start": 0, "end": 2})
-    count = build.op("Squeeze", [build.op("Shape", [tokens], {"start": 1, "end": 2})])
-    zero, one = build.constant(0, "int64"), build.constant(1, "int64")
-    row = build.op("Range", [zero, count, one])
-    if (past := program.input(Role.PAST_KEY)) is not None:
-        row = build.op("Add", [row, _length(build, program.input(Role.MASK), past, count)])
-    result = build.op("Expand", [row, sizes], name="positions")
-    dims = g.shape(tokens) or ["B", "S"]
-    result.shape, result.type = ir.Shape(dims[:2]), ir.TensorType(ir.DataType.INT64)
-    return result
-
-
-def _length(build: g.Builder, mask: ir.Value | None, past: ir.Value, count: ir.Value) -> ir.Value:
-    """Return P: of the mask where there is one, as a past in place is as long as it has room."""
-    if mask is None:
-        return build.op("Shape", [past], {"start": 2, "end": 3})
-    return build.op("Sub", [build.op("Shape", [mask], {"start": 1, "end": 2}), count])
+    return x, start, start + size if step == 1 else width, step

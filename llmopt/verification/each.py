@@ -24,7 +24,7 @@ from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Ran
 from llmopt.passes.rounding import RoundingPass, rounding_of
-from llmopt.verification import Compared, compare, measure, without_caches
+from llmopt.verification import Compared, compare, measure, told_of, without_caches
 from llmopt.verification.difference import fingerprint
 from llmopt.verification.trials import Trial, caches, trials
 
@@ -279,7 +279,7 @@ class Watch:
 
     def _compared(self, program: Program, wanted: dict[Trial, Arrays]) -> Iterator[Finding]:
         for trial, right in wanted.items():
-            yield self._finding(program, trial, self._outputs[trial], right)
+            yield from self._findings(program, trial, self._outputs[trial], right)
 
     def _against_source(self, program: Program, run: Run) -> tuple[Finding, ...]:
         """Compare on the matrix, through the cache too; not on inputs that were given."""
@@ -300,20 +300,23 @@ class Watch:
     def _moved(self, program: Program, run: Run) -> Iterator[Finding]:
         for trial in self._trials:
             found = run(trial.feeds)
-            yield self._finding(program, trial, found, self._outputs[trial], STEP)
+            yield from self._findings(program, trial, found, self._outputs[trial], STEP)
             if trial in self._wanted:
-                yield self._finding(program, trial, found, self._wanted[trial])
+                yield from self._findings(program, trial, found, self._wanted[trial])
             self._outputs[trial] = found
 
-    def _finding(
+    def _findings(
         self,
         program: Program,
         trial: Trial,
         found: Arrays,
         wanted: Arrays,
         step: float | None = None,
-    ) -> Finding:
-        compared = compare(trial.label, found, wanted, trial.tokens, [*caches(program)])
+    ) -> Iterator[Finding]:
+        if not (told := told_of(program.signature, wanted, trial.tokens)):
+            return
+        compared = compare(trial.label, found, told, trial.tokens, [*caches(program)])
         if step is None:
-            return Finding(SOURCE, compared, self.tolerance, trial)
-        return Finding(BEFORE, compared, step, trial)
+            yield Finding(SOURCE, compared, self.tolerance, trial)
+        else:
+            yield Finding(BEFORE, compared, step, trial)

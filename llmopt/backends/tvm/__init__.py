@@ -17,6 +17,7 @@ from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
 from llmopt.backends.onnxruntime import installed
 from llmopt.backends.tvm.lower_attention import LowerAttention
 from llmopt.backends.tvm.lower_linear import LowerLinear
+from llmopt.backends.tvm.separate_pairs import SeparatePairs
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.quantization.schemes import Blockwise, Scheme
@@ -80,7 +81,7 @@ class Tvm(Backend):
 
     @override
     def passes(self, scheme: str | None) -> tuple[Pass, ...]:
-        return (LowerAttention(), LowerLinear())
+        return (SeparatePairs(), LowerAttention(), LowerLinear())
 
     @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:

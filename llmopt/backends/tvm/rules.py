@@ -48,10 +48,7 @@ def _problems(node: ir.Node) -> Iterator[str]:
     ours = (node.domain, node.op_type) in OURS
     if not ours and (node.domain or node.op_type not in _GENERAL):
         yield f"no kernel for {node.op_type} ({node.name!r})"
-    if node.op_type == "RotaryEmbedding":
-        if g.optional(node, 3) is None:
-            yield f"RotaryEmbedding ({node.name!r}) has no position_ids"
-        if g.attribute(node, "interleaved", 0):
-            yield f"RotaryEmbedding ({node.name!r}) is interleaved"
+    if node.op_type == "RotaryEmbedding" and g.optional(node, 3) is None:
+        yield f"RotaryEmbedding ({node.name!r}) has no position_ids"
     if node.op_type == "Attention" and g.optional(node, 6) is not None:
         yield f"Attention ({node.name!r}) takes the lengths of padded keys"

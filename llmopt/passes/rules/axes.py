@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from llmopt.ir import graph as g
@@ -19,3 +20,17 @@ def per_channel(vector: ir.Value, x: ir.Value, label: str) -> str | None:
     if g.rank(vector) != 1 or width is None or g.static(vector, 0) != width:
         return f"{label} {g.shape(vector)} is not one number per channel of {g.shape(x)}"
     return None
+
+
+def known_width(x: ir.Value) -> str | None:
+    """Return why the channels of ``x`` cannot be counted, or None."""
+    width = g.static(x, -1)
+    return None if width is not None else f"the width of {g.shape(x)} is not known"
+
+
+def ones(build: g.Builder, x: ir.Value) -> ir.Value:
+    """Return a scale that changes nothing, in the type of ``x``."""
+    width, dtype = g.static(x, -1), x.dtype
+    assert width is not None
+    assert dtype is not None
+    return build.constant(np.ones(width, dtype.numpy()))

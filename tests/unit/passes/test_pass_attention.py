@@ -248,9 +248,9 @@ def test_weights_that_two_products_read_stay() -> None:
     assert "read by 2 nodes" in reasons(apply("fuse-attention", program(spelled)))
 
 
-def test_scores_of_rank_3_and_scores_that_come_in_stay() -> None:
-    spelled = """main (float[B,S,4] q, float[B,4,S] k, float[B,S,S] m, float[B,S,4] v)
-    => (float[B,S,4] y)
+def test_scores_of_rank_5_and_scores_that_come_in_stay() -> None:
+    spelled = """main (float[A,B,C,S,4] q, float[A,B,C,4,S] k, float[A,B,C,S,S] m,
+     float[A,B,C,S,4] v) => (float[A,B,C,S,4] y)
     {
        p = MatMul (q, k)
        w = Softmax (p)
@@ -262,7 +262,7 @@ def test_scores_of_rank_3_and_scores_that_come_in_stay() -> None:
 
     told = reasons(apply("fuse-attention", program(spelled)))
 
-    assert "of rank 3" in told
+    assert "of rank 5" in told
     assert "'m' are an input" in told
 
 
@@ -314,3 +314,16 @@ def test_masks_that_come_together_become_one(middle: str) -> None:
     for case in (Case(2, 3), Case(1, 5)):
         given = inputs(before, case)
         assert error_rel(evaluate(made, given)["y"], evaluate(before, given)["y"]) < TOLERANCE
+
+
+def test_a_router_that_chooses_for_each_token_is_no_attention() -> None:
+    spelled = """main (float[N,4] x, float[4,5] w, float[5,4] v) => (float[N,4] y)
+    {
+       p = MatMul (x, w)
+       chosen = Softmax (p)
+       y = MatMul (chosen, v)
+    }"""
+
+    outcome = apply("fuse-attention", program(spelled))
+
+    assert (outcome.applied, outcome.missed) == (0, [])

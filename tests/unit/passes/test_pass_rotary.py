@@ -9,6 +9,7 @@ import pytest
 from programs import apply, error_rel, evaluate, inputs, only, operators, program, reasons
 
 from llmopt.ir.feeds import Case
+from llmopt.ir.graph import attribute, static
 from llmopt.ir.program import Program
 
 TOLERANCE: Final = 1e-6  # float32, max|a-b| / max|b|
@@ -37,6 +38,14 @@ BODY: Final = """main (float[B,2,S,8] x, {edge}) => (float[B,2,S,8] y)
 GIVEN: Final = BODY.format(
     edge="int64[B,S] position_ids", positions="position = Identity (position_ids)"
 )
+_REPEATED: Final = """angle1 = Unsqueeze (angle, axis)
+   pairs = Concat <axis = -1> (angle1, angle1)
+   three = Constant <value_ints = [0, 0, 8]> ()
+   both = Reshape (pairs, three)"""
+_STACKED: Final = """neg1 = Unsqueeze (neg, axis)
+   lower1 = Unsqueeze (lower, axis)
+   stack = Concat <axis = -1> (neg1, lower1)
+   turned = Reshape (stack, flat)"""
 COUNTED: Final = BODY.format(
     edge="int64[B,S] input_ids",
     positions="""n1 = Shape <start = 1, end = 2> (input_ids)
@@ -53,6 +62,40 @@ BEHIND: Final = BODY.format(
    e = Add (n, p)
    row = Range (p, e, unit)
    position = Unsqueeze (row, i0)""",
+)
+# GPT-J's and Cohere's: each number turns with its neighbour
+TWINS: Final = (
+    GIVEN.replace("both = Concat <axis = -1> (angle, angle)", _REPEATED)
+    .replace("Slice (x, i0, i4, axis)", "Slice (x, i0, i8, axis, i2)")
+    .replace("Slice (x, i4, i8, axis)", "Slice (x, one, i8, axis, i2)")
+    .replace("turned = Concat <axis = -1> (neg, lower)", _STACKED)
+    .replace("int64[1] i0 = {0}", "int64[1] i0 = {0}, int64[1] i2 = {2}, int64[4] flat = {0,0,0,8}")
+)
+TOKENS_FIRST: Final = (
+    TWINS.replace("[B,2,S,8]", "[B,S,2,8]")
+    .replace("Unsqueeze (cos0, one)", "Unsqueeze (cos0, two)")
+    .replace("Unsqueeze (sin0, one)", "Unsqueeze (sin0, two)")
+)
+# DeepSeek's: each half is computed apart, of angles told once
+APART: Final = (
+    GIVEN.replace("Cos (both)", "Cos (angle)")
+    .replace("Sin (both)", "Sin (angle)")
+    .replace("   neg = Neg (upper)\n   turned = Concat <axis = -1> (neg, lower)\n", "")
+    .replace(
+        "a = Mul (x, cos)\n   b = Mul (turned, sin)\n   y = Add (a, b)",
+        """lc = Mul (lower, cos)
+   us = Mul (upper, sin)
+   uc = Mul (upper, cos)
+   ls = Mul (lower, sin)
+   first = Sub (lc, us)
+   second = Add (uc, ls)
+   y = Concat <axis = -1> (first, second)""",
+    )
+)
+TAKEN_APART: Final = (
+    APART.replace("Slice (x, i0, i4, axis)", "Slice (x, i0, i8, axis, i2)")
+    .replace("Slice (x, i4, i8, axis)", "Slice (x, one, i8, axis, i2)")
+    .replace("int64[1] i0 = {0}", "int64[1] i0 = {0}, int64[1] i2 = {2}")
 )
 
 
@@ -106,6 +149,41 @@ def test_it_becomes_one_operator_with_a_table(text: str, cases: tuple[Case, ...]
     assert list(cos.shape) == list(sin.shape) == [64, 4]
     assert "Cos" not in operators(made)
     assert equal(before, made, cases)
+
+
+@pytest.mark.parametrize(
+    ("text", "interleaved"),
+    [
+        pytest.param(TWINS, 1, id="neighbours"),
+        pytest.param(TOKENS_FIRST, 1, id="neighbours, tokens before heads"),
+        pytest.param(APART, 0, id="halves computed apart"),
+        pytest.param(TAKEN_APART, 0, id="neighbours that leave as halves"),
+    ],
+)
+def test_other_spellings_are_the_same_operator(text: str, interleaved: int) -> None:
+    made = program(text)
+    before = made.clone()
+
+    assert apply("fuse-rotary", made).applied == 1
+
+    node = only(made, "RotaryEmbedding")
+    assert attribute(node, "interleaved", 0) == interleaved
+    assert static(node.inputs[1], 1) == 4
+    assert equal(before, made, (Case(1, 7), Case(3, 5, 0, "left")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        pytest.param("(x, one, i8", "(x, i0, i8", "not the halves of x", id="one number twice"),
+        pytest.param("(angle1, angle1)", "(angle1, pf0)", "differ", id="other angles"),
+    ],
+)
+def test_neighbours_that_do_not_turn_together_stay(old: str, new: str, reason: str) -> None:
+    text = TWINS.replace(old, new).replace("   pairs =", "   pf0 = Neg (angle1)\n   pairs =")
+    found = reasons(apply("fuse-rotary", program(text)))
+
+    assert reason in found
 
 
 def test_two_rotations_share_their_tables() -> None:
