@@ -206,11 +206,7 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
     Raises:
         UsageError: The text is too short, or the reference is another kind of model.
     """
-    if candidate.rewriter is not None:
-        raise UsageError(
-            f"{candidate.folder}: reads one sequence and writes another, and texts come without "
-            "what they become; `llmopt compile --quantize` prints what its quantization cost"
-        )
+    require_one_model(candidate)
     language = candidate.manifest.task == "generate"
     if candidate.session.find("tokens") is None:
         raise UsageError(
@@ -231,6 +227,19 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
             )
         meter.add(right[:-1], left[:-1], row[1:])
     return Evaluation(label, meter.result())
+
+
+def require_one_model(candidate: Runner) -> None:
+    """Raise where an artifact is of two models: there is nothing to compare it on.
+
+    Raises:
+        UsageError: it reads one sequence and writes another.
+    """
+    if candidate.rewriter is not None:
+        raise UsageError(
+            f"{candidate.folder}: reads one sequence and writes another, and texts come without "
+            "what they become; `llmopt compile --quantize` prints what its quantization cost"
+        )
 
 
 def runner_results(runner: Runner) -> Results:

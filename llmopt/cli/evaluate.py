@@ -81,10 +81,11 @@ def _read(path: Path) -> str:
 
 def _evaluate(artifact: Path, reference: str, text: str | None, progress: Progress) -> Evaluation:
     progress("starting")
-    from llmopt.evaluation import evaluate
+    from llmopt.evaluation import evaluate, require_one_model
     from llmopt.runtime import load
 
     candidate = load(artifact)
+    require_one_model(candidate)  # before the reference is opened, which takes long
     progress("opening the reference")
     wanted = _reference(reference)
     progress("comparing")
