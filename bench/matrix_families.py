@@ -175,7 +175,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
         Family("siglip", "both", {"text_config": TEXT, "vision_config": VISION}, rotary=0),
     )
 }
-QUICK: Final = ("distilbert", "albert", "vit")
+QUICK: Final = ("albert", "vit")
 """What ``make test`` holds to the same promises, beside a decoder of one layer."""
 SLOW: Final = ("gptj", "bloom", "deberta-v2", "deepseek_v3")
 """What ``make test-slow`` does: a family for each way that a pass had to learn."""

@@ -352,12 +352,12 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(tiny: Served) -> 
 def test_a_body_of_unknown_length_is_cut_off(tiny: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_BYTES", 1000)
 
-    def parts() -> Iterator[bytes]:
-        yield from (b" " * 100 for _ in range(20))
-
-    reply = tiny.send("POST", "/v1/completions", parts(), {"Content-Type": "application/json"})
-
-    assert_refused(reply, 413)
+    part = b"64\r\n" + b" " * 100 + b"\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with closing(socket.create_connection(("127.0.0.1", tiny.port), PATIENCE_S)) as connection:
+        # In one piece: whoever writes on after the answer finds the connection closed.
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + part * 20)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
 
 
 def read_all(connection: socket.socket) -> bytes:
