@@ -122,7 +122,9 @@ def test_a_decoder_answers_through_its_cache(traced: Traced, tmp_path: Path) -> 
         runner.generate("word", chat=True)
 
 
-@pytest.mark.parametrize("target", ["onnxruntime-cpu", "tvm-cpu"])
+@pytest.mark.parametrize(
+    "target", ["onnxruntime-cpu", pytest.param("tvm-cpu", marks=pytest.mark.slow)]
+)
 def test_a_table_tied_to_a_head_of_int8_is_rounded_with_it(
     target: str, traced: Traced, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_decoder_computes_what_its_source_computes(llama: llmopt.Artifact) -> 
     assert len(together[1]) == 12
 
 
+@pytest.mark.slow
 def test_rounded_weights_are_proven_and_their_quality_measured(
     traced: Traced, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_rounded_weights_are_proven_and_their_quality_measured(
     assert len(runner.generate_ids(PROMPTS[0], **ALL_STEPS)) == 12
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16_are_half_the_bytes_and_proven(
     traced: Traced, llama: llmopt.Artifact, tmp_path: Path
 ) -> None:
@@ -95,7 +97,10 @@ def test_weights_in_bfloat16_are_half_the_bytes_and_proven(
     assert tokens == llmopt.load(llama).generate_ids(PROMPTS[0], **ALL_STEPS)
 
 
-SCHEMES = [None, "w4{block=16}", pytest.param("w8a8-dynamic", marks=pytest.mark.slow)]
+SCHEMES = [
+    "w4{block=16}",
+    *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in (None, "w8a8-dynamic")),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
