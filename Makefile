@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
 ARM64 := build/arm64/machine.json
 HEADERS := build/onnxruntime
 
-.PHONY: help demo check test test-slow edge-test golden replay fuzz docs bench matrix pins clean
+.PHONY: help demo check test test-slow test-thorough edge-test golden replay fuzz docs bench matrix pins clean
 
 help:  ## Say what there is
 	@echo "make TARGET, where TARGET is one of:"
@@ -38,10 +38,13 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 test: $(STAMP)  ## The quick suite, with branch coverage
-	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow and not thorough" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: $(STAMP) $(ARM64) $(HEADERS)  ## Real models, engines, arm64 under an emulator; each file in one process
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow and not thorough"
+
+test-thorough: $(STAMP)  ## More of what both suites hold: every form, family and kernel
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m thorough
 
 edge-test: $(STAMP) $(ARM64) $(HEADERS)  ## Artifacts for arm64, run under an emulator; the example in C++
 	$(PYTEST) tests/edge -p no:xdist -rs

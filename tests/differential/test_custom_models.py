@@ -113,7 +113,7 @@ FORMS = [
     onnx(20),
     # the same trace as a factory's, or nearly the same file, or a tracer that torch gave up
     *(
-        pytest.param(form, marks=pytest.mark.slow)
+        pytest.param(form, marks=pytest.mark.thorough)
         for form in (module, state_dict, pickled, onnx(17), onnx(18), torchscript)
     ),
 ]

@@ -32,7 +32,7 @@ def replay(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_a_refactor_prints_nothing_and_another_pass_a_difference(tmp_path: Path) -> None:
     for name in ("llmopt", "tests"):

@@ -13,7 +13,7 @@ from matrix_families import FAMILIES, QUICK, SLOW, Family
 
 
 @pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.thorough) for name in SLOW)]
 )
 def test_a_family_is_traced_fused_and_right_on_both_targets(name: str, tmp_path: Path) -> None:
     row = measure(FAMILIES[name], tmp_path, schemes=["fp32"])

@@ -83,7 +83,7 @@ MODELS: dict[str, Callable[[], Program]] = {
 
 @pytest.mark.parametrize(
     "name",
-    ["encoder", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "encoder")],
+    ["encoder", *(pytest.param(n, marks=pytest.mark.thorough) for n in MODELS if n != "encoder")],
 )
 def test_every_kernel_is_scheduled_for_a_gpu(name: str) -> None:
     module = CudaModule(MODELS[name](), Bounds(8, 64)).convert()
@@ -146,8 +146,8 @@ def _pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tvm_cuda, "DeviceLibrary", lambda entry, _: opened(entry, "cpu"))
 
 
-SLOW_HALF = pytest.param("decoder fp16", 1e-2, marks=pytest.mark.slow)
-SLOW_ENCODER = pytest.param("encoder fp16", 1e-2, marks=pytest.mark.slow)
+SLOW_HALF = pytest.param("decoder fp16", 1e-2, marks=pytest.mark.thorough)
+SLOW_ENCODER = pytest.param("encoder fp16", 1e-2, marks=pytest.mark.thorough)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("decoder", 1e-5), SLOW_HALF])
@@ -197,7 +197,7 @@ SPELLED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SPELLED)
 def test_every_form_of_attention_is_written(name: str, tmp_path: Path) -> None:
     old, new = SPELLED[name]
@@ -240,7 +240,7 @@ def test_sizes_additive_masks_and_partial_rotation_are_written(tmp_path: Path) -
     assert error_rel(found["y"], wanted["y"]) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_decoder_that_takes_no_mask_counts_its_tokens(tmp_path: Path) -> None:
     text = TEXT.replace(" int64[B,T] attention_mask,", "").replace("v, real, past", "v, , past")
     text = text.replace("   real2 = Cast <to = 9> (attention_mask)\n", "")
@@ -252,7 +252,7 @@ def test_a_decoder_that_takes_no_mask_counts_its_tokens(tmp_path: Path) -> None:
     assert error_rel(found["logits"], wanted["logits"]) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_tiny_models_of_families_are_scheduled_and_right(family: str, tmp_path: Path) -> None:
     config = tiny_sources.CONFIG | {"model_type": family}
@@ -273,7 +273,7 @@ def test_tiny_models_of_families_are_scheduled_and_right(family: str, tmp_path: 
     assert error <= 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_nvcc
 @pytest.mark.parametrize("scheme", [None, "fp16"])
 def test_a_model_is_compiled_by_nvcc_and_proven_on_the_processor(

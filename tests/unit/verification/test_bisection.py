@@ -374,7 +374,7 @@ class SpoilsScales(Pass):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_wrong_rewrite_in_a_traced_model_is_found(tmp_path: Path) -> None:
     llama = llama_folder(tmp_path / "llama")
     (tmp_path / "spoils.py").write_text(SPOILS, encoding="utf-8")
