@@ -168,6 +168,7 @@ def test_genai_yields_the_same_tokens(artifact: Any) -> None:
         assert list(mine) == theirs
 
 
+@pytest.mark.thorough
 def test_w8_keeps_the_quality_it_promises(tmp_path: Path) -> None:
     quantized = llmopt.compile(real_models.smollm2_gguf(), quantize="w8", output=tmp_path / "w8")
 
