@@ -177,5 +177,5 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 QUICK: Final = ("albert", "vit")
 """What ``make test`` holds to the same promises, beside a decoder of one layer."""
-SLOW: Final = ("bloom", "deepseek_v3")
-"""What ``make test-slow`` does: flattened heads, and keys made of parts."""
+THOROUGH: Final = ("bloom", "deepseek_v3")
+"""What ``make test-thorough`` does: flattened heads, and keys made of parts."""

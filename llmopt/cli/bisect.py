@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmopt.cli.plugins import plugin_option
 from llmopt.cli.progress import Progress
+from llmopt.cli.sources import source_options
 from llmopt.cli.text import echo_json, fields
 
 if TYPE_CHECKING:
@@ -26,13 +28,7 @@ SCHEMA = 1
     metavar="TEXT",
     help="The pipeline, as in default,my-pass.",
 )
-@click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    metavar="FILE",
-    help="A Python file or module that defines more passes. Repeatable.",
-)
+@plugin_option
 @click.option(
     "--inputs",
     type=click.Path(path_type=Path),
@@ -46,33 +42,7 @@ SCHEMA = 1
     metavar="DIR",
     help="Where the example goes.  [default: <source>.bisect]",
 )
-@click.option(
-    "--model",
-    metavar="FILE.py:FACTORY",
-    help="The function that makes the module a state_dict belongs to.",
-)
-@click.option(
-    "--task",
-    type=click.Choice(["generate", "embed", "encode", "raw"]),
-    help="What the model is for.  [default: found out]",
-)
-@click.option(
-    "--example-inputs",
-    type=click.Path(path_type=Path),
-    metavar="FILE.npz",
-    help="What to call the module with while it is traced, one array per input.",
-)
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="The most tokens of one sequence.  [default: the model's own limit]",
-)
-@click.option(
-    "--trust-pickle",
-    is_flag=True,
-    help="Execute the code that a pickled file carries. Only for files you made yourself.",
-)
+@source_options
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context

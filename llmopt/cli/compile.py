@@ -12,6 +12,7 @@ import click
 from llmopt.cli.failures import InterruptedByUser
 from llmopt.cli.plugins import plugin_option
 from llmopt.cli.progress import Progress
+from llmopt.cli.sources import source_options
 from llmopt.cli.text import echo_json
 from llmopt.errors import UsageError
 
@@ -39,11 +40,7 @@ SCHEMA = 1
     help="The artifact; with several targets, the parent of one for each. "
     "[default: <source>.<target>]",
 )
-@click.option(
-    "--model",
-    metavar="FILE.py:FACTORY",
-    help="The function that makes the module a state_dict belongs to.",
-)
+@source_options
 @click.option(
     "--quantize",
     metavar="SCHEME",
@@ -81,23 +78,6 @@ SCHEMA = 1
     "or nothing.",
 )
 @click.option(
-    "--task",
-    type=click.Choice(["generate", "embed", "encode", "raw"]),
-    help="What the model is for.  [default: found out]",
-)
-@click.option(
-    "--example-inputs",
-    type=click.Path(path_type=Path),
-    metavar="FILE.npz",
-    help="What to call the module with while it is traced, one array per input.",
-)
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="The most tokens of one sequence.  [default: the model's own limit]",
-)
-@click.option(
     "--batch",
     type=click.IntRange(min=1),
     default=8,
@@ -109,16 +89,6 @@ SCHEMA = 1
     "--defer-engine",
     is_flag=True,
     help="Leave what needs the device to the first load there.",
-)
-@click.option(
-    "--trust-pickle",
-    is_flag=True,
-    help="Execute the code that a pickled file carries. Only for files you made yourself.",
-)
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Execute Python code that lies in a Hugging Face folder. Only where you have read it.",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from matrix import RESULTS, measure, right
-from matrix_families import FAMILIES, QUICK, SLOW, Family
+from matrix_families import FAMILIES, QUICK, THOROUGH, Family
 
 
 @pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.thorough) for name in SLOW)]
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.thorough) for name in THOROUGH)]
 )
 def test_a_family_is_traced_fused_and_right_on_both_targets(name: str, tmp_path: Path) -> None:
     row = measure(FAMILIES[name], tmp_path, schemes=["fp32"])

@@ -146,11 +146,11 @@ def _pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tvm_cuda, "DeviceLibrary", lambda entry, _: opened(entry, "cpu"))
 
 
-SLOW_HALF = pytest.param("decoder fp16", 1e-2, marks=pytest.mark.thorough)
-SLOW_ENCODER = pytest.param("encoder fp16", 1e-2, marks=pytest.mark.thorough)
+THOROUGH_HALF = pytest.param("decoder fp16", 1e-2, marks=pytest.mark.thorough)
+THOROUGH_ENCODER = pytest.param("encoder fp16", 1e-2, marks=pytest.mark.thorough)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("decoder", 1e-5), SLOW_HALF])
+@pytest.mark.parametrize(("name", "tolerance"), [("decoder", 1e-5), THOROUGH_HALF])
 def test_a_decoder_computes_what_the_reference_computes(
     name: str, tolerance: float, tmp_path: Path
 ) -> None:
@@ -171,7 +171,7 @@ def test_a_decoder_computes_what_the_reference_computes(
         assert np.abs(present - wanted["present_key_0"]).max() <= 20 * tolerance
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("encoder", 1e-5), SLOW_ENCODER])
+@pytest.mark.parametrize(("name", "tolerance"), [("encoder", 1e-5), THOROUGH_ENCODER])
 def test_an_encoder_computes_what_the_reference_computes(
     name: str, tolerance: float, tmp_path: Path
 ) -> None:
