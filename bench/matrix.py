@@ -9,8 +9,8 @@ module of transformers; for ``w8`` its weights are rounded alike. How many atten
 there are is counted by what that module calls, rotary embeddings by its config.
 
 Each row is measured in a process of its own, so that a crash is a row. Rows that DIR has already
-are kept, so that a run that was cut short goes on; ``--again`` measures them anew. All rows are
-written to ``bench/matrix.json``, which ``docs/matrix.md`` shows.
+are kept, so that a run that was cut short goes on; ``--again`` measures them anew. They take the
+places of those in ``bench/matrix.json``, which ``docs/matrix.md`` shows; other rows stay.
 """
 
 from __future__ import annotations
@@ -192,9 +192,13 @@ def main() -> None:
             row = _apart(name, asked.work)
             kept.write_text(json.dumps(row))
             print(_told(row), file=sys.stderr, flush=True)
-    files = [asked.work / f"{name}.json" for name in FAMILIES]
-    rows = [json.loads(file.read_text()) for file in files if file.is_file()]
-    missing = [file.stem for file in files if not file.is_file()]
+    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+    known = {row["family"]: row for row in before}
+    for name in FAMILIES:
+        if (file := asked.work / f"{name}.json").is_file():
+            known[name] = json.loads(file.read_text())
+    rows = [known[name] for name in FAMILIES if name in known]
+    missing = [name for name in FAMILIES if name not in known]
     results = {"schema": 1, "missing": missing, "rows": rows}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     bad = [row["family"] for row in rows if not right(row)]

@@ -63,7 +63,12 @@ class QuantizeDynamic(RoundingPass):
         outcome = Outcome()
         rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         found = list(candidates(program))
-        shared = {weights.identity(base) for node, _, base in found if g.is_op(node, "MatMul")}
+        shared = {
+            weights.identity(base)
+            for part in program.whole.parts()  # an embedding may be the head of another component
+            for node, _, base in candidates(part)
+            if g.is_op(node, "MatMul")
+        }
         for node, value, base in found:
             if not g.is_op(node, "MatMul"):
                 if weights.identity(base) in shared and base.shape.numpy()[1] >= SHORTEST:

@@ -162,6 +162,7 @@ def test_every_attention_is_fused_and_the_cache_is_in_place(compiled: Compiled) 
         ("onnxruntime-cpu", None),
         pytest.param("onnxruntime-cpu", "w8", marks=pytest.mark.slow),
         pytest.param("onnxruntime-cpu", "w4{head=8}", marks=pytest.mark.slow),
+        pytest.param("onnxruntime-cpu", "w8a8-dynamic", marks=pytest.mark.slow),
     ],
 )
 def test_an_artifact_is_proven_and_tests_itself(
@@ -170,8 +171,12 @@ def test_an_artifact_is_proven_and_tests_itself(
     artifact = compiled.artifact(target, scheme)
     assert Manifest.read(artifact).verification["status"] == "passed"
     tested = selftest(artifact)
-    # so narrow a model is moved by its activations' rounding to int8 beyond what a device may be
-    assert tested.passed or scheme is not None, str(tested)
+    failed = [check for check in tested.checks if not check.passed]
+    if (compiled.kind, scheme) == ("whisper", "w8"):
+        # Reached 0.058 of 0.05: so narrow a model is moved by its activations' rounding to int8.
+        assert all(check.name == "logits" and (check.error_rel or 1) < 0.07 for check in failed)
+    else:
+        assert failed == [], str(tested)
 
 
 @pytest.mark.parametrize(
