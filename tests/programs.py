@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from llmopt.bundle.manifest import ModelFacts, Port, Signature
+from llmopt.frontend.program_file import ROLES
 from llmopt.ir import graph as g
 from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Arrays, Case, feeds
@@ -22,14 +23,6 @@ from llmopt.passes import PASSES, Outcome
 from llmopt.passes.pipeline import Pipeline
 
 HEAD = '<ir_version: 11, opset_import: ["" : 25]>\n'
-_ROLES = {
-    "input_ids": Role.TOKENS,
-    "attention_mask": Role.MASK,
-    "position_ids": Role.POSITIONS,
-    "token_type_ids": Role.TOKEN_TYPES,
-    "logits_to_keep": Role.LOGITS_TO_KEEP,
-    "logits": Role.LOGITS,
-}
 _CACHE = re.compile(r"(past|present)_(key|value)_?(\d*)")
 
 
@@ -78,7 +71,7 @@ def _unread(value: ir.Value) -> None:
 
 def _port(value: ir.Value) -> Port:
     name = str(value.name)
-    role, layer = _ROLES.get(name, Role.OTHER), None
+    role, layer = ROLES.get(name, Role.OTHER), None
     if found := _CACHE.fullmatch(name):
         role, layer = Role(f"{found[1]}_{found[2]}"), int(found[3] or 0)
     assert value.dtype is not None

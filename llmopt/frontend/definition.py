@@ -56,51 +56,33 @@ def trace_definition(definition: Definition, read: Read, facts: Facts) -> Progra
 
 def decoder_facts(definition: Definition, config: DecoderConfig, **more: Any) -> ModelFacts:
     """Return what a runner has to know of a decoder."""
-    layer = config.layers[0]
-    return ModelFacts(
-        family=definition.family,
-        layers=len(config.layers),
-        heads=layer.heads,
-        kv_heads=layer.kv_heads,
-        head_width=layer.head_width,
-        hidden=config.hidden,
-        vocabulary=config.vocabulary,
-        cache="concat",
-        **more,
-    )
+    kv_heads = config.layers[0].kv_heads
+    return _facts(definition, config, config.layers, kv_heads=kv_heads, cache="concat", **more)
 
 
 def encoder_facts(definition: Definition, config: EncoderConfig, **more: Any) -> ModelFacts:
     """Return what a runner has to know of an encoder."""
-    layer = config.layers[0]
-    return ModelFacts(
-        family=definition.family,
-        layers=len(config.layers),
-        heads=layer.heads,
-        kv_heads=layer.heads,
-        head_width=layer.head_width,
-        hidden=config.hidden,
-        vocabulary=config.vocabulary,
-        **more,
-    )
+    return _facts(definition, config, config.layers, kv_heads=config.layers[0].heads, **more)
 
 
 def encoder_decoder_facts(
     definition: Definition, config: EncoderDecoderConfig, **more: Any
 ) -> ModelFacts:
     """Return what a runner has to know of a model that reads one sequence and writes another."""
-    layer = config.decoder.layers[0]
+    layers = config.decoder.layers
+    more |= {"max_source": config.max_source, "source_vocabulary": config.source_vocabulary}
+    return _facts(definition, config, layers, kv_heads=layers[0].heads, cache="concat", **more)
+
+
+def _facts(definition: Definition, config: Any, layers: Sequence[Any], **more: Any) -> ModelFacts:
+    """Return what every kind of model has; layers differ in what is of no account to a runner."""
     return ModelFacts(
         family=definition.family,
-        layers=len(config.decoder.layers),
-        heads=layer.heads,
-        kv_heads=layer.heads,
-        head_width=layer.head_width,
+        layers=len(layers),
+        heads=layers[0].heads,
+        head_width=layers[0].head_width,
         hidden=config.hidden,
         vocabulary=config.vocabulary,
-        max_source=config.max_source,
-        source_vocabulary=config.source_vocabulary,
-        cache="concat",
         **more,
     )
 

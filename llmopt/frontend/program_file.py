@@ -35,7 +35,7 @@ _UNREADABLE: Final = (
     onnx.checker.ValidationError,
     onnx.shape_inference.InferenceError,
 )
-_ROLES: Final = {
+ROLES: Final = {
     "input_ids": Role.TOKENS,
     "attention_mask": Role.MASK,
     "position_ids": Role.POSITIONS,
@@ -45,6 +45,7 @@ _ROLES: Final = {
     "last_hidden_state": Role.HIDDEN,
     "sentence_embedding": Role.EMBEDDING,
 }
+"""What inputs and outputs mean whose names follow the ecosystem; caches apart."""
 
 
 def open_program(path: Path) -> Program:
@@ -93,7 +94,7 @@ def read_model(path: Path) -> ir.Model:
 def port(value: ir.Value) -> Port:
     """Return what an input or output means, by its name."""
     name = str(value.name)
-    role, layer = _ROLES.get(name, Role.OTHER), None
+    role, layer = ROLES.get(name, Role.OTHER), None
     if found := _CACHE.fullmatch(name):
         role, layer = Role(f"{found[1]}_{found[3]}"), int(found[2])
     dtype = "" if value.dtype is None else str(value.dtype.numpy().name)
