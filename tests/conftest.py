@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -33,3 +36,31 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     from traced import Traced
 
     return Traced.llama(tmp_path_factory.mktemp("traced") / "llama")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _coverage_looks_away_from_torch() -> None:
+    """Let torch trace and export unwatched: watching makes it twice as slow, and it is not ours.
+
+    What of ours is called in there are definitions of models, which are called without it, too.
+    """
+    if sys.gettrace() is None:
+        return
+    import torch.export
+    import torch.onnx
+
+    for module in (torch.export, torch.onnx):
+        module.export = _unwatched(module.export)  # type: ignore[attr-defined]
+
+
+def _unwatched(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        watching = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            sys.settrace(watching)
+
+    return run
