@@ -39,6 +39,7 @@ from llmopt.runtime.generation import Request
 from llmopt.runtime.rewriting import Asked
 from llmopt.runtime.selftest import selftest
 
+pytestmark = pytest.mark.xdist_group("encoder-decoders")  # each compiled once
 REL = 1e-4  # float32, max|a-b| / max|b| over unpadded positions
 ROWS = [[5, 9, 30, 77, 12, 8, 41, 60, EOS], [7, 7, 88, EOS], [23, 4, 5, 61, 16, EOS]]
 

@@ -32,6 +32,7 @@ from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime.engines import tvm_cuda
 
+pytestmark = pytest.mark.xdist_group("cuda")  # its decoder is compiled once
 TARGET = cuda_build.target_of("sm_80", "x86_64")
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc (the CUDA toolkit)")
 ENCODER = """main (int64[B,S] input_ids, int64[B,S] attention_mask) => (float[B,S,32] y)

@@ -21,6 +21,8 @@ from llmopt.quantization.lazy import QuantizedPart
 from llmopt.quantization.numerics import dequantize
 from llmopt.quantization.packing import unpack
 
+pytestmark = pytest.mark.xdist_group("activations")  # measured once
+
 
 class Two(nn.Module):
     """A product of what comes in, and one of twice that; a table that nothing multiplies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -74,14 +75,19 @@ class Compiled:
     ran: tuple[Ran, ...]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(params=MODELS)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
-    before = defined(MODELS[request.param])
+    return _compiled(request.param)
+
+
+@functools.cache  # in whichever order tests come
+def _compiled(name: str) -> Compiled:
+    before = defined(MODELS[name])
     ran: list[Ran] = []
     after = Pipeline.parse("default").run(before.clone(), lambda *step: ran.append(step[2]))
     lowered = Pipeline(find_backend("cpu").passes(None)).run(after.clone())
     finish(lowered.model)
-    return Compiled(request.param, before, after, lowered, tuple(ran))
+    return Compiled(name, before, after, lowered, tuple(ran))
 
 
 def test_everything_is_fused_and_nothing_missed(compiled: Compiled) -> None:
