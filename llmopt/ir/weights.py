@@ -8,6 +8,7 @@ Nothing is cached: every read is fresh, and its memory is free as soon as the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,6 +91,24 @@ def concatenated(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.TensorPr
         tensors[0].dtype,
         shape,
     )
+
+
+def flattened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Return ``tensor`` [..., K] as a matrix [N, K] of the same rows."""
+    columns = _sizes(tensor)[-1]
+    shape = [math.prod(_sizes(tensor)[:-1]), columns]
+    return Derived("flatten", [tensor], lambda a: a.reshape(shape), tensor.dtype, shape)
+
+
+def interleaved(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Return ``tensor`` [E, 2 * N, K] with row N + i of each matrix behind row i."""
+    experts, rows, columns = _sizes(tensor)
+    halves = (experts, 2, rows // 2, columns)
+
+    def compute(array: Array) -> Array:
+        return array.reshape(halves).swapaxes(1, 2).reshape(experts, rows, columns)
+
+    return Derived("interleave", [tensor], compute, tensor.dtype, (experts, rows, columns))
 
 
 def cast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:

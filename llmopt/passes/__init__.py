@@ -26,6 +26,7 @@ PASSES: Final[Mapping[str, str]] = {
     "merge-qkv": "llmopt.passes.merge_projections:MergeQkv",
     "narrow-weights": "llmopt.passes.narrow_weights:NarrowWeights",
     "quantize-dynamic": "llmopt.passes.quantize_dynamic:QuantizeDynamic",
+    "quantize-experts": "llmopt.passes.quantize_experts:QuantizeExperts",
     "quantize-weights": "llmopt.passes.quantize_weights:QuantizeWeights",
     "raise-attention": "llmopt.passes.raise_attention:RaiseAttention",
     "remove-dead": "llmopt.passes.remove_dead:RemoveDead",

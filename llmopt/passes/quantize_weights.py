@@ -24,6 +24,7 @@ from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program, Role
 from llmopt.passes.base import Outcome
+from llmopt.passes.experts import routers
 from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.lazy import QuantizedWeight
 from llmopt.quantization.numerics import Importance, fake_quantize
@@ -42,7 +43,7 @@ class QuantizeWeights(RoundingPass):
     weighted by the activations that were measured. What that does to the outputs is measured, not
     bounded.
     Scope: MatMul with a matrix of weights; Gather of the token embedding.
-    Leaves: other tables, vectors, and matrices with fewer than 16 inputs.
+    Leaves: other tables, vectors, matrices with fewer than 16 inputs, and what chooses experts.
     Source: the layout of ONNX DequantizeLinear with ``block_size``, opset 21.
 
     Args:
@@ -75,7 +76,7 @@ class QuantizeWeights(RoundingPass):
             if key not in made:
                 scheme = self._scheme.of(head=key in heads)
                 weight = QuantizedWeight(base, scheme, importance(program, base))
-                made[key] = _dequantized(program.graph, value, weight)
+                made[key] = dequantized(program.graph, value, weight)
             rows = made[key]
             if g.is_op(node, "Gather"):
                 node.replace_input_with(0, rows)
@@ -152,8 +153,10 @@ def _heads(program: Program) -> set[object]:
 
 def candidates(program: Program) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorProtocol]]:
     """Yield (node, weight value, weight as [N, K]) of all that can be quantized."""
-    tokens = program.input(Role.TOKENS)
+    tokens, choosing = program.input(Role.TOKENS), routers(program)
     for node in g.nodes(program.graph, "MatMul", "Gather"):
+        if node in choosing:
+            continue  # rounded, it would choose others
         index = 1 if node.op_type == "MatMul" else 0
         tensor = g.weight(node.inputs[index])
         if tensor is None or len(tensor.shape) != 2 or not tensor.dtype.is_floating_point():
@@ -166,7 +169,7 @@ def candidates(program: Program) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorP
             yield node, g.operand(node, 0), tensor
 
 
-def _dequantized(graph: ir.Graph, value: ir.Value, weight: QuantizedWeight) -> ir.Value:
+def dequantized(graph: ir.Graph, value: ir.Value, weight: QuantizedWeight) -> ir.Value:
     """Return the value of ``weight`` [N, K] read from codes."""
     scheme = weight.scheme
     build = g.Builder(graph[0])

@@ -15,12 +15,15 @@ from llmopt.backends.onnxruntime import openvino
 from llmopt.backends.onnxruntime.artifact import DATA, ENTRY, finish, installed, write_model
 from llmopt.backends.onnxruntime.kernels import decomposes
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
+from llmopt.backends.onnxruntime.lower_experts import LowerExperts
 from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivations
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.backends.onnxruntime.session import open_session
 from llmopt.errors import UnknownNameError
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
+from llmopt.passes.quantize_experts import QuantizeExperts
+from llmopt.quantization.schemes import Blockwise, parse_scheme
 
 __all__ = ["DATA", "ENTRY", "OnnxRuntimeArm64", "OnnxRuntimeCpu", "finish", "installed"]
 
@@ -44,7 +47,10 @@ class _OnProcessor(Backend):
 
     @override
     def passes(self, scheme: str | None) -> tuple[Pass, ...]:
-        return (LowerWeights(), LowerAttention(), FuseSkipNorm(), LowerActivations())
+        experts = parse_scheme(scheme) if scheme is not None else None
+        rounded = (QuantizeExperts.of(experts),) if isinstance(experts, Blockwise) else ()
+        weights = (*rounded, LowerExperts(), LowerWeights())
+        return (*weights, LowerAttention(), FuseSkipNorm(), LowerActivations())
 
     @override
     def in_part(self, program: Program) -> Program:

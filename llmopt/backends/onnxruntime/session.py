@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +17,7 @@ from llmopt.runtime.engines.providers import Place, start
 Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 _EXTERNAL: Final = "session.model_external_initializers_file_folder_path"
+_EXPERTS: Final = "ORT_QMOE_CPU_QNBIT_GEMM"
 _INLINE_BYTES: Final = 1024
 """ONNX Runtime may need small constants, sizes and axes, while it reads the model."""
 
@@ -49,7 +52,8 @@ def open_session(
             options.add_external_initializers(*held)
         options.add_session_config_entry(_EXTERNAL, str(model.parent))
         source = proto.SerializeToString()
-    session = start(ort, source, options, place or Place())
+    with _unrounded_experts() if exact else contextlib.nullcontext():
+        session = start(ort, source, options, place or Place())
     names = [output.name for output in session.get_outputs()]
     takes = (*session.get_inputs(), *session.get_overridable_initializers())
     wide = {value.name for value in takes if value.type == "tensor(float)"}
@@ -64,6 +68,23 @@ def open_session(
         return dict(zip(names, session.run(names, given), strict=True))
 
     return run
+
+
+@contextlib.contextmanager
+def _unrounded_experts() -> Iterator[None]:
+    """Let QMoE multiply codes of 8 bits in float32: an attribute says so for 4 bits alone.
+
+    Source: onnxruntime 1.32, ``moe_quantization_cpu.cc``; read while a session prepares weights.
+    """
+    before = os.environ.get(_EXPERTS)
+    os.environ[_EXPERTS] = "fp32"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_EXPERTS]
+        else:
+            os.environ[_EXPERTS] = before
 
 
 def _read(model: Path, *, exact: bool) -> Any:
