@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from llmopt.cli.artifacts import is_artifact, opened, trust_options
+from llmopt.cli.artifacts import all_opened, is_artifact, trust_options
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json, table
 from llmopt.errors import SourceError, SourceNotFoundError
@@ -56,10 +57,11 @@ def evaluate_command(
     For a language model: KL divergence, agreement on the most likely token, and perplexity,
     each with its standard error. For any other: the cosine of its vectors to the reference's.
     """
-    folder = opened(artifact, trusted)
+    compared = [artifact, Path(reference)] if is_artifact(Path(reference)) else [artifact]
+    folders = all_opened(compared, trusted)
     content = None if text is None else _read(text)
     with Progress() as progress:
-        result = _evaluate(folder, reference, content, progress)
+        result = _evaluate(folders, reference, content, progress)
     values = dataclasses.asdict(result.found)
     about = {"artifact": str(artifact), "reference": reference, "text": result.text}
     if as_json:
@@ -79,28 +81,28 @@ def _read(path: Path) -> str:
         raise SourceError(path, f"not UTF-8 text ({error.reason})", hint) from error
 
 
-def _evaluate(artifact: Path, reference: str, text: str | None, progress: Progress) -> Evaluation:
+def _evaluate(
+    folders: Sequence[Path], source: str, text: str | None, progress: Progress
+) -> Evaluation:
+    """Compare the first folder with the second, or with ``source`` where there is one alone."""
     progress("starting")
-    from llmopt.evaluation import evaluate, require_one_model
+    from llmopt.evaluation import evaluate, require_one_model, runner_results
     from llmopt.runtime import load
 
-    candidate = load(artifact)
+    candidate = load(folders[0])
     require_one_model(candidate)  # before the reference is opened, which takes long
     progress("opening the reference")
-    wanted = _reference(reference)
+    others = [runner_results(load(folder)) for folder in folders[1:]]
+    wanted = others[0] if others else _source(source)
     progress("comparing")
     return evaluate(candidate, wanted, text)
 
 
-def _reference(reference: str) -> Results:
-    from llmopt.evaluation import runner_results, source_results
-    from llmopt.runtime import load
-
-    if is_artifact(Path(reference)):
-        return runner_results(load(reference))
+def _source(source: str) -> Results:
+    from llmopt.evaluation import source_results
     from llmopt.frontend.source import SourceOptions, open_source
 
-    opened = open_source(reference, SourceOptions())
+    opened = open_source(source, SourceOptions())
     return source_results(opened.program.signature, opened.reference)
 
 

@@ -31,6 +31,8 @@ ATTENTION: Final = frozenset(
         *("CachedAttention", "PackedAttention"),
     }
 )
+MIXTURES: Final = frozenset({"MoE", "QMoE"})
+"""Operators that multiply a row by the weights of the experts that were chosen for it."""
 _TURNING: Final = ATTENTION | {"RotaryEmbedding"}
 _LOOKUPS: Final = frozenset({"Gather", "GatherBlockQuantized", "GatherRows"})
 _VIEWS: Final = frozenset({"Cast", "DequantizeLinear", "Reshape", "Slice", "Transpose"})
@@ -114,6 +116,9 @@ def count_work(program: Program) -> Work:
         if node.op_type in PRODUCTS and _stored(g.optional(node, 1)):
             _count_product(work, node, is_kept=node in kept)
             counted |= set(_weights(node))
+        elif node.op_type in MIXTURES:
+            _count_experts(work, node)
+            counted |= set(_weights(node))
         elif node.op_type in _LOOKUPS and _stored(g.optional(node, 0)):
             work.lookup_bytes += sum(_bytes(v, node) // _rows(v) for v in _weights(node))
             counted |= set(_weights(node))
@@ -132,6 +137,16 @@ def _count_product(work: Work, node: ir.Node, *, is_kept: bool) -> None:
     products = work.products.setdefault(often, Products())
     products.macs[_multiplied(node)] += _elements(node)
     products.weight_bytes += sum(_bytes(value, node) for value in _weights(node))
+
+
+def _count_experts(work: Work, node: ir.Node) -> None:
+    """Count the experts that one token goes to: so many of them are read and multiplied by."""
+    products = work.products.setdefault("token", Products())
+    experts, width = g.static(node.inputs[1], -1) or 1, g.static(node.inputs[0], -1) or 0
+    chosen = int(g.attribute(node, "k", 1))
+    rows = g.static(node.inputs[2], 1) or 0  # of gates and what they gate; the other has half
+    products.macs[_multiplied(node)] += chosen * (rows + rows // 2) * width
+    products.weight_bytes += chosen * sum(_bytes(v, node) for v in _weights(node)) // experts
 
 
 def _tables(node: ir.Node) -> list[ir.Value]:
@@ -191,7 +206,8 @@ def _multiplied(node: ir.Node) -> str:
     """Return the type of the numbers that a product multiplies."""
     if node.op_type in _INTEGER or (node.op_type == "Linear" and g.attribute(node, "scheme", "")):
         return "int8"
-    if node.op_type == "MatMulNBits" and g.attribute(node, "accuracy_level", 0) == 4:
+    by_codes = node.op_type in {"MatMulNBits", "QMoE"}
+    if by_codes and g.attribute(node, "accuracy_level", 0) == 4:
         return "int8"
     both = [g.producer(node.inputs[i], "DequantizeLinear") for i in (0, 1)]
     codes = both[0].inputs[0] if both[0] is not None and both[1] is not None else node.inputs[0]

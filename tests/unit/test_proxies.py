@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mixtures import CHOSEN, INNER, WIDE, mixture
 from programs import bound, program
 from tiny_decoder import tiny_decoder
 from traced import Traced
 
+from llmopt.backends.onnxruntime.lower_experts import LowerExperts
 from llmopt.compiler.proxies import count_work
 from llmopt.ir import graph as g
+from llmopt.passes.pipeline import Pipeline
+from llmopt.passes.quantize_experts import QuantizeExperts
 
 
 def test_a_decoder_is_counted() -> None:
@@ -45,6 +49,19 @@ def test_one_row_for_each_sequence_is_counted_apart() -> None:
         <int64[1] i1 = {1}> { first = ReduceMean <keepdims = 0> (x, i1)  y = MatMul (first, w) }"""
     work = count_work(bound(text, {"w": np.ones((8, 4), np.float32)}))
     assert work.products["sequence"].macs == Counter({"float32": 32})
+
+
+def test_a_token_reads_the_experts_that_it_goes_to() -> None:
+    macs = CHOSEN * (2 * INNER * WIDE + WIDE * INNER)
+    plain = count_work(Pipeline((LowerExperts(),)).run(mixture()))
+    assert plain.products["token"].macs == {"float32": macs}
+    assert plain.products["token"].weight_bytes == 4 * macs
+
+    rounded = Pipeline((QuantizeExperts(8, 16), LowerExperts())).run(mixture())
+    work = count_work(rounded)
+    assert work.products["token"].macs == {"int8": macs}
+    assert work.products["token"].weight_bytes == macs + 4 * macs // 16  # codes and scales
+    assert work.other_bytes == 0
 
 
 @pytest.mark.xdist_group("traced")

@@ -149,8 +149,13 @@ def test_what_is_measured_is_what_was_signed(llmopt: Any, bundle: Path, alice: S
     same = llmopt(*counted, "--baseline", bundle)
     assert same.exit_code == 0, same.stderr
 
-    for line in (["bench", bundle, other], [*counted, "--baseline", other]):
-        refused = llmopt(*line, *key, *quick)
+    lines = (
+        ["bench", bundle, other, *quick],
+        [*counted, "--baseline", other, *quick],
+        ["evaluate", bundle, "--reference", other],
+    )
+    for line in lines:
+        refused = llmopt(*line, *key)
         assert refused.exit_code == 1, refused.stderr
         assert "other.llmopt: not signed" in refused.stderr
     one = llmopt("bench", bundle, other, *key, "--signature", f"{bundle}.sig")
