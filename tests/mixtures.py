@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from programs import bound
+from programs import apply, bound
 
 from llmopt.ir.program import Program
 
@@ -66,6 +66,78 @@ def mixture(replaced: Mapping[str, str] | None = None) -> Program:
         assert line in text
         text = text.replace(line, instead)
     return bound(text, random_weights())
+
+
+WEIGHED: Final = {
+    "compared": """{equal}
+   as{i} = Cast <to = 1> (is{i})
+   kept{i} = Mul (share, as{i})
+   share{i} = ReduceSum <keepdims = 1> (kept{i}, last)""",
+    "where": """{equal}
+   kept{i} = Where (is{i}, share, nothing)
+   flat{i} = ReduceSum <keepdims = 0> (kept{i}, last)
+   share{i} = Unsqueeze (flat{i}, last)""",
+    "scattered": """column{i} = Gather <axis = -1> (every, n{i})
+   share{i} = Unsqueeze (column{i}, last)""",
+    "sliced": "share{i} = Slice (every, m{i}, m{next}, last)",
+}
+"""How the share of expert i may be made."""
+EVERY: Final = """main (float[B,S,48] x, float[48,5] router{weights}) => (float[B,S,48] y)
+<int64[1] k = {{2}}, int64[1] last = {{-1}}, float[1] nothing = {{0}}{numbers}>
+{{
+   logits = MatMul (x, router)
+   chances = Softmax <axis = -1> (logits)
+   top, chosen = TopK <axis = -1> (chances, k)
+   total = ReduceSum <keepdims = 1> (top, last)
+   share = Div (top, total)
+   chances2 = Neg (share)
+   sizes = Shape (chances)
+   zeros = Expand (nothing, sizes)
+   sizes2 = Shape (x)
+   zeros2 = Expand (nothing, sizes2)
+   every = ScatterElements <axis = -1> (zeros, chosen, share)
+{experts}
+   y = Identity (sum{end})
+}}"""
+EXPERT: Final = """   {share}
+   h{i} = MatMul (x, gate_up{i})
+   gate{i}, up{i} = Split <axis = 2, num_outputs = 2> (h{i})
+   bent{i} = Swish (gate{i})
+   gated{i} = Mul (bent{i}, up{i})
+   gives{i} = MatMul (gated{i}, down{i})
+   weighed{i} = Mul (share{i}, gives{i})
+"""
+
+
+def every_expert(shares: str, replaced: Mapping[str, str] | None = None) -> Program:
+    """Return the same mixture with every expert computed, and weighed by ``WEIGHED[shares]``."""
+    experts, numbers = "", ""
+    for i in range(EXPERTS):
+        equal = f"is{i} = Equal (chosen, n{i})"
+        share = WEIGHED[shares].format(i=i, next=i + 1, equal=equal)
+        experts += EXPERT.format(i=i, share=share)
+        before = f"sum{i - 1}" if i else "zeros2"
+        experts += f"   sum{i} = Add ({before}, weighed{i})\n"
+        numbers += f", int64 n{i} = {{{i}}}"
+    numbers += "".join(f", int64[1] m{i} = {{{i}}}" for i in range(EXPERTS + 1))
+    arrays = random_weights()
+    given = {"router": arrays["router"]}
+    for i in range(EXPERTS):
+        given[f"gate_up{i}"] = np.ascontiguousarray(arrays["gate_up"][i].T)
+        given[f"down{i}"] = np.ascontiguousarray(arrays["down"][i].T)
+    weights = "".join(
+        f", float[{','.join(map(str, array.shape))}] {name}"
+        for name, array in given.items()
+        if name != "router"
+    )
+    text = EVERY.format(weights=weights, numbers=numbers, experts=experts, end=EXPERTS - 1)
+    for line, instead in (replaced or {}).items():
+        assert line in text
+        text = text.replace(line, instead)
+    made = bound(text, given)
+    apply("canonicalize", made)
+    apply("remove-dead", made)
+    return made
 
 
 def random_weights() -> dict[str, npt.NDArray[Any]]:

@@ -100,15 +100,32 @@ def flattened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return Derived("flatten", [tensor], lambda a: a.reshape(shape), tensor.dtype, shape)
 
 
-def interleaved(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """Return ``tensor`` [E, 2 * N, K] with row N + i of each matrix behind row i."""
-    experts, rows, columns = _sizes(tensor)
-    halves = (experts, 2, rows // 2, columns)
+def stacked(tensors: Sequence[ir.TensorProtocol], count: int, width: int) -> ir.TensorProtocol:
+    """Return matrices as one tensor [E, N, width].
+
+    Args:
+        tensors: Each some of the matrices, one below the other: [E' * N, K].
+        count: E, how many matrices there are in all.
+        width: How much of each row is kept, K at most.
+    """
+    rows = sum(_sizes(tensor)[0] for tensor in tensors) // count
+    shape = (count, rows, width)
+
+    def compute(*arrays: Array) -> Array:
+        return np.concatenate([array[:, :width] for array in arrays]).reshape(shape)
+
+    return Derived("stack", tensors, compute, tensors[0].dtype, shape)
+
+
+def interleaved(tensor: ir.TensorProtocol, count: int) -> ir.TensorProtocol:
+    """Return ``count`` matrices [2 * N, K], one below the other, with row N + i behind row i."""
+    rows, columns = _sizes(tensor)
+    halves = (count, 2, rows // count // 2, columns)
 
     def compute(array: Array) -> Array:
-        return array.reshape(halves).swapaxes(1, 2).reshape(experts, rows, columns)
+        return array.reshape(halves).swapaxes(1, 2).reshape(rows, columns)
 
-    return Derived("interleave", [tensor], compute, tensor.dtype, (experts, rows, columns))
+    return Derived(f"interleave{count}", [tensor], compute, tensor.dtype, (rows, columns))
 
 
 def cast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -3,18 +3,19 @@
 Rewrites::
 
     ReduceSum(p * (Gather(D, e) @ (Swish(g) * u))), g, u = Split(Gather(GU, e) @ x)
+    share_0 * (D_0 @ (Swish(g_0) * u_0)) + share_1 * …, g_i, u_i = Split(x @ GU_i)
         into    MoE<swiglu>(x, logits, GU', D)
-        or, where both are read from codes,
+        or, where all are read from codes,
         into    QMoE<swiglu>(x, logits, codes of GU', scales, codes of D, scales)
 
 GU' has a row of the gate and a row of what it gates by turns, as the kernels read them. Written
-out, the weights of an expert are copied for each token that goes to it; the kernels multiply all
-tokens of an expert at once.
+out, the weights of an expert are copied for each token that goes to it, or every expert is computed
+for every token; the kernels multiply the tokens of an expert at once, by what was chosen alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -29,8 +30,6 @@ from llmopt.passes.experts import Experts, find_experts
 from llmopt.quantization.lazy import QuantizedPart, QuantizedWeight
 
 MICROSOFT: Final = "com.microsoft"
-Order = Callable[[ir.TensorProtocol], ir.TensorProtocol]
-"""Puts the rows of a weight [E, N, K] in the order that the kernel reads."""
 Codes = tuple[ir.Value, ir.Value, ir.Value | None]
 """Codes [E, N, K * bits / 8], scales [E, N, blocks], and zero points where there are any."""
 
@@ -41,7 +40,8 @@ class LowerExperts(Pass):
 
     Numerics: exact in another order of additions; where two experts are equally likely, another
     one may be chosen. At accuracy level 4, and in 8 bits always, activations are rounded to int8.
-    Scope: experts of the form ``D @ (Swish(G @ x) * (U @ x))``, chosen by softmax.
+    Scope: experts of the form ``D @ (Swish(G @ x) * (U @ x))``, chosen by softmax; those that
+    were chosen are gathered, or all are computed and weighed.
     Leaves: experts of other forms, by name; they are computed as written.
     Source: com.microsoft.MoE and QMoE, ``swiglu_fusion=1`` with alpha 1 and beta 0.
 
@@ -70,94 +70,122 @@ class LowerExperts(Pass):
         """Replace a mixture; return why not, if not."""
         end = found.result.producer()
         assert end is not None
-        values = (found.gate_up, found.down)
-        parts = [_quantized(value) for value in values]
+        build, values = g.Builder(end), (*found.gate_up, *found.down)
+        coded = [part for value in values if (part := _quantized(value)) is not None]
         plain = [g.weight(value) for value in values]
-        attributes = {**_SWIGLU, "k": found.k, "normalize_routing_weights": int(found.normalized)}
-        build, name = g.Builder(end), f"{g.scope_of(found.gathers[0])}/MoE".lstrip("/")
-        if any(part is not None and part.columns * part.scheme.bits % 8 for part in parts):
+        schemes = {part.scheme for part in coded}
+        if any(part.columns * part.scheme.bits % 8 for part in coded):
             return "a row of codes does not end with a byte"
-        if all(parts):
-            out = self._quantized(build, found, [part for part in parts if part], attributes)
+        if len(coded) == len(values) and len(schemes) == 1:
+            out = self._by_codes(build, found, coded)
         elif all(plain):
-            first = weights.interleaved(next(tensor for tensor in plain if tensor is not None))
-            turns = build.initializer(f"{found.gate_up.name}.by_turns", first)
-            inputs = [found.x, found.logits, turns, None, found.down]
-            out = build.op("MoE", inputs, attributes, domain=MICROSOFT, name=name)
+            turns = _stacked(found.gate_up, found.count, by_turns=True)
+            inputs = [
+                *(found.x, _rows(build, found.logits)),
+                *(build.initializer(f"{_stem(found.gate_up)}.by_turns", turns), None),
+                build.initializer(f"{_stem(found.down)}.rows", _stacked(found.down, found.count)),
+            ]
+            out = build.op("MoE", inputs, _attributes(found), domain=MICROSOFT, name=_name(found))
         else:
-            return "its weights are computed, or only one of them is quantized"
+            return "its weights are computed, or not all are quantized alike"
+        out.shape, out.type = found.result.shape, found.result.type
         g.replace(found.result, out)
         return None
 
-    def _quantized(
-        self,
-        build: g.Builder,
-        found: Experts,
-        parts: list[QuantizedWeight],
-        attributes: dict[str, object],
+    def _by_codes(
+        self, build: g.Builder, found: Experts, parts: Sequence[QuantizedWeight]
     ) -> ir.Value:
-        scheme = parts[0].scheme
-        gate_up = _stored(build, found.gate_up, parts[0], weights.interleaved)
-        down = _stored(build, found.down, parts[1], lambda tensor: tensor)
+        scheme, half = parts[0].scheme, len(found.gate_up)
+        first = _codes(build, parts[:half], found.count, by_turns=True)
+        second = _codes(build, parts[half:], found.count)
         inputs: list[ir.Value | None] = [
-            *(found.x, found.logits),
-            *(gate_up[0], gate_up[1], None),
-            *(down[0], down[1], None),
+            *(found.x, _rows(build, found.logits)),
+            *(first[0], first[1], None),
+            *(second[0], second[1], None),
         ]
-        if gate_up[2] is not None:
-            inputs += [None, None, None, gate_up[2], down[2]]
+        if first[2] is not None:
+            inputs += [None, None, None, first[2], second[2]]
         attributes = {
-            **attributes,
+            **_attributes(found),
             "expert_weight_bits": scheme.bits,
             "block_size": scheme.block,
             "accuracy_level": self.accuracy_level,
         }
-        name = f"{g.scope_of(found.gathers[0])}/QMoE".lstrip("/")
-        return build.op("QMoE", inputs, attributes, domain=MICROSOFT, name=name)
+        return build.op("QMoE", inputs, attributes, domain=MICROSOFT, name=_name(found))
 
 
-_SWIGLU: Final[dict[str, object]] = {
-    "activation_type": "swiglu",
-    "swiglu_fusion": 1,  # gates and what they gate by turns
-    "activation_alpha": 1.0,
-    "activation_beta": 0.0,
-}
+def _attributes(found: Experts) -> dict[str, object]:
+    return {
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,  # gates and what they gate by turns
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+        "k": found.k,
+        "normalize_routing_weights": int(found.normalized),
+    }
+
+
+def _name(found: Experts) -> str:
+    reader = g.users(found.gate_up[0])[0]
+    return f"{g.scope_of(reader)}/Experts".lstrip("/")
+
+
+def _rows(build: g.Builder, logits: ir.Value) -> ir.Value:
+    """Return logits as [N, E], which the kernels take alone."""
+    if g.rank(logits) == 2:
+        return logits
+    return build.op("Reshape", [logits, build.constant([-1, g.static(logits, -1)], "int64")])
+
+
+def _stem(values: Sequence[ir.Value]) -> str:
+    return str(values[0].name).removesuffix(".transpose")
+
+
+def _stacked(
+    values: Sequence[ir.Value], count: int, *, by_turns: bool = False
+) -> ir.TensorProtocol:
+    """Return weights as [E, N, K]: one that is, or [K, N] of each expert."""
+    parts = []
+    for value in values:
+        tensor = g.weight(value)
+        assert tensor is not None
+        whole = g.rank(value) == 3
+        rows = weights.flattened(tensor) if whole else weights.transposed(tensor)
+        parts.append(weights.interleaved(rows, count if whole else 1) if by_turns else rows)
+    return weights.stacked(parts, count, parts[0].shape.numpy()[1])
 
 
 def _quantized(value: ir.Value) -> QuantizedWeight | None:
-    """Return the weight whose codes ``value`` [E, N, K] is read from."""
-    shaped = g.producer(value, "Reshape")
-    rows = shaped.inputs[0] if shaped is not None else None
+    """Return the weight whose codes are read as [E, N, K], or as [K, N] of one expert."""
+    view = g.producer(value, "Reshape", "Transpose")
+    rows = view.inputs[0] if view is not None else None
     cut = g.producer(rows, "Slice")
     node = g.producer(rows if cut is None else cut.inputs[0], "DequantizeLinear")
     codes = g.weight(node.inputs[0]) if node is not None else None
     return codes.of if isinstance(codes, QuantizedPart) else None
 
 
-def _stored(build: g.Builder, value: ir.Value, weight: QuantizedWeight, order: Order) -> Codes:
-    """Store the codes of a weight, its rows in another order."""
-    sizes = [g.static(value, axis) or 0 for axis in range(3)]
-    source = weights.parts_of(weight.base)[0]
-    turned = QuantizedWeight(weights.flattened(order(source)), weight.scheme)
-    stem = next(weights.leaves(source)).source
-    points = None if weight.scheme.symmetric else turned.zero_bytes()
-    width = sizes[2] * weight.scheme.bits // 8
-    return (
-        build.initializer(f"{stem}.bytes", _matrices(turned.table(), sizes[0], width)),
-        build.initializer(f"{stem}.scales", _matrices(turned.scale(), sizes[0])),
-        None
-        if points is None
-        else build.initializer(f"{stem}.zero_points", _matrices(points, sizes[0])),
-    )
-
-
-def _matrices(
-    tensor: ir.TensorProtocol, experts: int, width: int | None = None
-) -> ir.TensorProtocol:
-    """Return a tensor [E * N, M] as [E, N, M], or [E, N, width] without what pads its rows."""
-    rows, columns = tensor.shape.numpy()
-    width = columns if width is None else width
-    shape = (experts, rows // experts, width)
-    return weights.Derived(
-        "matrices", [tensor], lambda a: a[:, :width].reshape(shape), tensor.dtype, shape
-    )
+def _codes(
+    build: g.Builder, parts: Sequence[QuantizedWeight], count: int, *, by_turns: bool = False
+) -> Codes:
+    """Store the codes of weights of all experts, or of each, without what pads their rows."""
+    if by_turns:
+        each = count // len(parts)
+        parts = [
+            QuantizedWeight(weights.interleaved(p.base, each), p.scheme, p.importance)
+            for p in parts
+        ]
+    scheme, columns = parts[0].scheme, parts[0].columns
+    stem = next(weights.leaves(parts[0].base)).source
+    blocks = scheme.blocks(columns)
+    stored = {
+        "bytes": ([part.table() for part in parts], columns * scheme.bits // 8),
+        "scales": ([part.scale() for part in parts], blocks),
+    }
+    if not scheme.symmetric:
+        stored["zero_points"] = ([p.zero_bytes() for p in parts], -(-blocks * scheme.bits // 8))
+    made = [
+        build.initializer(f"{stem}.experts.{name}", weights.stacked(tensors, count, width))
+        for name, (tensors, width) in stored.items()
+    ]
+    return made[0], made[1], made[2] if len(made) == 3 else None

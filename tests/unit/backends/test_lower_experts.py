@@ -7,7 +7,7 @@ from typing import Final
 
 import onnx_ir as ir
 import pytest
-from mixtures import SHARES, mixture, tokens
+from mixtures import EXPERTS, SHARES, WEIGHED, every_expert, mixture, tokens
 from programs import error_rel, evaluate, only, operators, reasons, run
 
 from llmopt.backends import find_backend
@@ -18,6 +18,7 @@ from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantize_experts import QuantizeExperts
+from llmopt.passes.quantize_weights import QuantizeWeights
 
 TOLERANCE: Final = 1e-5  # float32, max|a-b| / max|b|
 IN_INT8: Final = 0.03  # rows of 32 and more numbers, rounded to int8
@@ -39,6 +40,28 @@ def test_one_operator_computes_the_mixture(shares: str, count: int) -> None:
     assert operators(low) == ["MatMul", "MoE"]
     want = evaluate(made, tokens(count))["y"]
     assert error_rel(run(low, tokens(count))["y"], want) < TOLERANCE
+
+
+@pytest.mark.parametrize("shares", WEIGHED)
+def test_experts_that_are_all_computed_become_one_operator(shares: str) -> None:
+    made, given = every_expert(shares), {"x": tokens(6)["x"].reshape(2, 3, -1)}
+
+    low = lowered(made)
+
+    assert operators(low) == ["MatMul", "Reshape", "MoE"]
+    assert error_rel(run(low, given)["y"], evaluate(made, given)["y"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_of_each_expert_are_put_together(*, symmetric: bool) -> None:
+    made, given = every_expert("compared"), {"x": tokens(6)["x"].reshape(2, 3, -1)}
+    made = Pipeline((QuantizeWeights(4, 16, symmetric),)).run(made)
+    assert operators(made).count("DequantizeLinear") == 2 * EXPERTS
+
+    low = lowered(made)
+
+    assert operators(low) == ["MatMul", "Reshape", "QMoE"]
+    assert error_rel(run(low, given)["y"], evaluate(made, given)["y"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -7,7 +7,17 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 import pytest
-from mixtures import EXPERTS, INNER, SHARES, WIDE, mixture, random_weights, tokens
+from mixtures import (
+    EXPERTS,
+    INNER,
+    SHARES,
+    WEIGHED,
+    WIDE,
+    every_expert,
+    mixture,
+    random_weights,
+    tokens,
+)
 from programs import apply, error_rel, evaluate, only, operators, reasons
 
 from llmopt.ir import graph as g
@@ -27,8 +37,8 @@ def test_a_mixture_is_found_with_its_sizes_and_weights(shares: str) -> None:
     assert topk is only(made, "TopK")
     assert (found.k, found.normalized) == (2, shares != "as they are")
     assert (found.x.name, found.logits.name, found.result.name) == ("x", "logits", "y")
-    assert g.shape(found.gate_up) == [EXPERTS, 2 * INNER, WIDE]
-    assert g.shape(found.down) == [EXPERTS, WIDE, INNER]
+    assert [g.shape(v) for v in found.gate_up] == [[EXPERTS, 2 * INNER, WIDE]]
+    assert [g.shape(v) for v in found.down] == [[EXPERTS, WIDE, INNER]]
     assert {node.outputs[0].name for node in routers(made)} == {"logits"}
 
 
@@ -70,6 +80,58 @@ def test_what_is_another_thing_is_named(name: str) -> None:
     line, instead, reason = ELSE[name]
 
     ((_, found),) = find_experts(mixture({line: instead}))
+
+    assert isinstance(found, str)
+    assert reason in found
+
+
+@pytest.mark.parametrize("shares", WEIGHED)
+def test_experts_that_are_all_computed_are_found_one_by_one(shares: str) -> None:
+    made = every_expert(shares)
+
+    ((topk, found),) = find_experts(made)
+
+    assert isinstance(found, Experts), found
+    assert topk is only(made, "TopK")
+    assert (found.k, found.normalized) == (2, True)
+    assert (found.x.name, found.logits.name, found.result.name) == ("x", "logits", "y")
+    assert [v.name for v in found.gate_up] == [f"gate_up{i}" for i in range(EXPERTS)]
+    assert [v.name for v in found.down] == [f"down{i}" for i in range(EXPERTS)]
+    assert {node.outputs[0].name for node in routers(made)} == {"logits"}
+
+
+EVERY_ELSE: Final = {
+    "an expert left out": ("sum3 = Add (sum2, weighed3)", "sum3 = Identity (sum2)", "not all of 5"),
+    "a square added": (
+        "sum3 = Add (sum2, weighed3)",
+        "square = Mul (weighed3, weighed3)\n   sum3 = Add (sum2, square)",
+        "is not added to what the other experts give",
+    ),
+    "one more added": (
+        "sum3 = Add (sum2, weighed3)",
+        "more = Add (x, weighed3)\n   sum3 = Add (sum2, more)",
+        "'x' is added among what the experts give",
+    ),
+    "weighed twice": ("Equal (chosen, n1)", "Equal (chosen, n0)", "not all of 5"),
+    "another input": (
+        "h2 = MatMul (x, gate_up2)",
+        "x2 = Neg (x)\n   h2 = MatMul (x2, gate_up2)",
+        "expert 2 reads 'x2', the others 'x'",
+    ),
+    "another activation": ("bent4 = Swish (gate4)", "bent4 = Relu (gate4)", "not Swish"),
+    "other choices": (
+        "kept1 = Mul (share, as1)",
+        "kept1 = Mul (chances2, as1)",
+        "does not pick the share of expert 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_ELSE)
+def test_what_weighs_other_things_is_named(name: str) -> None:
+    line, instead, reason = EVERY_ELSE[name]
+
+    ((_, found),) = find_experts(every_expert("compared", {line: instead}))
 
     assert isinstance(found, str)
     assert reason in found
