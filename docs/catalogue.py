@@ -28,6 +28,7 @@ from llmopt.quantization.schemes import SCHEMES
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results.json"
 CONFORMANCE = ROOT / "bench" / "conformance.json"
+GATE = ROOT / "bench" / "gate"
 MATRIX = ROOT / "bench" / "matrix.json"
 _LABELS = "Rewrites|Needs|Numerics|Scope|Leaves|Source|Args|Raises|Returns"
 _LABEL = re.compile(rf"(?:^|(?<=[.)] ))({_LABELS}): ?", re.MULTILINE)
@@ -248,6 +249,25 @@ def conformance() -> None:
         for model in dict.fromkeys(row["model"] for row in of):
             cells = {r["scheme"]: _held(r) for r in of if r["model"] == model}
             print(f"| {model} | {' | '.join(cells.get(scheme, '') for scheme in schemes_)} |")
+
+
+def gate() -> None:
+    """Print how often the gate was right on what was recorded, and how often live."""
+    found = json.loads((GATE / "decisions.json").read_text())
+    lines = [json.loads(line) for line in (GATE / "live.jsonl").read_text().splitlines()]
+    goals = found["goals"]
+    print("\n| what was asked | right | wanted | wrong, at most | inconclusive | median | live |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for goal in goals:
+        live = [line["right"] for line in lines if line["goal"] == goal["goal"]]
+        cells = [
+            *(goal["goal"], f"{goal['right']:.2%}", f"{goal['wanted']:.0%}"),
+            *(f"{goal['wrong_at_most']:.2%}", f"{goal['inconclusive']:.2%}"),
+            *(f"{goal['median_time_s']:.0f} s", f"{sum(live)} of {len(live)}"),
+        ]
+        print(f"| {' | '.join(cells)} |")
+    machines = ", ".join(found["machines"])
+    print(f"\n{goals[0]['decisions']} decisions each on {found['sessions']} sessions, {machines}.")
 
 
 def matrix() -> None:

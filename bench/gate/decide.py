@@ -250,7 +250,8 @@ def main() -> None:
             found.append(row(goal, list(pool.map(one, range(options.decisions), chunksize=20))))
             print(told(found[-1]), flush=True)
     if options.json is not None:
-        data = {"schema": 1, "sessions": len(sessions), "goals": found}
+        machines = sorted({session["machine"]["processor"] for session in sessions})
+        data = {"schema": 1, "sessions": len(sessions), "machines": machines, "goals": found}
         options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 

@@ -69,7 +69,7 @@ class QuantizeExperts(RoundingPass):
             if base is None:
                 outcome.miss(gather, reason)
                 continue
-            sizes = g.shape(value)
+            sizes = [g.static(value, axis) or 0 for axis in range(3)]
             rows = dequantized(program.graph, value, QuantizedWeight(base, self._scheme))
             build = g.Builder(gather)
             whole = build.op("Reshape", [rows, build.constant(sizes, "int64")])

@@ -81,7 +81,7 @@ class LowerExperts(Pass):
         elif all(plain):
             turns = _stacked(found.gate_up, found.count, by_turns=True)
             inputs = [
-                *(found.x, _rows(build, found.logits)),
+                *(found.x, _rows(build, found)),
                 *(build.initializer(f"{_stem(found.gate_up)}.by_turns", turns), None),
                 build.initializer(f"{_stem(found.down)}.rows", _stacked(found.down, found.count)),
             ]
@@ -99,7 +99,7 @@ class LowerExperts(Pass):
         first = _codes(build, parts[:half], found.count, by_turns=True)
         second = _codes(build, parts[half:], found.count)
         inputs: list[ir.Value | None] = [
-            *(found.x, _rows(build, found.logits)),
+            *(found.x, _rows(build, found)),
             *(first[0], first[1], None),
             *(second[0], second[1], None),
         ]
@@ -130,11 +130,11 @@ def _name(found: Experts) -> str:
     return f"{g.scope_of(reader)}/Experts".lstrip("/")
 
 
-def _rows(build: g.Builder, logits: ir.Value) -> ir.Value:
+def _rows(build: g.Builder, found: Experts) -> ir.Value:
     """Return logits as [N, E], which the kernels take alone."""
-    if g.rank(logits) == 2:
-        return logits
-    return build.op("Reshape", [logits, build.constant([-1, g.static(logits, -1)], "int64")])
+    if g.rank(found.logits) == 2:
+        return found.logits
+    return build.op("Reshape", [found.logits, build.constant([-1, found.count], "int64")])
 
 
 def _stem(values: Sequence[ir.Value]) -> str:

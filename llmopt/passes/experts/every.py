@@ -41,7 +41,7 @@ def every_expert(topk: ir.Node) -> Experts:
     x, gate_up, down = None, list[ir.Value](), list[ir.Value]()
     for number in range(len(weighed)):
         product, share = weighed[number]
-        rows = product.inputs[0 if product.inputs[1] is share else 1]
+        rows = g.operand(product, 0 if product.inputs[1] is share else 1)
         into, first, second = _feed_forward(rows)
         if x is not None and x is not into:
             raise OtherFormError(f"expert {number} reads {into.name!r}, the others {x.name!r}")
