@@ -6,7 +6,8 @@ A row is a family: a tiny random checkpoint, compiled for ``reference`` and ``on
 float32 and ``w8``, each artifact verified on the whole matrix of inputs (batch 1 and 3; lengths 1,
 7 and 33; no, left and right padding; prefill and steps through the cache). The source is the
 module of transformers; for ``w8`` its weights are rounded alike. How many attentions and norms
-there are is counted by what that module calls, rotary embeddings by its config.
+there are is counted by what that module calls, rotary embeddings by its config. An encoder and a
+decoder are one row.
 
 Each row is measured in a process of its own, so that a crash is a row. Rows that DIR has already
 are kept, so that a run that was cut short goes on; ``--again`` measures them anew. They take the
@@ -27,6 +28,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
 from matrix_families import FAMILIES, Family
+from matrix_oracles import Oracle
 
 RESULTS: Final = Path(__file__).with_name("matrix.json")
 TARGETS: Final = ("reference", "onnxruntime-cpu")
@@ -62,11 +64,12 @@ def measure(
     except LlmoptError as error:
         return {**row, "traced": False, "reason": str(error)}
     traced_s = time.perf_counter() - start
-    oracle, expected = _oracle(folder, family, found.source)
+    oracle = Oracle.open(folder, family, found.source.program)
     row |= {"traced": True, "cache": _cache(family, found.source)}
-    row["fused"] = _fused(found, expected)
+    row["fused"] = _fused(found, oracle.expected)
     row["misses"] = [m for fused in found.fusion.values() for m in fused.misses]
-    proven = dataclasses.replace(found, source=dataclasses.replace(found.source, reference=oracle))
+    source = dataclasses.replace(found.source, reference=oracle.reference)
+    proven = dataclasses.replace(found, source=source)
     row["errors"] = {
         target: {
             scheme: _error(proven if scheme == "fp32" else found, target, scheme, work)
@@ -78,39 +81,8 @@ def measure(
     return row | {"seconds": {name: round(s, 1) for name, s in seconds.items()}}
 
 
-def _oracle(folder: Path, family: Family, source: Any) -> tuple[Any, dict[str, int]]:
-    """Return transformers' own module as a reference, and what it calls how often."""
-    import torch
-    import transformers
-
-    from llmopt.frontend.census import census
-    from llmopt.frontend.reference import ModuleReference
-    from llmopt.ir.feeds import Case, feeds
-
-    cls: Any = getattr(transformers, family.auto)
-    model = cls.from_pretrained(folder, dtype=torch.float32).eval()
-    signature = source.program.signature
-    inputs = [p.name for p in signature.inputs if p.role not in _OURS]
-    outputs = [p.name for p in signature.outputs if not p.name.startswith("present.")]
-
-    def run(**tensors: Any) -> list[Any]:
-        found = model(**tensors)
-        return [found[name] for name in outputs]
-
-    arrays = feeds(signature, Case(2, 7), source.program.facts.model.vocabulary or 2)
-    given = {name: torch.from_numpy(arrays[name]) for name in inputs}
-    with torch.inference_mode():
-        expected = census(model, lambda: run(**given))
-    attentions = expected.get("attention", 0)
-    expected["rotary"] = attentions if family.rotary is None else family.rotary
-    return ModuleReference(run, inputs, outputs, positional=0), expected
-
-
-_OURS: Final = ("past_key", "past_value", "logits_to_keep")
-
-
 def _cache(family: Family, source: Any) -> str:
-    if family.kind != "decoder":
+    if not family.writes:
         return ""
     notes = [note for note in source.notes if "without a cache" in note]
     return "yes" if source.program.signature.has_cache else "; ".join(notes) or "no"

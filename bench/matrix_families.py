@@ -32,7 +32,7 @@ ENCODER_DECODER: Final[Mapping[str, Any]] = {
     "vocab_size": 101,
     "d_model": 48,
     "encoder_layers": 2,
-    "decoder_layers": 2,
+    "decoder_layers": 3,
     "encoder_attention_heads": 6,
     "decoder_attention_heads": 6,
     "encoder_ffn_dim": 60,
@@ -62,6 +62,11 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     auto: str = "AutoModel"
     rotary: int | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes token after token, so that it should have a cache."""
+        return self.kind in ("decoder", "encoder-decoder")
 
     def write(self, folder: Path) -> None:
         """Write a random checkpoint whose parameters are moved away from their initial values."""
@@ -151,9 +156,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
             {
                 **_TOKENS,
                 "d_model": 48,
-                "d_kv": 8,
+                "d_kv": 16,
                 "d_ff": 60,
-                "num_layers": 2,
+                "num_layers": 3,
+                "num_decoder_layers": 2,
                 "num_heads": 6,
                 "decoder_start_token_id": 0,
             },
@@ -165,7 +171,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
         Family(
             "whisper",
             "encoder-decoder",
-            {**ENCODER_DECODER, "num_mel_bins": 10, "max_source_positions": 20},
+            {
+                **ENCODER_DECODER,
+                "num_mel_bins": 10,
+                "max_source_positions": 20,
+                "max_target_positions": 64,
+                "begin_suppress_tokens": None,
+            },
             "WhisperForConditionalGeneration",
             0,
         ),
@@ -177,5 +189,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 QUICK: Final = ("albert", "vit")
 """What ``make test`` holds to the same promises, beside a decoder of one layer."""
-THOROUGH: Final = ("bloom", "deepseek_v3")
-"""What ``make test-thorough`` does: flattened heads, and keys made of parts."""
+SLOW: Final = ("whisper",)
+"""What ``make test-slow`` does: an encoder and a decoder."""
+THOROUGH: Final = ("bloom", "deepseek_v3", "t5", "bart", "marian")
+"""What ``make test-thorough`` does: flattened heads, keys made of parts, and the other pairs."""

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from matrix import RESULTS, measure, right
-from matrix_families import FAMILIES, QUICK, THOROUGH, Family
+from matrix_families import FAMILIES, QUICK, SLOW, THOROUGH, Family
+
+_DEARER = [(name, pytest.mark.slow) for name in SLOW]
+_DEARER += [(name, pytest.mark.thorough) for name in THOROUGH]
 
 
 @pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.thorough) for name in THOROUGH)]
+    "name", [*QUICK, *(pytest.param(name, marks=mark) for name, mark in _DEARER)]
 )
 def test_a_family_is_traced_fused_and_right_on_both_targets(name: str, tmp_path: Path) -> None:
     row = measure(FAMILIES[name], tmp_path, schemes=["fp32"])
@@ -22,7 +25,7 @@ def test_a_family_is_traced_fused_and_right_on_both_targets(name: str, tmp_path:
     assert right(row), row["errors"]
     assert row["misses"] == []
     assert all(found == expected for expected, found in row["fused"].values()), row["fused"]
-    assert row["cache"] == ("yes" if FAMILIES[name].kind == "decoder" else "")
+    assert row["cache"] == ("yes" if FAMILIES[name].writes else "")
 
 
 def test_a_family_that_is_not_known_is_a_row_with_a_reason(tmp_path: Path) -> None:
