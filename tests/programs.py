@@ -23,7 +23,7 @@ from llmopt.passes import PASSES, Outcome
 from llmopt.passes.pipeline import Pipeline
 
 HEAD = '<ir_version: 11, opset_import: ["" : 25]>\n'
-_CACHE = re.compile(r"(past|present)_(key|value)_?(\d*)")
+_CACHE = re.compile(r"(past|present|source)_(key|value)_?(\d*)")
 
 
 def program(text: str, *, limit: int = 64, weights: Iterable[str] = ()) -> Program:

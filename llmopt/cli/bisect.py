@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -16,7 +16,9 @@ from llmopt.cli.text import echo_json, fields
 if TYPE_CHECKING:
     from llmopt.verification.bisection import Bisection, Culprit
 
-SCHEMA = 1
+SCHEMA: Final = 1
+_AT_THE_EDGE: Final = "none: what it reads or shows is another"
+_UNTOLD: Final = "not told: the pass changed several components, and no one alone shows it"
 
 
 @click.command("bisect")
@@ -87,7 +89,7 @@ def _bisected(source: str, options: dict[str, Any]) -> tuple[Bisection, dict[str
         check_destination(place, force=options["force"])
         found = bisect(opened, pipeline, arrays, progress)
         told = _told(found)
-        if found.culprit is not None:
+        if found.culprit is not None and found.culprit.component is not None:
             progress("looking for the smallest example")
             command = write_reproducer(found.culprit, place, plugins, force=options["force"])
             told["culprit"] |= {"example": str(place), "command": command}
@@ -112,6 +114,7 @@ def _culprit(culprit: Culprit) -> dict[str, Any]:
     compared = None if finding is None else finding.compared
     return {
         "pass": culprit.item.name,
+        "component": culprit.component,
         "problem": culprit.problem,
         "change": rewrite.number,
         "changes": rewrite.of,
@@ -152,9 +155,12 @@ def _shown(culprit: dict[str, Any]) -> str:
     """Return the pass, the node, the text around it and the example, for people to read."""
     number, of = culprit["change"], culprit["changes"]
     pairs = [("pass", culprit["pass"])]
+    if culprit["component"]:
+        pairs.append(("component", culprit["component"]))
     if number:
         pairs.append(("change", f"{number} of {of}"))
-    pairs.append(("node", culprit["node"] or "none: what it reads or shows is another"))
+    unnamed = _UNTOLD if culprit["component"] is None else _AT_THE_EDGE
+    pairs.append(("node", culprit["node"] or unnamed))
     if culprit["problem"]:
         pairs.append(("problem", culprit["problem"]))
     if culprit["tolerance"] is not None:
@@ -164,6 +170,8 @@ def _shown(culprit: dict[str, Any]) -> str:
     if culprit["first_value"] is not None:
         first = f"{culprit['first_value']} ({_number(culprit['first_error_rel'])})"
         pairs.append(("first value off", first))
+    if culprit["component"] is None:
+        return fields(pairs)
     pairs += [("example", culprit["example"]), ("again", culprit["command"])]
     text = [f"before\n{culprit['before']}", f"after\n{culprit['after']}"]
     return "\n\n".join([fields(pairs), *text])

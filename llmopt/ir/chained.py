@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy.typing as npt
 
 from llmopt.bundle.manifest import handed_over
-from llmopt.ir.feeds import Arrays, Case, feeds
+from llmopt.ir.feeds import Arrays, Case, feeds, taken
 from llmopt.ir.program import Program
 
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
@@ -69,6 +69,25 @@ class _Chain:
     def _known(self, source: Arrays) -> bool:
         same = self._given.keys() == source.keys() and bool(source)
         return same and all(self._given[name] is array for name, array in source.items())
+
+
+def apart(
+    program: Program, runs: Mapping[str, Run], given: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, Arrays]:
+    """Return what each of two components takes, by its name, of what the whole is given.
+
+    Args:
+        program: What inputs and outputs mean.
+        runs: What runs each component; the first is run.
+        given: Inputs of both, as `chained` takes them.
+    """
+    first, second = program.signatures
+    source = starting(given)
+    known = source | runs[first](source)
+    signature = program.signatures[second]
+    handed = handed_over(program.signatures[first], signature)
+    rest = taken(signature, given)
+    return {first: source, second: rest | {name: known[own] for name, own in handed.items()}}
 
 
 def starting(given: Mapping[str, npt.NDArray[Any]]) -> Arrays:

@@ -165,13 +165,19 @@ def _window(program: Program) -> int | None:
 def _whole(program: Program, case: Case, vocabulary: int) -> Arrays:
     """Return the inputs of one full pass of the source: prefill and decoded tokens together."""
     whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
-    batch = without_caches(feeds(program.signature, whole, vocabulary))
+    batch = without_caches(program, feeds(program.signature, whole, vocabulary))
     return batch | read_beside(program, case)
 
 
-def without_caches(batch: Arrays) -> Arrays:
-    """Return the inputs that a source takes, which has no cache."""
-    return {name: array for name, array in batch.items() if not name.startswith("past_key_")}
+def without_caches(program: Program, batch: Arrays) -> Arrays:
+    """Return the inputs that a source takes: no cache, and nothing that it hands over itself."""
+    inner = {Role.PAST_KEY, Role.PAST_VALUE, *(_READ_BEFORE if len(program.components) > 1 else ())}
+    left = {port.name for port in program.signature.inputs if port.role in inner}
+    return {name: array for name, array in batch.items() if name not in left}
+
+
+_READ_BEFORE: Final = (Role.SOURCE_KEY, Role.SOURCE_VALUE, Role.SOURCE_MASK)
+"""What a decoder is given of what was read."""
 
 
 def read_beside(program: Program, case: Case) -> Arrays:
@@ -210,7 +216,7 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         signature: The caches.
         run: The artifact.
         batch: ``input_ids`` of all tokens; ``attention_mask`` and ``position_ids``, if it has them;
-            and what is read, of a model of two components.
+            and what is read, of a model of two components, or was, of the second alone.
         prefill: How many tokens the first step takes.
     """
     total = batch["input_ids"].shape[1]
@@ -221,7 +227,8 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
     pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
-    read = {name: array for name, array in batch.items() if name.startswith(FIRST)}
+    known = {port.name for port in signature.inputs if port.role in _READ_BEFORE}
+    read = {n: array for n, array in batch.items() if n.startswith(FIRST) or n in known}
     logits, start = [], 0
     for end in (prefill, *range(prefill + 1, total + 1)):
         parts = {"input_ids": start, "attention_mask": 0, "position_ids": start}

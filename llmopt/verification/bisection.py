@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import numpy as np
 import numpy.typing as npt
 
 from llmopt.errors import LlmoptError, PassError
 from llmopt.frontend.source import Source
-from llmopt.ir import dialect
 from llmopt.ir.feeds import Arrays
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
@@ -20,7 +18,9 @@ from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.verification import Compared, compare
 from llmopt.verification.difference import Difference, difference
 from llmopt.verification.each import BEFORE, STEP, Checked, Finding, Watch, evaluated
-from llmopt.verification.trials import Trial, caches, given, trials
+from llmopt.verification.places import Place, broken, changed, moved, unrunnable
+from llmopt.verification.trials import Trial, caches, given
+from llmopt.verification.values import first_difference
 
 Array = npt.NDArray[Any]
 SAME: Final = "same"
@@ -60,6 +60,8 @@ class Culprit:
         finding: The comparison that shows it, the smallest case; None where nothing can be run.
         problem: Why the Program cannot be run after it, if it cannot.
         exact: Whether what is rounded was computed in float32.
+        component: Which of several components it is in, and the rest speaks of; empty where there
+            is one alone, None where it does not show in one alone.
     """
 
     item: Pass
@@ -68,6 +70,7 @@ class Culprit:
     finding: Finding | None
     problem: str = ""
     exact: bool = False
+    component: str | None = ""
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,37 @@ def _blamed(
 ) -> Culprit:
     """Return the change of a guilty pass that shows first what the pass does wrong."""
     finding = _smallest(checked.wrong)
-    trial = None if finding is None or finding.against != BEFORE else finding.trial
-    states = _States(before, item, trial, exact=exact)
-    number, good, bad = 0, before, after
+    place = _placed(item, before, after, checked, exact=exact)
+    if place is None:
+        unknown = Rewrite(0, 0, "", difference(before, before), None, before)
+        return Culprit(item, before, unknown, finding, checked.problem, exact, None)
+    trial = place.trial
+    if finding is not None and place.component:
+        finding = replace(finding, trial=trial)
+    states = _States(place.before, item, trial, exact=exact)
+    number, good, bad = 0, place.before, place.after
     if trial is not None or checked.problem:
-        number, good, bad = states.first_wrong(after)
-    changed = difference(good, bad)
+        number, good, bad = states.first_wrong(place.after)
+    change = difference(good, bad)
     first = None if trial is None else first_difference(good, bad, trial, exact=exact)
-    rewrite = Rewrite(number, states.count, _node(changed, bad, first), changed, first, good)
-    return Culprit(item, before, rewrite, finding, checked.problem, exact)
+    rewrite = Rewrite(number, states.count, _node(change, bad, first), change, first, good)
+    where = place.component
+    return Culprit(item, place.before, rewrite, finding, checked.problem, exact, where)
+
+
+def _placed(
+    item: Pass, before: Program, after: Program, checked: Checked, *, exact: bool
+) -> Place | None:
+    """Return the component in which a pass goes wrong; None if it does not show in one alone."""
+    finding = _smallest(checked.wrong)
+    trial = None if finding is None or finding.against != BEFORE else finding.trial
+    if len(before.components) == 1:
+        return Place("", before, after, trial)
+    if trial is not None:
+        return moved(before, after, trial, exact=exact)
+    if checked.problem:
+        return broken(item, before, after, exact=exact)
+    return changed(before, after)
 
 
 def _smallest(wrong: Sequence[Finding]) -> Finding | None:
@@ -213,80 +238,10 @@ class _States:
         return compare("", found, self._wanted, self._trial.tokens, names).error_rel <= STEP
 
 
-def unrunnable(program: Program, *, exact: bool) -> bool:
-    """Whether a Program is not in the dialect, or cannot be run."""
-    try:
-        run = evaluated(program, exact=exact)
-        run(trials(program)[0].feeds)
-    except LlmoptError:
-        return True
-    return bool(dialect.verify(program.model))
-
-
-def _node(changed: Difference, after: Program, first: Compared | None) -> str:
+def _node(change: Difference, after: Program, first: Compared | None) -> str:
     """Return the node that says best where a change is."""
-    if not changed.nodes:
+    if not change.nodes:
         return ""
     made = {str(v.name): str(n.name) for n in after.graph for v in n.outputs}
     maker = made.get(first.output, "") if first is not None else ""
-    return maker if maker in changed.nodes else changed.nodes[-1]
-
-
-def first_difference(
-    before: Program, after: Program, trial: Trial, *, exact: bool
-) -> Compared | None:
-    """Return the first value that both Programs have and that differs, in the order of the second.
-
-    Only what is computed of tokens that are no padding counts, where that can be told.
-    """
-    old, new = (_computed(of) for of in (before, after))
-    names = [name for name in new if name in old]
-    try:
-        left, right = (values(of, trial.feeds, names, exact=exact) for of in (before, after))
-    except LlmoptError:
-        return None
-    for name in names:
-        error = error_of(right[name], left[name], trial)
-        if not error <= STEP:
-            return Compared(trial.label, name, error)
-    return None
-
-
-def _computed(program: Program) -> list[str]:
-    return [str(v.name) for n in program.graph for v in n.outputs if v.name and v.type is not None]
-
-
-def error_of(found: Array, wanted: Array, trial: Trial) -> float:
-    """Return how far a value is off where there are tokens, as far as its shape tells."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    pair = [found, wanted]
-    if trial.tokens is not None:
-        pair = [trial.tokens.of(each, cache=False) for each in pair]
-    return distance(*pair)
-
-
-def distance(found: Array, wanted: Array) -> float:
-    """Return ``max|found - wanted| / max|wanted|`` of any two arrays of a shape.
-
-    What is infinite, as masks are, or no number in both is the same; in one alone, it is not.
-    """
-    left, right = (np.asarray(each).astype(np.float64) for each in (found, wanted))
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(left - right)
-    apart[(left == right) | (np.isnan(left) & np.isnan(right))] = 0.0
-    scale = float(np.max(np.abs(right), where=np.isfinite(right), initial=0.0)) or 1.0
-    error = float(np.max(apart, initial=0.0)) / scale
-    return error if np.isfinite(error) else float("inf")
-
-
-def values(
-    program: Program, feeds: Mapping[str, Array], names: Sequence[str], *, exact: bool
-) -> Arrays:
-    """Return any values of a Program by name, computed of ``feeds``."""
-    shown = program.clone()
-    known = {str(v.name): v for node in shown.graph for v in node.outputs}
-    outputs = {value.name for value in shown.graph.outputs}
-    shown.graph.outputs.extend(known[name] for name in names if name not in outputs)
-    found = evaluated(shown, exact=exact)(feeds)
-    return {name: found[name] for name in names}
+    return maker if maker in change.nodes else change.nodes[-1]

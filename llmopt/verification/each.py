@@ -270,7 +270,7 @@ class Watch:
         self._before = program.clone()
         self._trials = self._given if self._given is not None else trials(program)
         whole = [trial for trial in self._trials if not trial.past]
-        batches = [without_caches(trial.feeds) for trial in whole]
+        batches = [without_caches(program, trial.feeds) for trial in whole]
         results = self._reference.run(batches, self._transform())
         self._wanted = dict(zip(whole, results, strict=True))
         self._outputs = {trial: run(trial.feeds) for trial in self._trials}

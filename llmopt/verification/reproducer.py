@@ -13,18 +13,18 @@ import onnx_ir as ir
 
 from llmopt.bundle.manifest import Port, Signature
 from llmopt.bundle.writer import staged_folder
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, UsageError
 from llmopt.frontend.saved import save_program
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Arrays
 from llmopt.ir.program import Program, Role
-from llmopt.passes.base import Pass
 from llmopt.passes.options import spell
-from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime.npz import write_npz
-from llmopt.verification.bisection import Culprit, error_of, unrunnable, values
+from llmopt.verification.bisection import Culprit
 from llmopt.verification.difference import neighbourhood
 from llmopt.verification.each import STEP, evaluated
+from llmopt.verification.places import fails, unrunnable
+from llmopt.verification.values import error_of, values
 
 MODEL: Final = "model.onnx"
 INPUTS: Final = "inputs.npz"
@@ -59,9 +59,12 @@ def write_reproducer(
         force: Whether what is there is replaced.
 
     Raises:
+        UsageError: What the pass does wrong does not show in one component alone.
         OutputExistsError: Something is there, and ``force`` is off.
         StorageError: It could not be written.
     """
+    if culprit.component is None:
+        raise UsageError("an example has one component, and none shows it alone")
     example = reduced(culprit)
     with staged_folder(place, force=force) as folder:
         save_program(example.program, folder / MODEL)
@@ -190,7 +193,7 @@ def _sizes(value: ir.Value) -> Sequence[int | str]:
 def _shows(culprit: Culprit, example: Example) -> bool:
     """Whether the pass goes wrong on a part as it did on the whole."""
     after = example.program.clone()
-    failed = _fails(culprit.item, after)
+    failed = fails(culprit.item, after)
     if culprit.problem:
         return failed is True or (failed is None and unrunnable(after, exact=culprit.exact))
     if failed is not None:
@@ -204,14 +207,3 @@ def _shows(culprit: Culprit, example: Example) -> bool:
     trial = culprit.finding.trial
     assert trial is not None
     return any(not error_of(found[name], each, trial) <= STEP for name, each in before.items())
-
-
-def _fails(item: Pass, program: Program) -> bool | None:
-    """Whether a pass leaves a Program that is none (True), or does something else (False)."""
-    try:
-        Pipeline((item,)).run(program)
-    except LlmoptError:
-        return True
-    except Exception:  # noqa: BLE001 - passes may take for granted what a part of a model lacks
-        return False
-    return None

@@ -79,7 +79,10 @@ def given(program: Program, arrays: Mapping[str, npt.NDArray[Any]]) -> Trial:
 
 
 def caches(program: Program) -> Iterator[str]:
-    """Yield the names of the outputs that are caches."""
+    """Yield the names of the outputs that are caches, or keys and values of what was read."""
     for port in program.signature.outputs:
-        if port.role in (Role.PRESENT_KEY, Role.PRESENT_VALUE):
+        if port.role in _KEPT:
             yield port.name
+
+
+_KEPT: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE, Role.SOURCE_KEY, Role.SOURCE_VALUE)

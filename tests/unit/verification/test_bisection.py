@@ -30,9 +30,10 @@ from llmopt.passes.hits import run_hits
 from llmopt.passes.pipeline import Pipeline
 from llmopt.passes.remove_dead import RemoveDead
 from llmopt.runtime.npz import read_npz
-from llmopt.verification.bisection import GUILTY, SAME, UNTRACED, bisect, distance
+from llmopt.verification.bisection import GUILTY, SAME, UNTRACED, bisect
 from llmopt.verification.difference import difference
 from llmopt.verification.reproducer import reduced, write_reproducer
+from llmopt.verification.values import distance
 
 PLUGIN = '''
 import onnx_ir as ir

@@ -1,0 +1,116 @@
+"""Where a pass goes wrong: in which of several components, each run by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmopt.errors import LlmoptError
+from llmopt.ir import dialect
+from llmopt.ir.chained import apart
+from llmopt.ir.program import Program
+from llmopt.passes.base import Pass
+from llmopt.passes.pipeline import Pipeline
+from llmopt.verification import compare
+from llmopt.verification.difference import fingerprint
+from llmopt.verification.each import STEP, evaluated
+from llmopt.verification.trials import Trial, caches, given, trials
+
+
+@dataclass(frozen=True)
+class Place:
+    """A Program of one component in which a pass goes wrong.
+
+    Args:
+        component: What it is called; empty where there is no other.
+        before: It, as the pass was given it.
+        after: It, as the pass left it.
+        trial: The inputs that show what is wrong; None where none of one component do.
+    """
+
+    component: str
+    before: Program
+    after: Program
+    trial: Trial | None = None
+
+
+def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> Place | None:
+    """Return the first component that computes something else after a pass, if one does.
+
+    Each is given what it was given before the pass, so that the second is not blamed for what the
+    first hands over.
+
+    Args:
+        before: The Program that the pass was given.
+        after: The Program that it left.
+        trial: Inputs of the whole that show it.
+        exact: Whether what is rounded is computed in float32.
+    """
+    runs = {part.main: evaluated(part, exact=exact) for part in before.parts()}
+    feeds = apart(before, runs, trial.feeds)
+    for place in _pairs(before, after):
+        wanted = runs[place.component](feeds[place.component])
+        own = given(place.before, feeds[place.component])
+        try:
+            found = evaluated(place.after, exact=exact)(own.feeds)
+        except LlmoptError:
+            found = {}
+        names = [*caches(place.before)]
+        if not found or not compare("", found, wanted, own.tokens, names).error_rel <= STEP:
+            return dataclasses.replace(place, trial=dataclasses.replace(own, label=trial.label))
+    return None
+
+
+def broken(item: Pass, before: Program, after: Program, *, exact: bool) -> Place | None:
+    """Return the first component that a pass fails on, or leaves so that nothing runs."""
+    for place in _pairs(before, after):
+        if fails(item, place.before.clone()) or unrunnable(place.after, exact=exact):
+            return place
+    return None
+
+
+def changed(before: Program, after: Program) -> Place | None:
+    """Return the component that a pass changed, if it is one alone."""
+    found = [
+        place
+        for place in _pairs(before, after)
+        if fingerprint(place.before) != fingerprint(place.after)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _pairs(before: Program, after: Program) -> Iterator[Place]:
+    for old, new in zip(_alone(before), _alone(after), strict=True):
+        yield Place(old.main, old, new)
+
+
+def _alone(program: Program) -> list[Program]:
+    """Return each component as a Program whose facts are those of what it takes itself."""
+    first, *others = program.parts()
+    model = program.facts.model
+    vocabulary = model.source_vocabulary or model.vocabulary
+    limit = model.max_source or model.max_length
+    first.learn(model=dataclasses.replace(model, vocabulary=vocabulary, max_length=limit))
+    return [first, *others]
+
+
+def unrunnable(program: Program, *, exact: bool) -> bool:
+    """Whether a Program is not in the dialect, or cannot be run."""
+    try:
+        run = evaluated(program, exact=exact)
+        run(trials(program)[0].feeds)
+    except LlmoptError:
+        return True
+    return bool(dialect.verify(program.model))
+
+
+def fails(item: Pass, program: Program) -> bool | None:
+    """Whether a pass leaves a Program that is none (True), or does something else (False)."""
+    try:
+        Pipeline((item,)).run(program)
+    except LlmoptError:
+        return True
+    except Exception:  # noqa: BLE001 - passes may take for granted what a part of a model lacks
+        return False
+    return None

@@ -1,0 +1,78 @@
+"""Values in the midst of a graph: computed by name, compared, and the first of two that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmopt.errors import LlmoptError
+from llmopt.ir.feeds import Arrays
+from llmopt.ir.program import Program
+from llmopt.verification import Compared
+from llmopt.verification.each import STEP, evaluated
+from llmopt.verification.trials import Trial
+
+Array = npt.NDArray[Any]
+
+
+def first_difference(
+    before: Program, after: Program, trial: Trial, *, exact: bool
+) -> Compared | None:
+    """Return the first value that both Programs have and that differs, in the order of the second.
+
+    Only what is computed of tokens that are no padding counts, where that can be told.
+    """
+    old, new = (_computed(of) for of in (before, after))
+    names = [name for name in new if name in old]
+    try:
+        left, right = (values(of, trial.feeds, names, exact=exact) for of in (before, after))
+    except LlmoptError:
+        return None
+    for name in names:
+        error = error_of(right[name], left[name], trial)
+        if not error <= STEP:
+            return Compared(trial.label, name, error)
+    return None
+
+
+def _computed(program: Program) -> list[str]:
+    return [str(v.name) for n in program.graph for v in n.outputs if v.name and v.type is not None]
+
+
+def error_of(found: Array, wanted: Array, trial: Trial) -> float:
+    """Return how far a value is off where there are tokens, as far as its shape tells."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    pair = [found, wanted]
+    if trial.tokens is not None:
+        pair = [trial.tokens.of(each, cache=False) for each in pair]
+    return distance(*pair)
+
+
+def distance(found: Array, wanted: Array) -> float:
+    """Return ``max|found - wanted| / max|wanted|`` of any two arrays of a shape.
+
+    What is infinite, as masks are, or no number in both is the same; in one alone, it is not.
+    """
+    left, right = (np.asarray(each).astype(np.float64) for each in (found, wanted))
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(left - right)
+    apart[(left == right) | (np.isnan(left) & np.isnan(right))] = 0.0
+    scale = float(np.max(np.abs(right), where=np.isfinite(right), initial=0.0)) or 1.0
+    error = float(np.max(apart, initial=0.0)) / scale
+    return error if np.isfinite(error) else float("inf")
+
+
+def values(
+    program: Program, feeds: Mapping[str, Array], names: Sequence[str], *, exact: bool
+) -> Arrays:
+    """Return any values of a Program by name, computed of ``feeds``."""
+    shown = program.clone()
+    known = {str(v.name): v for node in shown.graph for v in node.outputs}
+    outputs = {value.name for value in shown.graph.outputs}
+    shown.graph.outputs.extend(known[name] for name in names if name not in outputs)
+    found = evaluated(shown, exact=exact)(feeds)
+    return {name: found[name] for name in names}
