@@ -58,9 +58,9 @@ def distance(found: Array, wanted: Array) -> float:
     What is infinite, as masks are, or no number in both is the same; in one alone, it is not.
     """
     left, right = (np.asarray(each).astype(np.float64) for each in (found, wanted))
+    same = (left == right) | (np.isnan(left) & np.isnan(right))
     with np.errstate(invalid="ignore"):
-        apart = np.abs(left - right)
-    apart[(left == right) | (np.isnan(left) & np.isnan(right))] = 0.0
+        apart = np.where(same, 0.0, np.abs(left - right))
     scale = float(np.max(np.abs(right), where=np.isfinite(right), initial=0.0)) or 1.0
     error = float(np.max(apart, initial=0.0)) / scale
     return error if np.isfinite(error) else float("inf")

@@ -255,10 +255,11 @@ def test_a_copy_of_a_program_takes_names_for_itself_alone() -> None:
         ([1.5, np.nan], [1.0, np.nan], 0.5),
         ([True, False], [True, True], 1.0),
         ([], [], 0.0),
+        (1.5, 1.0, 0.5),
     ],
 )
 def test_the_distance_of_values_in_the_midst_of_a_graph(
-    found: list[float], wanted: list[float], error: float
+    found: list[float] | float, wanted: list[float] | float, error: float
 ) -> None:
     assert distance(np.asarray(found), np.asarray(wanted)) == error
 
