@@ -79,10 +79,7 @@ def given(program: Program, arrays: Mapping[str, npt.NDArray[Any]]) -> Trial:
 
 
 def caches(program: Program) -> Iterator[str]:
-    """Yield the names of the outputs that are caches, or keys and values of what was read."""
+    """Yield the names of the outputs that are caches."""
     for port in program.signature.outputs:
-        if port.role in _KEPT:
+        if port.role in (Role.PRESENT_KEY, Role.PRESENT_VALUE):
             yield port.name
-
-
-_KEPT: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE, Role.SOURCE_KEY, Role.SOURCE_VALUE)
