@@ -1,6 +1,6 @@
 """What it gives to run a mixture of experts as one operator: a random Qwen3-MoE, in turns.
 
-    python bench/experts.py [--scheme w4]... [--workload prefill=128,decode=32]
+    python bench/mixture.py [--scheme w4]... [--workload prefill=128,decode=32]
 
 Each scheme is compiled twice, with ``lower-experts`` and without it: as torch's exporter writes
 mixtures, where the weights of each chosen expert are copied for each token.
