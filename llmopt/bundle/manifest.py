@@ -22,6 +22,15 @@ MANIFEST: Final = "manifest.json"
 REPORT: Final = "build-report.json"
 """Times and the machine: the one file that no digest covers."""
 
+HANDED: Final[Mapping[str, str]] = {
+    "source_key": "source_key",
+    "source_value": "source_value",
+    "source_mask": "mask",
+    "image_features": "image_features",
+    "embeds": "embeds",
+}
+"""Inputs that another component gives, by role, and what role they have there."""
+
 CacheKind = Literal["shared", "concat", "none"]
 
 
@@ -120,6 +129,8 @@ class ModelFacts:
         max_source: Most tokens that can be read, of a model that writes another sequence.
         source_vocabulary: Tokens that it reads, where they are not those that it writes.
         start: Token that such a model's sequences begin with.
+        image_token: Token in whose place a feature of an image goes, of a model that sees any.
+        image_length: How many of them an image takes.
     """
 
     family: str = ""
@@ -138,6 +149,8 @@ class ModelFacts:
     max_source: int = 0
     source_vocabulary: int = 0
     start: int | None = None
+    image_token: int | None = None
+    image_length: int = 0
 
     @classmethod
     def read(cls, data: Fields) -> Self:
@@ -154,6 +167,8 @@ class ModelFacts:
             max_source=data.number("max_source", 0),
             source_vocabulary=data.number("source_vocabulary", 0),
             start=data.maybe_number("start"),
+            image_token=data.maybe_number("image_token"),
+            image_length=data.number("image_length", 0),
             bos=data.maybe_number("bos"),
             eos=data.numbers("eos"),
             pad=data.maybe_number("pad"),
@@ -177,23 +192,23 @@ def _cache_kind(data: Fields) -> CacheKind:
 def handed_over(first: Signature, second: Signature) -> dict[str, str]:
     """Return which input of ``second`` is which output, or input, of ``first``: by name.
 
-    Keys and values of what was read go on layer by layer, and so does its mask.
+    Keys and values of what was read go on layer by layer, and so does its mask; features of images
+    and embeddings go on as they are.
     """
-    roles = {"source_key": "source_key", "source_value": "source_value", "source_mask": "mask"}
     given = {(port.role, port.layer): port.name for port in (*first.inputs, *first.outputs)}
     return {
-        port.name: given[roles[port.role], port.layer]
+        port.name: given[HANDED[port.role], port.layer]
         for port in second.inputs
-        if port.role in roles
+        if port.role in HANDED
     }
 
 
 @dataclass(frozen=True)
 class Component:
-    """A further model of an artifact, whose outputs the main one takes.
+    """A further model of an artifact, whose outputs the next one takes, or the main one.
 
     Args:
-        name: ``"encoder"``.
+        name: ``"encoder"``; ``"vision"`` or ``"embedding"``.
         entry: Its file.
         signature: What it takes and gives.
     """
@@ -258,7 +273,7 @@ class Manifest:
         recipe: The command that makes it again, paths left out; empty where none is known.
         precision: The precision plan.
         signature: What the model takes and gives.
-        components: Further models, which run before it.
+        components: Further models, which run before it, in their order.
         model: What a runner has to know of it.
         files: Every file but the manifest and the build report.
         verification: What was checked and how far it was off.

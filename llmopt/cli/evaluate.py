@@ -101,9 +101,10 @@ def _evaluate(
 def _source(source: str) -> Results:
     from llmopt.evaluation import source_results
     from llmopt.frontend.source import SourceOptions, open_source
+    from llmopt.ir.chained import edge
 
     opened = open_source(source, SourceOptions())
-    return source_results(opened.program.signature, opened.reference)
+    return source_results(edge(opened.program), opened.reference)
 
 
 def _rows(values: dict[str, Any]) -> list[list[str]]:

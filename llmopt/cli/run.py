@@ -24,6 +24,12 @@ _WRITING: Final = (*_SAMPLING[1:], "beams", "length_penalty")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--prompt", metavar="TEXT", help="Continue this text.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="The images of --prompt, as pixel_values of the model's image processor.",
+)
 @click.option("--chat", is_flag=True, default=None, help="The prompt is said to an assistant.")
 @click.option("--max-new-tokens", type=int, metavar="N", help="At most so many.  [default: 128]")
 @click.option("--temperature", type=float, metavar="X", help="0 is greedy.  [default: 0]")
@@ -101,11 +107,11 @@ def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
     if more and mode != "text":
         raise UsageError(f"{more[0]!r} is one argument too many; quote a prompt of several words")
     used = {
-        "prompt": _SAMPLING,
+        "prompt": (*_SAMPLING, "images"),
         "inputs": ("output", "force", *_WRITING),
         "text": _WRITING,
     }
-    for name in (*_SAMPLING, "beams", "length_penalty", "output", "force"):
+    for name in (*_SAMPLING, "images", "beams", "length_penalty", "output", "force"):
         left_out = options[name] is None or options[name] is False  # a seed of 0 is given
         if not left_out and name not in used.get(mode, ()):
             raise UsageError(
@@ -115,6 +121,8 @@ def _mode(more: Sequence[str], options: Mapping[str, Any]) -> str:
 
 
 def _write_text(runner: Runner, options: Mapping[str, Any]) -> None:
+    from llmopt.runtime.npz import read_images
+
     task = runner.manifest.task
     if task != "generate":
         other = "--text" if task in {"embed", "text-to-text"} else "--inputs"
@@ -122,7 +130,8 @@ def _write_text(runner: Runner, options: Mapping[str, Any]) -> None:
             f"{runner.folder}: made for task {task!r}, it does not continue text; use {other}"
         )
     wanted = {name: options[name] for name in _SAMPLING if options[name] is not None}
-    for piece in runner.stream(options["prompt"], **wanted):
+    images = None if options["images"] is None else read_images(options["images"])
+    for piece in runner.stream(options["prompt"], images=images, **wanted):
         click.echo(piece, nl=False)
     click.echo()
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from llmopt.ir.chained import source_feeds
 from llmopt.ir.feeds import Arrays, Case, feeds, positions
+from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program, Role
 from llmopt.runtime.golden import Golden, columns_of, kept
 from llmopt.runtime.tokens import TOKENIZER, Tokenizer
@@ -63,11 +64,13 @@ def _plain(program: Program, run: Run, rows: int) -> Golden:
 def _beginning(program: Program, told: Sequence[int], rows: int) -> Arrays:
     """Return the inputs of a decoder, the tokens after the first step still to come.
 
-    Each row begins elsewhere in the text; the last is padded in front if there is a mask.
+    Each row begins elsewhere in the text; the last is padded in front if there is a mask. There is
+    an image in the midst of each, where the model sees any.
     """
     vocabulary = program.facts.model.vocabulary or 2
-    length = min(TOKENS, program.facts.max_length or TOKENS)
-    prefill = _prefill(length)
+    length = TOKENS + program.facts.model.image_length
+    length = min(length, program.facts.max_length or length)
+    prefill = _prefill(program, length)
     text = np.asarray(told or np.random.default_rng(0).integers(0, vocabulary, TOKENS)) % vocabulary
     ids = np.zeros((rows, length), np.int64)
     for row in range(rows):
@@ -75,7 +78,8 @@ def _beginning(program: Program, told: Sequence[int], rows: int) -> Arrays:
     mask = np.ones_like(ids)
     if program.signature.find(Role.MASK) is not None and rows > 1 and prefill > PADDED:
         mask[-1, :PADDED] = 0
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    begun = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    return illustrated(program, begun, mask, prefill)
 
 
 def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
@@ -92,10 +96,10 @@ def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
         found = run(step)
         end += step["input_ids"].shape[1]
         if end < length:  # the next step reads it there
-            ids[:, end] = found["logits"][:, -1].argmax(axis=-1)
+            ids[:, end] = _likeliest(program, found["logits"][:, -1])
         return found
 
-    prefill = _prefill(length)
+    prefill = _prefill(program, length)
     logits = decode(program.signature, going_on, batch, prefill).astype(np.float32)
     columns = columns_of(logits)
     return Golden(
@@ -109,8 +113,18 @@ def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
     )
 
 
-def _prefill(length: int) -> int:
-    return max(1, min(PREFILL, length - 1))
+def _likeliest(program: Program, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the likeliest token of each row; no image follows the text."""
+    image = program.facts.model.image_token
+    shown = logits
+    if image is not None:
+        shown = np.where(np.arange(logits.shape[-1]) == image, -np.inf, logits)
+    best: npt.NDArray[Any] = shown.argmax(axis=-1)
+    return best
+
+
+def _prefill(program: Program, length: int) -> int:
+    return max(1, min(PREFILL + program.facts.model.image_length, length - 1))
 
 
 def _scale(output: npt.NDArray[Any]) -> float:

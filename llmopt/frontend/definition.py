@@ -6,7 +6,7 @@ One layer of each kind is traced, the rest repeat it with their own weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -47,7 +47,7 @@ def trace_definition(definition: Definition, read: Read, facts: Facts) -> Progra
     """
     match definition.config:
         case DecoderConfig() as config:
-            return _decoder(definition, config, read, facts)
+            return trace_decoder(definition, config, read, facts)
         case EncoderDecoderConfig() as config:
             return trace_encoder_decoder(definition, config, read, facts)
         case config:
@@ -87,25 +87,39 @@ def _facts(definition: Definition, config: Any, layers: Sequence[Any], **more: A
     )
 
 
-def _decoder(definition: Definition, config: DecoderConfig, read: Read, facts: Facts) -> Program:
+def trace_decoder(
+    definition: Definition,
+    config: DecoderConfig,
+    read: Read,
+    facts: Facts,
+    *,
+    embeds: bool = False,
+) -> Program:
+    """Return the Program of a decoder, its weights unread.
+
+    Args:
+        definition: The model.
+        config: It.
+        read: Returns a parameter's numbers by name.
+        facts: What is known beside the graph.
+        embeds: Whether it takes embeddings, and another component looks tokens up: it is then the
+            component ``decoder``.
+    """
     kinds = {kind: config.layers.index(kind) for kind in dict.fromkeys(config.layers)}
     module = definition.module(layers=list(kinds.values()))
     assert isinstance(module, Decoder)
     module.eval()
     whole = Assembly(read)
-    int64 = ir.DataType.INT64
-    tokens = [
-        whole.input("input_ids", int64, ["B", "S"]),
-        whole.input("attention_mask", int64, ["B", "T"]),
-        whole.input("position_ids", int64, ["B", "S"]),
-    ]
     ports = [
-        Port("input_ids", Role.TOKENS, "int64", ("B", "S")),
+        Port("inputs_embeds", Role.EMBEDS, "float32", ("B", "S", config.hidden))
+        if embeds
+        else Port("input_ids", Role.TOKENS, "int64", ("B", "S")),
         Port("attention_mask", Role.MASK, "int64", ("B", "T")),
         Port("position_ids", Role.POSITIONS, "int64", ("B", "S")),
     ]
     windows, ropes = _context_keys(module)
-    hidden, *context = whole.add(_prelude(module), tokens)
+    tokens = [whole.input(p.name, _TYPES[p.dtype][0], p.shape) for p in ports]
+    hidden, *context = whole.add(_prelude(module, ports), tokens)
     masks = dict(zip(windows, context, strict=False))
     rotary = {
         rope: (context[len(windows) + 2 * i], context[len(windows) + 2 * i + 1])
@@ -143,7 +157,14 @@ def _decoder(definition: Definition, config: DecoderConfig, read: Read, facts: F
         outputs.append(
             Port(name, role, "float32", ("B", kind.kv_heads, "T", kind.head_width), layer)
         )
-    return Program(whole.model(), Signature(tuple(ports), tuple(outputs)), facts)
+    signature = Signature(tuple(ports), tuple(outputs))
+    return Program(whole.model(), signature, facts, "decoder" if embeds else "model")
+
+
+_TYPES: Final = {
+    "int64": (ir.DataType.INT64, torch.int64),
+    "float32": (ir.DataType.FLOAT, torch.float32),
+}
 
 
 def _context_keys(module: Decoder) -> tuple[list[Any], list[Any]]:
@@ -153,21 +174,22 @@ def _context_keys(module: Decoder) -> tuple[list[Any], list[Any]]:
     return windows, ropes
 
 
-def _prelude(module: Decoder) -> ir.Graph:
+def _prelude(module: Decoder, ports: Sequence[Port]) -> ir.Graph:
+    """Return the graph from tokens, or embeddings, to what the first layer takes."""
     windows, ropes = _context_keys(module)
+    embeds = ports[0].role == Role.EMBEDS
 
-    def compute(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
+    def compute(first: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
         context = module.context(attention_mask, position_ids, ())
         flat = [context.masks[window] for window in windows]
         for rope in ropes:
             flat.extend(context.rotary[rope])
-        return module.embed(input_ids, position_ids), *flat
+        if embeds:  # an output must not be an input
+            return module.begin(first, position_ids).clone(), *flat
+        return module.embed(first, position_ids), *flat
 
-    int64 = torch.int64
     inputs: dict[str, tuple[Dims, torch.dtype]] = {
-        "input_ids": (("B", "S"), int64),
-        "attention_mask": (("B", "T"), int64),
-        "position_ids": (("B", "S"), int64),
+        port.name: (port.shape, _TYPES[port.dtype][1]) for port in ports
     }
     return trace_part(module, compute, inputs, scope="context")
 

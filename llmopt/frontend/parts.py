@@ -20,7 +20,7 @@ from llmopt.ir import graph as g
 from llmopt.ir.program import Role
 
 # Sizes to trace with: all different, so that no two dimensions are taken for one.
-_B, _S, _P, _C = 2, 5, 3, 7
+_B, _S, _P, _C, _I = 2, 5, 3, 7, 4
 _DYNAMIC = torch.export.Dim.DYNAMIC
 Dims = Sequence[int | str]
 
@@ -61,7 +61,7 @@ def trace_part(
         inputs: Dimensions and type of each input, by name.
         scope: The module of nodes that the whole model computes itself.
     """
-    sizes = {"B": _B, "S": _S, "P": _P, "T": _S + _P, "K": _S, "C": _C}
+    sizes = {"B": _B, "S": _S, "P": _P, "T": _S + _P, "K": _S, "C": _C, "I": _I}
     examples, dynamic = [], []
     for dims, dtype in inputs.values():
         shape = [sizes[d] if isinstance(d, str) else d for d in dims]

@@ -35,17 +35,25 @@ class Reference(Protocol):
         """Yield the outputs of each batch, by the Program's output names; no cache is used."""
 
 
+Merge = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""Returns embeddings [B, S, E] with what else a batch holds put among them."""
+
+
 class StreamedReference:
     """A definition's module with its weights read layer by layer.
 
     Args:
         definition: The model.
         read: Returns a parameter's numbers by name, float32.
+        merge: What becomes of a decoder's embeddings before its first layer.
     """
 
-    def __init__(self, definition: Definition, read: Read) -> None:
+    def __init__(
+        self, definition: Definition, read: Read, merge: Merge = lambda embeds, _: embeds
+    ) -> None:
         self._definition = definition
         self._read = read
+        self._merge = merge
 
     def run(
         self, batches: Sequence[Arrays], transform: Transform | None = None
@@ -56,7 +64,7 @@ class StreamedReference:
         feeds = [{name: torch.from_numpy(a) for name, a in batch.items()} for batch in batches]
         with torch.inference_mode():
             if isinstance(module, Decoder):
-                yield from _decode(module, feeds, load)
+                yield from _decode(module, feeds, load, self._merge)
             elif isinstance(module, Encoder):
                 yield from _encode(module, feeds, load)
             elif isinstance(module, EncoderDecoder):
@@ -119,10 +127,11 @@ def _naming(module: Callable[..., Any]) -> Iterator[None]:
 
 
 def _decode(
-    module: Decoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader
+    module: Decoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader, merge: Merge
 ) -> Iterator[Arrays]:
     with load(module, "embed_"):
-        hidden = [module.embed(f["input_ids"], f["position_ids"]) for f in feeds]
+        embeds = [merge(module.look_up(f["input_ids"]), f) for f in feeds]
+        hidden = [module.begin(e, f["position_ids"]) for e, f in zip(embeds, feeds, strict=True)]
     contexts = [module.context(f["attention_mask"], f["position_ids"], ()) for f in feeds]
     for index, layer in module.layers.items():
         kind = module.config.layers[int(index)]

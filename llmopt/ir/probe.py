@@ -106,7 +106,7 @@ class Probe:
 
 # What numpy raises, and onnx's evaluator in its name, where sizes do not go together.
 _FAILURES = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
-_SYMBOLS = {"B": 2, "S": 3, "P": 4, "T": 7}
+_SYMBOLS = {"B": 2, "S": 3, "P": 4, "T": 7, "I": 2}
 
 
 def _cut(values: Sequence[ir.Value]) -> list[ir.Node]:

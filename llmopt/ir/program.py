@@ -27,6 +27,9 @@ class Role(enum.StrEnum):
     PRESENT_KEY = "present_key"  # present.{layer}.key [B, G, T, D]
     PRESENT_VALUE = "present_value"
     FEATURES = "features"  # input_features [B, bands, 2 * C]: sounds, where no tokens are read
+    PIXELS = "pixels"  # pixel_values [I, channels, height, width]
+    IMAGE_FEATURES = "image_features"  # image_features [I, N, E], N for each image
+    EMBEDS = "embeds"  # inputs_embeds [B, S, E], where a decoder takes no tokens
     SOURCE_MASK = "source_mask"  # encoder_attention_mask [B, C]: of what was read
     SOURCE_KEY = "source_key"  # past_key_values.{layer}.encoder.key [B, H, C, D]
     SOURCE_VALUE = "source_value"
@@ -69,8 +72,8 @@ class Facts:
 class Program:
     """A model on its way from source to artifact: passes edit it in place.
 
-    It has one component, ``model``, or several, of which the last is the one that ``model``,
-    ``graph`` and ``signature`` speak of.
+    It has one component, ``model``, or several that run in their order, of which the last is the
+    one that ``model``, ``graph`` and ``signature`` speak of.
 
     Args:
         model: The graph, standard ONNX operators of opset ``dialect.OPSET``.

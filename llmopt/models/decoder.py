@@ -53,14 +53,22 @@ class Decoder(nn.Module):
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden, config.vocabulary, bias=False)
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the hidden states [B, S, E] that enter the first layer."""
-        hidden: Tensor = self.embed_tokens(input_ids)
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings [B, S, E] of tokens, which know nothing of positions."""
+        embeds: Tensor = self.embed_tokens(input_ids)
         if self.config.embedding_multiplier != 1.0:
-            hidden = hidden * self.config.embedding_multiplier
+            embeds = embeds * self.config.embedding_multiplier
+        return embeds
+
+    def begin(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the hidden states [B, S, E] that enter the first layer."""
         if self.config.positions is not None:
-            hidden = hidden + self.embed_positions(position_ids)
-        return hidden
+            embeds = embeds + self.embed_positions(position_ids)
+        return embeds
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the hidden states [B, S, E] that tokens are as they enter the first layer."""
+        return self.begin(self.look_up(input_ids), position_ids)
 
     def context(
         self, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Past]

@@ -18,7 +18,7 @@ _MODES: Final = ("prompt", "text", "selftest", "serve")
 _SAMPLING: Final = ("chat", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
 _WRITING: Final = ("max_new_tokens", "beams")
 _BELONGS: Final = {
-    **dict.fromkeys(_SAMPLING, ("prompt",)),
+    **dict.fromkeys((*_SAMPLING, "images"), ("prompt",)),
     "max_new_tokens": ("prompt", "text"),
     "beams": ("text",),
     "json": ("selftest",),
@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_trust(parser)
     one = parser.add_argument_group("with --prompt")
+    one.add_argument(
+        "--images", type=Path, metavar="FILE.npz", help="pixel_values of the images in it"
+    )
     one.add_argument("--chat", action="store_true", default=None, help="it is said to an assistant")
     one.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many; 128 if not")
     one.add_argument("--temperature", type=float, metavar="X", help="0, which is greedy, if not")
@@ -141,12 +144,14 @@ def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def _prompt(asked: argparse.Namespace) -> int:
     from llmopt.runtime import load
+    from llmopt.runtime.npz import read_images
 
     runner = load(artifact_at(asked), threads=asked.threads)
     if runner.manifest.task != "generate":
         task = runner.manifest.task
         raise UsageError(f"{asked.artifact}: made for task {task!r}, it does not continue text")
-    for piece in runner.stream(asked.prompt, **_options(asked, _SAMPLING)):
+    images = None if asked.images is None else read_images(asked.images)
+    for piece in runner.stream(asked.prompt, images=images, **_options(asked, _SAMPLING)):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -17,7 +17,8 @@ def complete_feeds(session: Session, feeds: Mapping[str, Any]) -> dict[str, Arra
     """Return ``feeds`` as arrays, with what may be left out filled in.
 
     Left out may be the mask (all ones) and the positions (counted from the mask) where there is
-    no past, the past (none), token types (zeros), and inputs that have a default in the model.
+    no past, the past (none), token types (zeros), images (none), and inputs that have a default in
+    the model.
 
     Raises:
         UsageError: A name is unknown or missing, or an element type, rank or size is wrong.
@@ -47,7 +48,7 @@ def describe(port: Port) -> str:
 
 
 def _optional(port: Port) -> bool:
-    return port.role == "logits_to_keep"
+    return port.role in {"logits_to_keep", "pixels"}
 
 
 def _check(port: Port, array: Array) -> None:

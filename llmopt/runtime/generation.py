@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -109,13 +109,18 @@ class Generation:
         session: The model.
         prompts: Tokens, one list a row.
         request: What to generate.
+        given: Inputs that are the same in every step.
 
     Raises:
         UsageError: A prompt is empty, too long, or holds a token the model does not have.
     """
 
     def __init__(
-        self, session: Session, prompts: Sequence[Sequence[int]], request: Request
+        self,
+        session: Session,
+        prompts: Sequence[Sequence[int]],
+        request: Request,
+        given: Mapping[str, Array] | None = None,
     ) -> None:
         self._facts = facts = session.manifest.model
         self.prompts = prompts
@@ -127,9 +132,8 @@ class Generation:
         self.limit = request.max_new_tokens
         if facts.max_length:
             self.limit = min(self.limit, facts.max_length - longest)
-        self._sequences = Sequences(
-            session, len(prompts), capacity_for(longest + self.limit, facts.max_length)
-        )
+        room = capacity_for(longest + self.limit, facts.max_length)
+        self._sequences = Sequences(session, len(prompts), room, given)
         self._running = [True] * len(prompts)
 
     def end(self, row: int) -> None:

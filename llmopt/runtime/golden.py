@@ -40,7 +40,8 @@ class Golden:
     """How to run the example, and what has to come out.
 
     Args:
-        inputs: Arrays by input name; of a decoder, ``input_ids`` and ``attention_mask`` [B, S].
+        inputs: Arrays by input name; of a decoder, ``input_ids`` and ``attention_mask`` [B, S],
+            and ``pixel_values`` of one that sees images.
         outputs: What is kept of each output; of a decoder, ``columns`` [B, S, C] int32, tokens by
             falling logit and then others, and ``logits`` [B, S, C] float32.
         scales: The largest magnitude of each output.

@@ -39,6 +39,21 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise SourceError(path, f"not an .npz file ({error})", _HINT) from error
 
 
+def read_images(path: Path) -> np.ndarray[Any, Any]:
+    """Return the images in a file: ``pixel_values``, or its only array.
+
+    Raises:
+        SourceNotFoundError: There is no such file.
+        PickleRefusedError: An array in it is pickled.
+        SourceError: It is damaged, or says not which of its arrays are images.
+    """
+    arrays = read_npz(path)
+    if "pixel_values" not in arrays and len(arrays) != 1:
+        problem = f"it holds {', '.join(arrays) or 'no arrays'}, and no pixel_values"
+        raise SourceError(path, problem, "save the images under this name")
+    return arrays.get("pixel_values", next(iter(arrays.values())))
+
+
 def _check_start(path: Path) -> None:
     """Tell a pickle from other files that are no archive; numpy takes both for a pickle."""
     with path.open("rb") as stream:

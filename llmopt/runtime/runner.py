@@ -24,8 +24,9 @@ from llmopt.runtime.generation import (
 )
 from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
 from llmopt.runtime.rewriting import ENCODER, Asked, Rewriter
+from llmopt.runtime.seeing import shown, shown_in, with_sight
 from llmopt.runtime.session import Array, open_session
-from llmopt.runtime.steps import Sequences
+from llmopt.runtime.steps import Sequences, forced
 from llmopt.runtime.tokens import Tokenizer
 
 logger = logging.getLogger("llmopt")
@@ -49,18 +50,28 @@ class Runner:
         self.folder = folder
         self.manifest = Manifest.read(folder)
         self.manifest.check_sizes(folder)
-        self.session = open_session(folder, self.manifest, threads)
+        self.session = with_sight(folder, open_session(folder, self.manifest, threads))
         self.rewriter = Rewriter.open(folder, self.manifest, self.session)
         self._warned = False
 
     @overload
-    def generate(self, prompt: str | Conversation, **options: Unpack[TextOptions]) -> str: ...
+    def generate(
+        self, prompt: str | Conversation, *, images: Any = None, **options: Unpack[TextOptions]
+    ) -> str: ...
     @overload
     def generate(
-        self, prompt: list[str] | list[Conversation], **options: Unpack[TextOptions]
+        self,
+        prompt: list[str] | list[Conversation],
+        *,
+        images: Any = None,
+        **options: Unpack[TextOptions],
     ) -> list[str]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[TextOptions]
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        images: Any = None,
+        **options: Unpack[TextOptions],
     ) -> str | list[str]:
         """Return the text that follows the prompt, without the prompt; or what it becomes.
 
@@ -68,6 +79,8 @@ class Runner:
             prompt: A text, or several to be continued (by a model that reads one text and writes
                 another: rewritten) together. With ``chat=True`` each may be
                 a conversation: ``{"role": …, "content": …}`` for each message.
+            images: Of a model that sees: [I, channels, height, width] float, as the checkpoint's
+                image processor makes them, in the order in which their tokens stand in the prompts.
             **options: See `Request`.
 
         Returns:
@@ -80,18 +93,21 @@ class Runner:
         prompts: Any = [prompt] if one else prompt
         if self.rewriter is not None:
             texts = [_text(each) for each in prompts]
-            found = self.rewriter.texts(texts, self.tokenizer, _asked(options))
+            found = self.rewriter.texts(texts, self.tokenizer, self._asked(images, options))
             return found[0] if one else found
         texts = [""] * len(prompts)
-        for row, piece in self._pieces(prompts, _request(options)):
+        for row, piece in self._pieces(prompts, _request(options), images):
             texts[row] += piece
         return texts[0] if one else texts
 
-    def stream(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, images: Any = None, **options: Unpack[TextOptions]
+    ) -> Iterator[str]:
         """Yield the text that follows the prompt, piece by piece as it is made.
 
         Args:
             prompt: A text; with ``chat=True`` perhaps a conversation.
+            images: See `generate`.
             **options: See `Request`.
 
         Yields:
@@ -101,19 +117,25 @@ class Runner:
             UsageError: An option is out of range, or the prompt is empty or too long.
         """
         if self.rewriter is not None:
-            yield from self.rewriter.texts([_text(prompt)], self.tokenizer, _asked(options))
+            asked = self._asked(images, options)
+            yield from self.rewriter.texts([_text(prompt)], self.tokenizer, asked)
             return
-        for _, piece in self._pieces([prompt], _request(options)):
+        for _, piece in self._pieces([prompt], _request(options), images):
             if piece:
                 yield piece
 
     def generate_ids(
-        self, ids: Sequence[int] | Sequence[Sequence[int]] | Array, **options: Unpack[TokenOptions]
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]] | Array,
+        *,
+        images: Any = None,
+        **options: Unpack[TokenOptions],
     ) -> list[Any]:
         """Return the tokens that follow, the one that ended each row included.
 
         Args:
             ids: Tokens of one prompt, or of several.
+            images: See `generate`.
             **options: See `Request`.
 
         Returns:
@@ -125,10 +147,10 @@ class Runner:
         one = len(ids) == 0 or not isinstance(ids[0], Sequence | np.ndarray)
         prompts: list[Any] = [ids] if one else list(ids)
         if self.rewriter is not None:
-            written = self.rewriter.ids(prompts, _asked(options))
+            written = self.rewriter.ids(prompts, self._asked(images, options))
             return written[0] if one else written
         rows: list[list[int]] = [[] for _ in prompts]
-        for first, generation in self._generations(prompts, _request(options)):
+        for first, generation in self._generations(prompts, _request(options), images):
             for tokens in generation:
                 for row, token in enumerate(tokens):
                     if token is not None:
@@ -161,7 +183,8 @@ class Runner:
         if self.rewriter is None:
             raise UsageError(f"made for task {self.manifest.task!r}, it does not hear")
         spoken = language, task
-        return self.rewriter.transcribe(features, self.tokenizer, _asked(options), spoken)
+        asked = self._asked(None, options)
+        return self.rewriter.transcribe(features, self.tokenizer, asked, spoken)
 
     def logits(
         self,
@@ -170,6 +193,7 @@ class Runner:
         *,
         mask: Any = None,
         source: Mapping[str, Array] | None = None,
+        images: Any = None,
     ) -> Array:
         """Return the logits of every position, computed as generation would.
 
@@ -179,6 +203,7 @@ class Runner:
             mask: [B, S], 0 where a row is padding in front; None where there is none.
             source: What is read first, by a model that reads one sequence and writes another: the
                 inputs of its encoder, by name.
+            images: See `generate`; their tokens are all in the first step.
 
         Returns:
             [B, S, V] float32.
@@ -190,16 +215,10 @@ class Runner:
         self._check_ids(tokens, prefill)
         batch, length = tokens.shape
         real = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
-        sequences = Sequences(self.session, batch, length, self._memory(source))
-        ends = [prefill or length, *range((prefill or length) + 1, length + 1)]
-        parts: list[Array] = []
-        for start, end in zip([0, *ends], ends, strict=False):
-            step = slice(start, end)
-            part = sequences.extend(tokens[:, step], real[:, step], every=True)
-            if part.shape[1] != end - start:
-                raise UsageError("the model gives logits of its last token only; pass prefill=1")
-            parts.append(part.astype(np.float32))
-        return np.concatenate(parts, axis=1)
+        memory, first = self._memory(source), prefill or length
+        if images is not None:
+            memory |= shown_in(self.session, tokens[:, :first], images)
+        return forced(Sequences(self.session, batch, length, memory), tokens, real, first)
 
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> Array:
         """Return one embedding a text.
@@ -249,11 +268,13 @@ class Runner:
         """The artifact's tokenizer."""
         return Tokenizer(self.folder)
 
-    def _pieces(self, prompts: Sequence[Prompt], request: Request) -> Iterator[tuple[int, str]]:
+    def _pieces(
+        self, prompts: Sequence[Prompt], request: Request, images: Any
+    ) -> Iterator[tuple[int, str]]:
         """Yield (row, text) for each piece of text of each row."""
         ids = [self._encode(prompt, chat=request.chat) for prompt in prompts]
         stop_tokens = frozenset(self.manifest.model.eos)
-        for first, generation in self._generations(ids, request):
+        for first, generation in self._generations(ids, request, images):
             rows = [
                 TextRow(self.tokenizer.decode, () if request.chat else prompt, request.stops)
                 for prompt in generation.prompts
@@ -268,7 +289,7 @@ class Runner:
             yield from ((first + i, row.finish()) for i, row in enumerate(rows))
 
     def _generations(
-        self, prompts: Sequence[Sequence[int]], request: Request
+        self, prompts: Sequence[Sequence[int]], request: Request, images: Any
     ) -> Iterator[tuple[int, Generation]]:
         """Yield (number of its first row, generation): one for all prompts where they can share.
 
@@ -279,13 +300,14 @@ class Runner:
                 problem = "it is for models that read one text and write another; leave it out"
                 raise UsageError(f"{name}: {problem}")
         self._warn_without_cache()
+        prompts, given = shown(self.session, prompts, images)
         together = self.session.find("mask") is not None or len(set(map(len, prompts))) == 1
         if together or not prompts:
             if prompts:
-                yield 0, Generation(self.session, prompts, request)
+                yield 0, Generation(self.session, prompts, request, given)
             return
         for row, prompt in enumerate(prompts):
-            yield row, Generation(self.session, [prompt], request)
+            yield row, Generation(self.session, [prompt], request, given)
 
     def _encode(self, prompt: Prompt, *, chat: bool) -> list[int]:
         if chat:
@@ -318,6 +340,11 @@ class Runner:
             return {}
         return self.rewriter.reader.read(source)
 
+    def _asked(self, images: Any, options: Mapping[str, Any]) -> Asked:
+        """Return what is asked of a model that reads, which sees no images."""
+        shown(self.session, (), images)
+        return Asked(_request(options), frozenset(options))
+
     def _warn_without_cache(self) -> None:
         if self.manifest.model.cache == "none" and not self._warned:
             self._warned = True
@@ -328,10 +355,6 @@ def _text(prompt: Prompt) -> str:
     if not isinstance(prompt, str):
         raise UsageError("this model rewrites texts; it takes no conversation")
     return prompt
-
-
-def _asked(options: Mapping[str, Any]) -> Asked:
-    return Asked(_request(options), frozenset(options))
 
 
 def _request(options: Mapping[str, Any]) -> Request:

@@ -165,7 +165,9 @@ def _logits(runner: Runner, golden: Golden) -> Iterator[Check]:
     ids, mask = golden.inputs["input_ids"], golden.inputs["attention_mask"]
     columns, wanted = golden.outputs["columns"], golden.outputs["logits"]
     given = mask if runner.session.find("mask") is not None else None
-    logits = runner.logits(ids, prefill=golden.prefill, mask=given, source=_source(golden))
+    images = golden.inputs.get("pixel_values")
+    source = _source(golden)
+    logits = runner.logits(ids, golden.prefill, mask=given, source=source, images=images)
     real, bound = mask == 1, golden.tolerance * golden.scales["logits"]
     found = np.take_along_axis(logits, columns.astype(np.int64), axis=-1)
     yield _counted("logits", found[real], wanted[real], golden)

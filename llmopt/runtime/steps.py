@@ -23,6 +23,7 @@ class Step:
         positions: [B, S] int64.
         every: Whether logits of all S positions are wanted, or of the last one only.
         given: Inputs that are the same in every step: what a model that reads has made of it.
+        embeds: [B, S, E], of the tokens, where the model takes those.
     """
 
     tokens: Array
@@ -30,11 +31,18 @@ class Step:
     positions: Array
     every: bool
     given: Mapping[str, Array] = field(default_factory=dict)
+    embeds: Array | None = None
+
+    @property
+    def entering(self) -> tuple[str, Array]:
+        """The role and the numbers of what the first layer is made of."""
+        return ("tokens", self.tokens) if self.embeds is None else ("embeds", self.embeds)
 
     def feeds(self, session: Session) -> dict[str, Array]:
         """Return the inputs that this model has, by name."""
+        role, entering = self.entering
         by_role = {
-            "tokens": self.tokens,
+            role: entering,
             "mask": self.mask,
             "positions": self.positions,
             "token_types": np.zeros_like(self.tokens),
@@ -165,6 +173,29 @@ class Sequences:
         # Padding in front has no position; any valid one will do, because nothing attends to it.
         placed: Array = np.maximum(positions, 0)
         return placed
+
+
+def forced(sequences: Sequences, tokens: Array, mask: Array, prefill: int) -> Array:
+    """Return the logits [B, S, V] float32 of tokens that are given, whatever the model prefers.
+
+    Args:
+        sequences: Of no tokens yet.
+        tokens: [B, S] int64.
+        mask: [B, S], 0 where a row is padding.
+        prefill: How many go in the first step; the rest follow one by one.
+
+    Raises:
+        UsageError: The model gives fewer logits than it is given tokens.
+    """
+    ends = range(prefill, tokens.shape[1] + 1)
+    parts: list[Array] = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        step = slice(start, end)
+        part = sequences.extend(tokens[:, step], mask[:, step], every=True)
+        if part.shape[1] != end - start:
+            raise UsageError("the model gives logits of its last token only; pass prefill=1")
+        parts.append(part.astype(np.float32))
+    return np.concatenate(parts, axis=1)
 
 
 def cache_shape(port: Port, batch: int, length: int) -> tuple[int, ...]:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
-from llmopt.ir.chained import FIRST, source_feeds
+from llmopt.ir.chained import FIRST, edge, is_steady, source_feeds
 from llmopt.ir.feeds import Arrays, Case, feeds, resolve
+from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program, Role
 
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
@@ -132,16 +133,21 @@ def measure(
 
 
 def matrix(program: Program) -> Iterator[Case]:
-    """Yield the cases of a Program; ``past`` counts the tokens that are decoded one by one."""
+    """Yield the cases of a Program; ``past`` counts the tokens that are decoded one by one.
+
+    All but the shortest have room for an image, where the Program sees any.
+    """
     limit = program.facts.max_length or 1 << 20
     padded = program.signature.find(Role.MASK) is not None
-    for seed, length in enumerate(n for n in _LENGTHS if n <= limit):
+    image = program.facts.model.image_length
+    lengths = [n + image if n > 1 else n for n in _LENGTHS]
+    for seed, length in enumerate(n for n in lengths if n <= limit):
         yield Case(1, length, 0, "none", seed)
         for padding in ("none", "left", "right") if padded and length > 1 else ("none",):
             yield Case(3, length, 0, padding, seed + 10)
-    if program.signature.has_cache and limit >= 7 + _STEPS:
-        yield Case(1, 7, _STEPS, "none", 20)
-        yield Case(3, 7, _STEPS, "left", 21)
+    if program.signature.has_cache and limit >= 7 + image + _STEPS:
+        yield Case(1, 7 + image, _STEPS, "none", 20)
+        yield Case(3, 7 + image, _STEPS, "left", 21)
     if (window := _window(program)) and window + 7 <= min(limit, 600):
         yield Case(1, window + 5, 0, "none", 30)
 
@@ -165,7 +171,8 @@ def _window(program: Program) -> int | None:
 def _whole(program: Program, case: Case, vocabulary: int) -> Arrays:
     """Return the inputs of one full pass of the source: prefill and decoded tokens together."""
     whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
-    batch = without_caches(program, feeds(program.signature, whole, vocabulary))
+    batch = without_caches(program, feeds(edge(program), whole, vocabulary))
+    batch = illustrated(program, batch, whole.mask(), case.new, case.seed)
     return batch | read_beside(program, case)
 
 
@@ -199,7 +206,7 @@ def _run(program: Program, run: Run, case: Case, batch: Arrays) -> Arrays:
 
     def keeping(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         found = run(step)
-        shown.update({_READ: found[_READ]} if _READ in found else {})
+        shown.update({name: found[name] for name in _BEFORE if name in found})
         return found
 
     logits = decode(program.signature, keeping, batch, case.new)
@@ -207,6 +214,9 @@ def _run(program: Program, run: Run, case: Case, batch: Arrays) -> Arrays:
 
 
 _READ: Final = "last_hidden_state"
+_SEEN: Final = "image_features"
+_BEFORE: Final = (_READ, _SEEN)
+"""What a component gives that stands before a decoder, and a source shows, too."""
 
 
 def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array:
@@ -216,7 +226,8 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         signature: The caches.
         run: The artifact.
         batch: ``input_ids`` of all tokens; ``attention_mask`` and ``position_ids``, if it has them;
-            and what is read, of a model of two components, or was, of the second alone.
+            and what is the same in every step, of a model of several components, or was read, of
+            the last one alone.
         prefill: How many tokens the first step takes.
     """
     total = batch["input_ids"].shape[1]
@@ -228,7 +239,7 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     }
     pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
     known = {port.name for port in signature.inputs if port.role in _READ_BEFORE}
-    read = {n: array for n, array in batch.items() if n.startswith(FIRST) or n in known}
+    read = {name: array for name, array in batch.items() if is_steady(name) or name in known}
     logits, start = [], 0
     for end in (prefill, *range(prefill + 1, total + 1)):
         parts = {"input_ids": start, "attention_mask": 0, "position_ids": start}
@@ -293,7 +304,7 @@ def compare(
         if left.shape != right.shape:
             return Compared(f"{label}: shape {left.shape}, not {right.shape}", name, np.inf)
         pair = [left, right]
-        if tokens is not None:
+        if tokens is not None and name != _SEEN:
             pair = [tokens.of(each, cache=name in caches, read=name == _READ) for each in pair]
         errors.append(Compared(label, name, relative_error(*pair)))
     return max(errors, key=lambda each: each.error_rel)

@@ -38,8 +38,8 @@ class Place:
 def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> Place | None:
     """Return the first component that computes something else after a pass, if one does.
 
-    Each is given what it was given before the pass, so that the second is not blamed for what the
-    first hands over.
+    Each is given what it was given before the pass, so that none is blamed for what the one before
+    it hands over.
 
     Args:
         before: The Program that the pass was given.
@@ -50,6 +50,8 @@ def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> Plac
     runs = {part.main: evaluated(part, exact=exact) for part in before.parts()}
     feeds = apart(before, runs, trial.feeds)
     for place in _pairs(before, after):
+        if not feeds[place.component]:  # no images were given
+            continue
         wanted = runs[place.component](feeds[place.component])
         own = given(place.before, feeds[place.component])
         try:

@@ -9,7 +9,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from llmopt.ir.chained import edge
 from llmopt.ir.feeds import Arrays, Case, feeds
+from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program, Role
 from llmopt.verification import Tokens, matrix, read_beside, tokens_of
 
@@ -59,7 +61,8 @@ def trials(program: Program) -> list[Trial]:
 
 
 def _trial(program: Program, case: Case, vocabulary: int) -> Trial:
-    arrays = feeds(program.signature, case, vocabulary) | read_beside(program, case)
+    arrays = feeds(edge(program), case, vocabulary) | read_beside(program, case)
+    arrays = illustrated(program, arrays, case.mask()[:, case.past :], seed=case.seed)
     return Trial(case.label, arrays, tokens_of(case, arrays), case.past)
 
 

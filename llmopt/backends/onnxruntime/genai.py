@@ -17,7 +17,8 @@ def genai_config(
     """Return the configuration of a decoder with a cache, None for any other Program.
 
     The artifact's inputs and outputs carry the names that onnxruntime-genai expects, so the
-    model type only selects its generic decoder.
+    model type only selects its generic decoder. What sees images it knows by name alone, each with
+    a processor of its own, and gets none.
 
     Args:
         program: The decoder.
@@ -25,6 +26,8 @@ def genai_config(
         providers: What is to run it, and options; the processor if none.
     """
     if not program.signature.has_cache or program.facts.task != "generate":
+        return None
+    if len(program.components) > 1:
         return None
     model = program.facts.model
     ends = list(model.eos)

@@ -293,8 +293,9 @@ class SharedCache:
             # These are written to below, so they must not be the caller's.
             feeds = {name: array.copy() for name, array in step.feeds(self._session).items()}
             self._bind(feeds)
-            self._fast = _OneToken.of(self._session, feeds, self._fetch_logits(step))
-        self._fast.tokens[...] = step.tokens
+            entering = feeds[self._session.need(step.entering[0]).name]
+            self._fast = _OneToken.of(self._session, feeds, entering, self._fetch_logits(step))
+        self._fast.entering[...] = step.entering[1]
         if self._fast.positions is not None:
             self._fast.positions[...] = step.positions
         self._binding.feed(self._fast.mask_name, mask)
@@ -324,16 +325,22 @@ class SharedCache:
 class _OneToken:
     """The buffers of a step of one token."""
 
-    tokens: Array
+    entering: Array
     positions: Array | None
     mask_name: str
     logits: Array
 
     @classmethod
-    def of(cls, session: OnnxRuntimeSession, feeds: dict[str, Array], logits: Array) -> _OneToken:
+    def of(
+        cls,
+        session: OnnxRuntimeSession,
+        feeds: dict[str, Array],
+        entering: Array,
+        logits: Array,
+    ) -> _OneToken:
         positions = session.find("positions")
         return cls(
-            tokens=feeds[session.need("tokens").name],
+            entering=entering,
             positions=None if positions is None else feeds[positions.name],
             # Without a mask the model could not tell how much of the buffer is in use.
             mask_name=session.need("mask").name,

@@ -20,7 +20,7 @@ from llmopt.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from llmopt.frontend import generic
+from llmopt.frontend import loading
 from llmopt.frontend.census import census
 from llmopt.frontend.source import SourceOptions, open_source
 from llmopt.ir.evaluator import Evaluator
@@ -116,7 +116,7 @@ def test_code_that_is_trusted_is_traced_without_a_cache_and_says_so(own: Path) -
 def test_without_transformers_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generic, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
 
     with pytest.raises(
         UnsupportedModelError, match=r"'gptj'.*pip install 'llmopt\[transformers\]'"
