@@ -55,6 +55,18 @@ SHARES: Final = {
         "(chances, k)": "(logits, k)",
         NORMALIZED: "share = Softmax <axis = -1> (top)",
     },
+    "reshapes merged": {
+        "column = Unsqueeze (repeated, last)": """columns = Constant <value_ints = [-1,48,1]> ()
+   column = Reshape (expanded, columns)""",
+        "index = Unsqueeze (flat, last)": "index = Identity (flat)",
+        "GatherND (gate_up, index)": "Gather (gate_up, index)",
+        "GatherND (down, index)": "Gather (down, index)",
+    },
+    "weighed by token": {
+        "each = Squeeze (product2, last)": "each = Reshape (product2, by_token)",
+        "weight = Unsqueeze (flat2, last)": "weight = Unsqueeze (share, last)",
+        "split = Reshape (weighed, by_token)": "split = Identity (weighed)",
+    },
 }
 """How a mixture may share a token among its experts: what stands where in the text."""
 
@@ -65,7 +77,10 @@ def mixture(replaced: Mapping[str, str] | None = None) -> Program:
     for line, instead in (replaced or {}).items():
         assert line in text
         text = text.replace(line, instead)
-    return bound(text, random_weights())
+    made = bound(text, random_weights())
+    apply("canonicalize", made)
+    apply("remove-dead", made)
+    return made
 
 
 WEIGHED: Final = {

@@ -27,7 +27,7 @@ class _Applied:
         gather: The node that gathers.
         weight: [E, out, in].
         indices: Which expert each row is for.
-        rows: [N * k, in].
+        rows: [.., in], a row for each expert of each token.
     """
 
     gather: ir.Node
@@ -85,19 +85,20 @@ def _check_sizes(found: Experts) -> None:
 
 
 def _sum(shares: ir.Value, k: int) -> tuple[ir.Value, ir.Value]:
-    """Return what the shares weigh, [N * k, H], and the sum over the experts, [N, H]."""
+    """Return what the shares weigh, a row for each expert of each token, and the sum, [N, H]."""
     value = shares
     while (view := g.sole_user(value, *VIEWS)) is not None:
         value = view.outputs[0]
     product = g.sole_user(value, "Mul")
-    if product is None or g.static(value, -1) != 1 or g.rank(value) != 2:
+    if product is None or g.static(value, -1) != 1:
         raise OtherFormError(f"its shares {value.name!r} do not weigh a row for each expert")
-    rows = g.operand(product, 0 if product.inputs[1] is value else 1)
-    split = g.sole_user(product.outputs[0], "Reshape")
-    total = g.sole_user(split.outputs[0], "ReduceSum") if split is not None else None
-    if split is None or total is None:
+    rows, weighed = g.operand(product, 0 if product.inputs[1] is value else 1), product.outputs[0]
+    if (split := g.sole_user(weighed, *VIEWS)) is not None:
+        weighed = split.outputs[0]
+    total = g.sole_user(weighed, "ReduceSum")
+    if total is None:
         raise OtherFormError(f"what {product.name!r} weighs is not summed")
-    by_token = g.rank(split.outputs[0]) == 3 and g.static(split.outputs[0], 1) == k
+    by_token = g.rank(weighed) == 3 and g.static(weighed, 1) == k
     axes, kept = g.ints(g.optional(total, 1)), g.attribute(total, "keepdims", 1)
     if not by_token or axes not in ([1], [-2]) or kept:
         raise OtherFormError(f"{total.name!r} is not the sum over the {k} experts of a token")
@@ -105,32 +106,34 @@ def _sum(shares: ir.Value, k: int) -> tuple[ir.Value, ir.Value]:
 
 
 def _applied(value: ir.Value) -> _Applied:
-    """Return what ``Squeeze(Gather(W, e) @ Unsqueeze(rows, -1), -1)`` is made of."""
-    squeeze = g.producer(value, "Squeeze", "Reshape")
-    product = g.producer(squeeze.inputs[0], "MatMul") if squeeze is not None else None
-    if product is None or g.static(product.outputs[0], -1) != 1 or g.rank(value) != 2:
+    """Return what ``Gather(W, e) @ rows`` is made of, whatever reshapes are around it."""
+    product = g.producer(unviewed(value), "MatMul")
+    if product is None or g.static(product.outputs[0], -1) != 1:
         raise OtherFormError(f"{value.name!r} is no product of a row with an expert's weights")
     gather = g.producer(product.inputs[0], "Gather", "GatherND")
-    column = g.producer(product.inputs[1], "Unsqueeze", "Reshape")
-    if gather is None or column is None or g.rank(column.inputs[0]) != 2:
+    column = g.operand(product, 1)
+    if gather is None or g.rank(column) != 3:
         raise OtherFormError(
             f"{product.name!r} is no product of gathered weights [E, out, in] with a row"
         )
     whole = g.attribute(gather, "axis", 0) == 0 == g.attribute(gather, "batch_dims", 0)
     if not whole or g.rank(gather.outputs[0]) != 3:
         raise OtherFormError(f"{gather.name!r} does not gather whole experts")
-    return _Applied(gather, g.operand(gather, 0), g.operand(gather, 1), g.operand(column, 0))
+    rows, weight = unviewed(column), g.operand(gather, 0)
+    sizes = [g.static(weight, 1), g.static(weight, 2)]
+    if None in sizes or sizes != [g.static(value, -1), g.static(rows, -1)]:
+        raise OtherFormError(f"{product.name!r} does not multiply whole rows")
+    return _Applied(gather, weight, g.operand(gather, 1), rows)
 
 
 def _repeated(value: ir.Value, k: int) -> ir.Value:
-    """Return x [N, H] of which ``value`` [N * k, H] has each row k times in turn."""
-    flat = g.producer(value, "Reshape")
-    expand = g.producer(flat.inputs[0], "Expand") if flat is not None else None
+    """Return x [N, H] of which ``value`` [N, k, H] has each row k times."""
+    expand = g.producer(value, "Expand")
     lifted = g.producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
     if lifted is None or expand is None or g.ints(lifted.inputs[1]) not in ([1], [-2]):
         raise OtherFormError(
             f"{value.name!r} is not each token's row, once for each of its experts"
         )
-    if g.rank(lifted.inputs[0]) != 2 or g.static(expand.outputs[0], 1) != k:
+    if g.rank(lifted.inputs[0]) != 2 or g.static(value, 1) != k:
         raise OtherFormError(f"{expand.name!r} does not give {k} rows to each token")
     return g.operand(lifted, 0)
