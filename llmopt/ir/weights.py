@@ -8,6 +8,7 @@ Nothing is cached: every read is fresh, and its memory is free as soon as the re
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -126,6 +127,23 @@ def interleaved(tensor: ir.TensorProtocol, count: int) -> ir.TensorProtocol:
         return array.reshape(halves).swapaxes(1, 2).reshape(rows, columns)
 
     return Derived(f"interleave{count}", [tensor], compute, tensor.dtype, (rows, columns))
+
+
+def taken(tensor: ir.TensorProtocol, order: Array, axis: int) -> ir.TensorProtocol:
+    """Return the rows or columns of ``tensor`` in another order; a transpose stays one."""
+    if is_transpose(tensor):
+        return transposed(taken(parts_of(tensor)[0], order, 1 - axis))
+    places = np.asarray(order, np.int64)
+    digest = hashlib.sha256(places.tobytes()).hexdigest()[:16]
+    shape = _sizes(tensor)
+    shape[axis] = places.size
+    return Derived(
+        f"take {digest} of axis {axis}",
+        [tensor],
+        lambda a: np.take(a, places, axis),
+        tensor.dtype,
+        shape,
+    )
 
 
 def cast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:

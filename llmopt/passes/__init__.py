@@ -24,18 +24,23 @@ PASSES: Final[Mapping[str, str]] = {
     "fuse-rotary": "llmopt.passes.fuse_rotary:FuseRotary",
     "merge-gate-up": "llmopt.passes.merge_projections:MergeGateUp",
     "merge-qkv": "llmopt.passes.merge_projections:MergeQkv",
+    "merge-reshapes": "llmopt.passes.merge_reshapes:MergeReshapes",
     "narrow-weights": "llmopt.passes.narrow_weights:NarrowWeights",
+    "order-columns": "llmopt.passes.order_columns:OrderColumns",
+    "push-transposes": "llmopt.passes.push_transposes:PushTransposes",
     "quantize-dynamic": "llmopt.passes.quantize_dynamic:QuantizeDynamic",
     "quantize-experts": "llmopt.passes.quantize_experts:QuantizeExperts",
     "quantize-weights": "llmopt.passes.quantize_weights:QuantizeWeights",
     "raise-attention": "llmopt.passes.raise_attention:RaiseAttention",
     "remove-dead": "llmopt.passes.remove_dead:RemoveDead",
     "split-heads": "llmopt.passes.split_heads:SplitHeads",
+    "split-rows": "llmopt.passes.split_rows:SplitRows",
 }
 
 DEFAULT: Final[tuple[str, ...]] = (
     "canonicalize",  # one spelling of reshapes and affine maps for all that follow
     "fold-weights",  # projections become MatMul with a weight
+    "split-rows",  # which are known by their batch and tokens from here on
     "fuse-norms",
     "fuse-activations",
     "expand-einsum",  # attention is then written with MatMul, whoever wrote it
@@ -45,7 +50,11 @@ DEFAULT: Final[tuple[str, ...]] = (
     "fuse-rotary",  # before attention loses its [B, H, S, D] operands
     "raise-attention",  # cache, mask and heads in the dialect's form
     "cancel-transposes",  # what the forms above brought to cancel
-    "canonicalize",  # reshapes that came together
+    "merge-reshapes",  # what stands between two operators is one transpose, if any
+    "push-transposes",  # to where another one undoes it
+    "merge-reshapes",  # what that brought together
+    "order-columns",  # parts of heads are parts of the row now, unless weights are in another order
+    "canonicalize",  # reshapes of what came together
     "merge-qkv",
     "merge-gate-up",
     "remove-dead",

@@ -6,6 +6,7 @@ Rewrites::
     Gemm(x, W, b)                                        into    Add(MatMul(x, W), b)
     Reshape(x, Concat(batch, tokens, 4, 8))              into    Reshape(x, [0, 0, 4, 8])
     Reshape(Reshape(x)), Reshape to the same shape       into    one Reshape, or none
+    Flatten(x)                                           into    Reshape(x, [-1, 8])
 """
 
 from __future__ import annotations
@@ -117,6 +118,15 @@ def _reshape(node: ir.Node) -> ir.Value | None:
     return out
 
 
+def _flatten(node: ir.Node) -> ir.Value | None:
+    after = g.shape(node.outputs[0])
+    target = reshape_target(g.shape(node.inputs[0]) or [], after or [])
+    if target is None or not after:
+        return None
+    build = g.Builder(node)
+    return build.op("Reshape", [node.inputs[0], build.constant(target, "int64")])
+
+
 def reshape_target(before: list[g.Dim], after: list[g.Dim]) -> list[int] | None:
     """Return the constant target of a Reshape between these sizes, if there is one.
 
@@ -140,6 +150,7 @@ _REWRITES: Final[Mapping[str, Callable[[ir.Node], ir.Value | None]]] = {
     "Identity": _identity,
     "Dropout": _dropout,
     "Cast": _cast,
+    "Flatten": _flatten,
     "Gemm": _gemm,
     "Reshape": _reshape,
 }

@@ -9,6 +9,7 @@ from typing import Final
 import onnx_ir as ir
 
 from llmopt.ir import graph as g
+from llmopt.ir.traits import ALONG_AXIS, ELEMENTWISE, REDUCTIONS
 from llmopt.passes.incremental.contraction import attention, einsum, matmul
 from llmopt.passes.incremental.elementwise import elementwise
 from llmopt.passes.incremental.flow import (
@@ -152,10 +153,6 @@ def _normalized(reading: Reading, node: ir.Node) -> Flow:
     return _along(reading, node, range(first, len(flow.axes)))
 
 
-def _lp_normalized(reading: Reading, node: ir.Node) -> Flow:
-    return _along(reading, node, [g.attribute(node, "axis", -1)])
-
-
 def _cumulated(reading: Reading, node: ir.Node) -> Flow:
     axis = g.scalar(g.operand(node, 1))
     if axis is None:
@@ -287,23 +284,10 @@ def _batch_normalized(reading: Reading, node: ir.Node) -> Flow:
     return flow
 
 
-_ELEMENTWISE: Final = (
-    *("Abs", "Acos", "And", "Asin", "Atan", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr"),
-    *("BitwiseXor", "Add", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div"),
-    *("Dropout", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual"),
-    *("HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Less"),
-    *("LessOrEqual", "Log", "Max", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu"),
-    *("Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh"),
-    *("Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu"),
-    *("Where", "Xor"),
-)
-_REDUCTIONS: Final = (
-    *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
-    *("ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare", "ArgMax", "ArgMin"),
-)
 RULES: Final[Mapping[str, Rule]] = {
-    **dict.fromkeys(_ELEMENTWISE, elementwise),
-    **dict.fromkeys(_REDUCTIONS, _reduced),
+    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys((*REDUCTIONS, "ArgMax", "ArgMin"), _reduced),
+    **{name: _along_attribute(axis) for name, axis in ALONG_AXIS.items()},
     **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten"), _shaped),
     "Attention": attention,
     "BatchNormalization": _batch_normalized,
@@ -314,10 +298,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "Expand": _expand,
     "Gather": _gathered,
     "GatherND": _gathered_nd,
-    "Hardmax": _along_attribute(-1),
     "LayerNormalization": _normalized,
-    "LogSoftmax": _along_attribute(-1),
-    "LpNormalization": _lp_normalized,
     "MatMul": matmul,
     "OneHot": _one_hot,
     "Pad": _padded,

@@ -78,3 +78,17 @@ def test_identity_tells_equal_weights_from_equal_shapes() -> None:
     assert weights.identity(weights.transposed(a)) != weights.identity(a)
     assert weights.identity(other) != weights.identity(ir.tensor(np.zeros((2, 2), np.float32)))
     assert weights.parts_of(other) == ()
+
+
+def test_columns_in_another_order_are_rows_of_the_source_in_it() -> None:
+    source = Counted(3, 2)
+    order = np.array([2, 0, 1])
+    taken = weights.taken(weights.transposed(source.leaf("w")), order, 1)
+
+    assert source.reads == 0
+    assert weights.is_transpose(taken)
+    np.testing.assert_array_equal(taken.numpy(), source.array[order].T)
+    other = weights.taken(weights.transposed(source.leaf("w")), order[::-1], 1)
+    assert weights.identity(taken) != weights.identity(other)
+    same = weights.taken(weights.transposed(source.leaf("w")), order.copy(), 1)
+    assert weights.identity(taken) == weights.identity(same)

@@ -1,0 +1,215 @@
+"""Store the columns of a projection in the order in which its parts are read.
+
+Rewrites::
+
+    q, k, v = Split<3>(Reshape(MatMul(x, W) + b, [B, S, H, 3 D]))
+    into    q, k, v = Reshape(Split<2>(MatMul(x, W') + b'))    W' and b' with all of q first, then k
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from typing_extensions import override
+
+from llmopt.ir import graph as g
+from llmopt.ir import weights
+from llmopt.ir.program import Program
+from llmopt.passes.base import Outcome, Pass
+from llmopt.passes.canonicalize import reshape_target
+from llmopt.passes.merge_projections import Projection, projection
+from llmopt.passes.movements import shape_of
+
+Columns = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of what a projection makes.
+
+    Args:
+        value: Where it is read.
+        columns: Of the projection, in the order of the part.
+    """
+
+    value: ir.Value
+    columns: Columns
+
+
+@dataclass(frozen=True)
+class OrderColumns(Pass):
+    """Let the parts of a projection be runs of its columns, so that a Split gives them.
+
+    A projection to [heads, 3, width] or to [3, heads, width] is then read as one to queries, keys
+    and values is, without a strided copy; so is one of which a part of each head is rotated.
+
+    Numerics: exact; weights move, and none changes.
+    Scope: projections that are reshaped and then cut by Split, Slice and Gather of known places.
+    Leaves: parts that overlap or leave columns out, weights that something else reads, and a
+    projection that is read whole too.
+    """
+
+    name: ClassVar[str] = "order-columns"
+
+    @override
+    def run(self, program: Program) -> Outcome:
+        outcome = Outcome()
+        for node in g.nodes(program.graph, "Reshape"):
+            found = projection(g.operand(node, 0))
+            if isinstance(found, str) or not _cuts(node, found):
+                continue
+            if reason := _order(node, found):
+                outcome.miss(node, reason)
+            else:
+                outcome.hit()
+        if outcome.modified:
+            g.remove_dead(program.model)
+        return outcome
+
+
+def _cuts(node: ir.Node, found: Projection) -> bool:
+    """Whether a Reshape parts the columns of a projection, and is then cut."""
+    before, after = g.shape(found.result), g.shape(node.outputs[0])
+    if before is None or after is None or len(after) <= len(before):
+        return False
+    outer = len(before) - 1
+    if after[:outer] != before[:outer] or not all(isinstance(d, int) for d in after[outer:]):
+        return False
+    return any(g.is_op(reader, *_CUTS) for reader in g.users(node.outputs[0]))
+
+
+def _order(node: ir.Node, found: Projection) -> str | None:
+    """Put the columns in order; return why not, if not."""
+    parts = _all_parts(node, found)
+    if isinstance(parts, str):
+        return parts
+    outer = (g.shape(found.result) or [])[:-1]
+    if any(_target(outer, part) is None for part in parts):
+        return "no constant says the sizes of its parts"
+    order = np.concatenate([part.columns.reshape(-1) for part in parts])
+    whole = found.result
+    if not np.array_equal(order, np.arange(order.size)):
+        if len(g.operand(found.product, 1).uses()) > 1:
+            return "its weight is read elsewhere"
+        whole = _ordered(found, order)
+    _split(g.Builder(node), whole, parts)
+    return None
+
+
+def _all_parts(node: ir.Node, found: Projection) -> list[_Part] | str:
+    """Return what is read of a projection, in the order of its columns, or why that is not all."""
+    if g.sole_user(found.result) is not node or node.outputs[0].is_graph_output():
+        return "it is read whole, too"
+    outer = (g.rank(found.result) or 1) - 1
+    inner = [size for size in (g.shape(node.outputs[0]) or [])[outer:] if isinstance(size, int)]
+    columns = np.arange(math.prod(inner), dtype=np.int64).reshape(inner)
+    parts: list[_Part] = []
+    for reader in g.users(node.outputs[0]):
+        cut = _parts(reader, columns, outer)
+        if cut is None:
+            return f"{reader.op_type} {reader.name!r} reads it, and no known columns of each row"
+        parts.extend(cut)
+    parts.sort(key=lambda part: int(part.columns.min()))
+    read = np.sort(np.concatenate([part.columns.reshape(-1) for part in parts]))
+    if not np.array_equal(read, columns.reshape(-1)):
+        return "its parts overlap, or leave columns out"
+    return parts if len(parts) > 1 else "it has one part alone"
+
+
+def _target(outer: list[g.Dim], part: _Part) -> list[int] | None:
+    return reshape_target([*outer, part.columns.size], g.shape(part.value) or [])
+
+
+def _parts(node: ir.Node, columns: Columns, outer: int) -> list[_Part] | None:
+    """Return what ``node`` reads, or None where it is not known."""
+    cut = _CUTS.get(node.op_type) if node.domain == "" else None
+    pieces = cut(node, columns, outer) if cut is not None else None
+    if pieces is None or any(out.is_graph_output() for out in node.outputs):
+        return None
+    if any(piece.size == 0 for piece in pieces):
+        return None
+    return [_Part(out, piece) for out, piece in zip(node.outputs, pieces, strict=True)]
+
+
+def _gathered(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None:
+    axis, places = _axis(node, columns, outer), g.constant(node.inputs[1])
+    if axis < 0 or places is None or places.ndim > 1:
+        return None
+    return [columns.take(places, axis)]
+
+
+def _cut(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None:
+    axis = _axis(node, columns, outer)
+    sizes = [g.static(out, outer + axis) or 0 for out in node.outputs]
+    if axis < 0 or sum(sizes) != columns.shape[axis]:
+        return None
+    return np.split(columns, np.cumsum(sizes)[:-1], axis)
+
+
+def _axis(node: ir.Node, columns: Columns, outer: int) -> int:
+    """Return along which axis of the columns ``node`` cuts; less than 0 for one of the rows."""
+    return int(g.attribute(node, "axis", 0)) % (outer + columns.ndim) - outer
+
+
+def _sliced(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None:
+    starts, ends = g.ints(node.inputs[1]), g.ints(node.inputs[2])
+    axes, steps = g.ints(g.optional(node, 3)), g.ints(g.optional(node, 4))
+    if g.optional(node, 4) is None and axes is not None:
+        steps = [1] * len(axes)
+    if starts is None or ends is None or axes is None or steps is None or min(steps) < 1:
+        return None
+    cut: list[Any] = [slice(None)] * columns.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        place = axis % (outer + columns.ndim) - outer
+        if place < 0:
+            return None
+        cut[place] = slice(start, end, step)
+    return [columns[tuple(cut)]]
+
+
+_CUTS: Final[Mapping[str, Callable[[ir.Node, Columns, int], list[Columns] | None]]] = {
+    "Gather": _gathered,
+    "Slice": _sliced,
+    "Split": _cut,
+}
+
+
+def _ordered(found: Projection, order: Columns) -> ir.Value:
+    """Return the projection with its columns in another order."""
+    build, like = g.Builder(found.product), found.result
+    x, product = g.operand(found.product, 0), g.operand(found.product, 1)
+    weight = build.initializer(f"{product.name}.ordered", weights.taken(found.weight, order, 1))
+    out = build.op("MatMul", [x, weight], name=found.product.name)
+    out.shape, out.type = like.shape, like.type
+    if found.bias is None:
+        return out
+    bias = build.initializer(f"{product.name}.bias.ordered", weights.taken(found.bias, order, 0))
+    out = build.op("Add", [out, bias])
+    out.shape, out.type = like.shape, like.type
+    return out
+
+
+def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_Part]) -> None:
+    """Let a Split give the parts of what a projection makes."""
+    sizes = build.constant([part.columns.size for part in parts], "int64")
+    pieces = build.ops("Split", [whole, sizes], {"axis": -1}, outputs=len(parts))
+    outer = (g.shape(whole) or [])[:-1]
+    for part, piece in zip(parts, pieces, strict=True):
+        piece.shape, piece.type = shape_of([*outer, part.columns.size]), whole.type
+        g.replace(part.value, _shaped(build, piece, part, outer))
+
+
+def _shaped(build: g.Builder, piece: ir.Value, part: _Part, outer: list[g.Dim]) -> ir.Value:
+    """Return a piece in the form in which the part is read."""
+    target, after = _target(outer, part), g.shape(part.value) or []
+    if after == [*outer, part.columns.size]:
+        return piece
+    shaped = build.op("Reshape", [piece, build.constant(target, "int64")])
+    shaped.shape, shaped.type = shape_of(after), piece.type
+    return shaped
