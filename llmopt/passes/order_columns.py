@@ -114,12 +114,26 @@ def _all_parts(node: ir.Node, found: Projection) -> list[_Part] | str:
         cut = _parts(reader, columns, outer)
         if cut is None:
             return f"{reader.op_type} {reader.name!r} reads it, and no known columns of each row"
-        parts.extend(cut)
+        parts.extend(each for part in cut for each in _finest(part, outer))
     parts.sort(key=lambda part: int(part.columns.min()))
-    read = np.sort(np.concatenate([part.columns.reshape(-1) for part in parts]))
-    if not np.array_equal(read, columns.reshape(-1)):
+    if not _covered(columns, parts):
         return "its parts overlap, or leave columns out"
     return parts if len(parts) > 1 else "it has one part alone"
+
+
+def _finest(part: _Part, outer: int) -> list[_Part]:
+    """Return the parts of a part that are read and nothing else of it; itself, if it is."""
+    cuts = [_parts(reader, part.columns, outer) for reader in g.users(part.value)]
+    finer = [each for cut in cuts if cut is not None for each in cut]
+    if None in cuts or not _covered(part.columns, finer):
+        return [part]
+    return [finest for each in finer for finest in _finest(each, outer)]
+
+
+def _covered(columns: Columns, parts: Sequence[_Part]) -> bool:
+    """Whether each of some columns is in one of the parts, and none in two."""
+    read = [column for part in parts for column in part.columns.reshape(-1)]
+    return sorted(read) == sorted(columns.reshape(-1))
 
 
 def _target(outer: list[g.Dim], part: _Part) -> list[int] | None:
