@@ -7,6 +7,7 @@ Rewrites::
     Reshape(x, Concat(batch, tokens, 4, 8))              into    Reshape(x, [0, 0, 4, 8])
     Reshape(Reshape(x)), Reshape to the same shape       into    one Reshape, or none
     Flatten(x)                                           into    Reshape(x, [-1, 8])
+    GatherND(x, Unsqueeze(i, -1))                        into    Gather<0>(x, i)
 """
 
 from __future__ import annotations
@@ -73,6 +74,17 @@ def _dropout(node: ir.Node) -> ir.Value | None:
 def _cast(node: ir.Node) -> ir.Value | None:
     x = g.operand(node, 0)
     return _identity(node) if x.dtype == ir.DataType(g.attribute(node, "to", 0)) else None
+
+
+def _gather_nd(node: ir.Node) -> ir.Value | None:
+    x, places = g.operand(node, 0), g.operand(node, 1)
+    depth, sizes = g.rank(x), g.shape(places)
+    if not depth or not sizes or sizes[-1] != 1 or g.attribute(node, "batch_dims", 0):
+        return None
+    build = g.Builder(node)
+    index = build.op("Squeeze", [places, build.constant([-1], "int64")])
+    index.shape, index.type = ir.Shape(list(places.shape or ())[:-1]), places.type
+    return build.op("Gather", [x, index], {"axis": 0}, name=node.name)
 
 
 def _gemm(node: ir.Node) -> ir.Value | None:
@@ -151,6 +163,7 @@ _REWRITES: Final[Mapping[str, Callable[[ir.Node], ir.Value | None]]] = {
     "Dropout": _dropout,
     "Cast": _cast,
     "Flatten": _flatten,
+    "GatherND": _gather_nd,
     "Gemm": _gemm,
     "Reshape": _reshape,
 }

@@ -43,15 +43,16 @@ class MergeReshapes(Pass):
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         for node in reversed(g.nodes(program.graph, *_MOVES)):
-            if node.graph is not None:  # it is still there
-                _shorten(node, outcome)
+            last: ir.Node | None = node
+            while last is not None and last.graph is not None:  # else it went with a chain
+                last = _shorten(last, outcome)
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
 
 
-def _shorten(node: ir.Node, outcome: Outcome) -> None:
-    """Replace the longest chain that ends in ``node`` and can be shorter."""
+def _shorten(node: ir.Node, outcome: Outcome) -> ir.Node | None:
+    """Replace the longest chain that ends in ``node`` and can be shorter; return its last node."""
     chain = _chain(node)
     gone = _alone(chain)
     reason = ""
@@ -68,14 +69,16 @@ def _shorten(node: ir.Node, outcome: Outcome) -> None:
                 break
             if not plan and node.outputs[0].is_graph_output() and _named(source):
                 reason = "its result is a graph output, which keeps its name"
-            elif _written(plan, node, source):
+            elif (made := _written(plan, node, source)) is not None:
                 _discard(part)
                 outcome.hit()
-                return
+                return made.producer() if plan else None
             else:
                 reason = reason or f"no constant says the sizes {told(movement.after)}"
-    if reason and len(chain) > 1 and not _continues(node):
+    counted = node.outputs[0].dtype is None or not node.outputs[0].dtype.is_floating_point()
+    if reason and len(chain) > 1 and not counted and not _continues(node):
         outcome.miss(node, reason)
+    return None
 
 
 def _chain(node: ir.Node) -> list[ir.Node]:
@@ -133,15 +136,15 @@ def _named(value: ir.Value) -> bool:
     return value.is_graph_input() or value.is_graph_output() or value.is_initializer()
 
 
-def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> bool:
-    """Put a chain in the place of ``node``'s result; say whether it could be written."""
+def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> ir.Value | None:
+    """Put a chain in the place of ``node``'s result and return what it gives, if it can be."""
     before = [g.shape(source) or [], *([*step.sizes] for step in plan)]
     targets = [
         None if step.order else reshape_target(sizes, [*step.sizes])
         for sizes, step in zip(before, plan, strict=False)
     ]
     if any(not step.order and target is None for step, target in zip(plan, targets, strict=True)):
-        return False
+        return None
     build, value = g.Builder(node), source
     for step, target in zip(plan, targets, strict=True):
         if step.order:
@@ -154,7 +157,7 @@ def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> bool:
         assert made is not None
         made.name = node.name
     g.replace(node.outputs[0], value)
-    return True
+    return value
 
 
 def _discard(chain: Sequence[ir.Node]) -> None:

@@ -47,10 +47,12 @@ class OrderColumns(Pass):
     """Let the parts of a projection be runs of its columns, so that a Split gives them.
 
     A projection to [heads, 3, width] or to [3, heads, width] is then read as one to queries, keys
-    and values is, without a strided copy; so is one of which a part of each head is rotated.
+    and values is, without a strided copy; so is one of which a part of each head is rotated, and
+    a transpose of columns alone is none any more.
 
     Numerics: exact; weights move, and none changes.
-    Scope: projections that are reshaped and then cut by Split, Slice and Gather of known places.
+    Scope: projections that are reshaped and then cut by Split, Slice and Gather of known places, or
+    whose columns are transposed.
     Leaves: parts that overlap or leave columns out, weights that something else reads, and a
     projection that is read whole too.
     """
@@ -74,14 +76,13 @@ class OrderColumns(Pass):
 
 
 def _cuts(node: ir.Node, found: Projection) -> bool:
-    """Whether a Reshape parts the columns of a projection, and is then cut."""
-    before, after = g.shape(found.result), g.shape(node.outputs[0])
-    if before is None or after is None or len(after) <= len(before):
+    """Whether a Reshape parts the columns of a projection, and they are then cut or turned."""
+    outer = (g.rank(found.result) or 1) - 1
+    columns = np.arange(g.static(found.result, -1) or 0, dtype=np.int64)
+    parted = _reshaped(node, columns, outer)
+    if parted is None or parted[0].ndim < 2:
         return False
-    outer = len(before) - 1
-    if after[:outer] != before[:outer] or not all(isinstance(d, int) for d in after[outer:]):
-        return False
-    return any(g.is_op(reader, *_CUTS) for reader in g.users(node.outputs[0]))
+    return any(g.is_op(reader, *_READS) for reader in g.users(node.outputs[0]))
 
 
 def _order(node: ir.Node, found: Projection) -> str | None:
@@ -98,6 +99,8 @@ def _order(node: ir.Node, found: Projection) -> str | None:
         if len(g.operand(found.product, 1).uses()) > 1:
             return "its weight is read elsewhere"
         whole = _ordered(found, order)
+    elif len(parts) == 1:
+        return "it is in order, and has one part alone"
     _split(g.Builder(node), whole, parts)
     return None
 
@@ -107,18 +110,16 @@ def _all_parts(node: ir.Node, found: Projection) -> list[_Part] | str:
     if g.sole_user(found.result) is not node or node.outputs[0].is_graph_output():
         return "it is read whole, too"
     outer = (g.rank(found.result) or 1) - 1
-    inner = [size for size in (g.shape(node.outputs[0]) or [])[outer:] if isinstance(size, int)]
-    columns = np.arange(math.prod(inner), dtype=np.int64).reshape(inner)
+    columns = np.arange(g.static(found.result, -1) or 0, dtype=np.int64)
+    (parted,) = _reshaped(node, columns, outer) or [columns]
     parts: list[_Part] = []
     for reader in g.users(node.outputs[0]):
-        cut = _parts(reader, columns, outer)
+        cut = _parts(reader, parted, outer)
         if cut is None:
             return f"{reader.op_type} {reader.name!r} reads it, and no known columns of each row"
         parts.extend(each for part in cut for each in _finest(part, outer))
     parts.sort(key=lambda part: int(part.columns.min()))
-    if not _covered(columns, parts):
-        return "its parts overlap, or leave columns out"
-    return parts if len(parts) > 1 else "it has one part alone"
+    return parts if _covered(columns, parts) else "its parts overlap, or leave columns out"
 
 
 def _finest(part: _Part, outer: int) -> list[_Part]:
@@ -171,6 +172,23 @@ def _axis(node: ir.Node, columns: Columns, outer: int) -> int:
     return int(g.attribute(node, "axis", 0)) % (outer + columns.ndim) - outer
 
 
+def _turned(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None:
+    order = [*g.attribute(node, "perm", ())]
+    if order[:outer] != list(range(outer)) or len(order) != outer + columns.ndim:
+        return None
+    return [columns.transpose([axis - outer for axis in order[outer:]])]
+
+
+def _reshaped(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None:
+    before, after = g.shape(node.inputs[0]), g.shape(node.outputs[0])
+    if before is None or after is None or after[:outer] != before[:outer]:
+        return None
+    inner = [size for size in after[outer:] if isinstance(size, int)]
+    if len(inner) != len(after) - outer or math.prod(inner) != columns.size:
+        return None
+    return [columns.reshape(inner)]
+
+
 def _sliced(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None:
     starts, ends = g.ints(node.inputs[1]), g.ints(node.inputs[2])
     axes, steps = g.ints(g.optional(node, 3)), g.ints(g.optional(node, 4))
@@ -189,9 +207,14 @@ def _sliced(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None
 
 _CUTS: Final[Mapping[str, Callable[[ir.Node, Columns, int], list[Columns] | None]]] = {
     "Gather": _gathered,
+    "Reshape": _reshaped,
     "Slice": _sliced,
     "Split": _cut,
+    "Squeeze": _reshaped,
+    "Transpose": _turned,
 }
+_READS: Final = ("Gather", "Slice", "Split", "Transpose")
+"""What reads columns in another way than all of them in order."""
 
 
 def _ordered(found: Projection, order: Columns) -> ir.Value:
@@ -210,9 +233,11 @@ def _ordered(found: Projection, order: Columns) -> ir.Value:
 
 
 def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_Part]) -> None:
-    """Let a Split give the parts of what a projection makes."""
-    sizes = build.constant([part.columns.size for part in parts], "int64")
-    pieces = build.ops("Split", [whole, sizes], {"axis": -1}, outputs=len(parts))
+    """Let a Split give the parts of what a projection makes; one part is all of it."""
+    pieces: Sequence[ir.Value] = [whole]
+    if len(parts) > 1:
+        sizes = build.constant([part.columns.size for part in parts], "int64")
+        pieces = build.ops("Split", [whole, sizes], {"axis": -1}, outputs=len(parts))
     outer = (g.shape(whole) or [])[:-1]
     for part, piece in zip(parts, pieces, strict=True):
         piece.shape, piece.type = shape_of([*outer, part.columns.size]), whole.type
