@@ -81,9 +81,12 @@ def _gather_nd(node: ir.Node) -> ir.Value | None:
     depth, sizes = g.rank(x), g.shape(places)
     if not depth or not sizes or sizes[-1] != 1 or g.attribute(node, "batch_dims", 0):
         return None
-    build = g.Builder(node)
-    index = build.op("Squeeze", [places, build.constant([-1], "int64")])
-    index.shape, index.type = ir.Shape(list(places.shape or ())[:-1]), places.type
+    build, known = g.Builder(node), g.constant(places)
+    if known is not None:
+        index = build.constant(known[..., 0])
+    else:
+        index = build.op("Squeeze", [places, build.constant([-1], "int64")])
+        index.shape, index.type = ir.Shape(list(places.shape or ())[:-1]), places.type
     return build.op("Gather", [x, index], {"axis": 0}, name=node.name)
 
 

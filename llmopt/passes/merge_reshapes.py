@@ -150,7 +150,7 @@ def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> ir.Value 
         if step.order:
             value = build.op("Transpose", [value], {"perm": list(step.order)})
         else:
-            value = build.op("Reshape", [value, build.constant(target, "int64")])
+            value = build.op("Reshape", [value, build.constant(target or [], "int64")])
         value.shape, value.type = shape_of(step.sizes), source.type
     if plan:
         made = value.producer()

@@ -82,7 +82,10 @@ def _cuts(node: ir.Node, found: Projection) -> bool:
     parted = _reshaped(node, columns, outer)
     if parted is None or parted[0].ndim < 2:
         return False
-    return any(g.is_op(reader, *_READS) for reader in g.users(node.outputs[0]))
+    return any(
+        g.is_op(reader, *_READS) and _parts(reader, parted[0], outer) is not None
+        for reader in g.users(node.outputs[0])
+    )
 
 
 def _order(node: ir.Node, found: Projection) -> str | None:
@@ -246,7 +249,7 @@ def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_Part]) -> None:
 
 def _shaped(build: g.Builder, piece: ir.Value, part: _Part, outer: list[g.Dim]) -> ir.Value:
     """Return a piece in the form in which the part is read."""
-    target, after = _target(outer, part), g.shape(part.value) or []
+    target, after = _target(outer, part) or [], g.shape(part.value) or []
     if after == [*outer, part.columns.size]:
         return piece
     shaped = build.op("Reshape", [piece, build.constant(target, "int64")])

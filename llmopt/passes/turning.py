@@ -60,6 +60,11 @@ def turned(node: ir.Node, orders: Orders) -> Turned | None:
     return found if agreed else None
 
 
+def _any(node: ir.Node, orders: Orders) -> Order:
+    """Return the order of the first operand that is turned."""
+    return next(orders[value] for value in node.inputs if value is not None and value in orders)
+
+
 def _order(node: ir.Node, orders: Orders) -> Order | None:
     """Return the order of the first operand; None if another one is turned instead."""
     first = node.inputs[0]
@@ -67,7 +72,7 @@ def _order(node: ir.Node, orders: Orders) -> Order | None:
 
 
 def _each_number(node: ir.Node, orders: Orders) -> Turned | None:
-    order = next(orders[value] for value in node.inputs if value in orders)
+    order = _any(node, orders)
     depth = len(order)
     if g.rank(node.outputs[0]) != depth or any(out.uses() for out in node.outputs[1:]):
         return None
@@ -104,7 +109,7 @@ def _along(default: int) -> Rule:
 
 
 def _concatenated(node: ir.Node, orders: Orders) -> Turned | None:
-    order = next(orders[value] for value in node.inputs if value in orders)
+    order = _any(node, orders)
     if any(g.rank(value) != len(order) for value in node.inputs):
         return None
     operands = dict.fromkeys(range(len(node.inputs)), order)

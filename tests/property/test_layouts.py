@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from hypothesis import given, settings
@@ -124,8 +124,10 @@ def test_ordered_columns_compute_the_same(
         lines.insert(0, f"{names} = Split <axis = {axis + 2}, num_outputs = {inner[axis]}> (r)")
     rng = np.random.default_rng(width)
     shape = (width, 4) if turn else (4, width)
-    arrays = {"w": rng.standard_normal(shape, np.float32), "b": rng.standard_normal(width)}
-    arrays["b"] = arrays["b"].astype(np.float32)
+    arrays: dict[str, Any] = {
+        "w": rng.standard_normal(shape, np.float32),
+        "b": rng.standard_normal(width, np.float32),
+    }
     lines[:0] = [
         *(["t = Transpose <perm = [1, 0]> (w)"] if turn else []),
         f"m = MatMul (x, {'t' if turn else 'w'})",
