@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,21 @@ def taken(tensor: ir.TensorProtocol, order: Array, axis: int) -> ir.TensorProtoc
         tensor.dtype,
         shape,
     )
+
+
+def split(tensor: ir.TensorProtocol, sizes: Sequence[int], axis: int) -> list[ir.TensorProtocol]:
+    """Return the parts of ``tensor`` along ``axis``; those of a transpose are transposes."""
+    if is_transpose(tensor):
+        return [transposed(part) for part in split(parts_of(tensor)[0], sizes, 1 - axis)]
+    ends = np.cumsum([0, *sizes])
+    return [_cut(tensor, int(start), int(end), axis) for start, end in pairwise(ends)]
+
+
+def _cut(tensor: ir.TensorProtocol, start: int, end: int, axis: int) -> ir.TensorProtocol:
+    cut = tuple(slice(start, end) if i == axis else slice(None) for i in range(axis + 1))
+    shape = _sizes(tensor)
+    shape[axis] = end - start
+    return Derived(f"{start}:{end} of axis {axis}", [tensor], lambda a: a[cut], tensor.dtype, shape)
 
 
 def cast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -18,9 +18,10 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
+from llmopt.ir.sizes import shape_of, told
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
-from llmopt.passes.movements import Movement, Step, shape_of, told
+from llmopt.passes.movements import Movement, Step
 
 _MOVES: Final = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 

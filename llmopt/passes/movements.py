@@ -14,9 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-import onnx_ir as ir
-
 from llmopt.ir import graph as g
+from llmopt.ir.sizes import factors, product, quotient
 
 Sizes = tuple[g.Dim, ...]
 Order = tuple[int, ...]
@@ -171,10 +170,9 @@ class Movement:
         for axes, sizes in ((self._source, self.before), (self.axes, self.after)):
             if atoms in axes:
                 return sizes[list(axes).index(atoms)]
-        numbers = [atom.size for atom in atoms if isinstance(atom.size, int)]
-        symbols = [atom.size for atom in atoms if isinstance(atom.size, str)]
-        count = math.prod(numbers)
-        return "*".join([*(() if count == 1 else (str(count),)), *symbols]) if symbols else count
+        found = [factors(atom.size) for atom in atoms]
+        symbols = (symbol for _, names in found for symbol in names)
+        return product(math.prod(count for count, _ in found), symbols)
 
 
 def composed(first: Sequence[int], second: Sequence[int]) -> Order:
@@ -204,20 +202,6 @@ def stays(sizes: Iterable[g.Dim], order: Sequence[int]) -> bool:
     sizes = list(sizes)
     moved = [axis for axis in order if sizes[axis] != 1]
     return moved == sorted(moved)
-
-
-def shape_of(sizes: Iterable[g.Dim]) -> ir.Shape:
-    """Return the shape of these sizes; what stands for an unknown size is unknown."""
-    return ir.Shape([None if str(size).startswith("?") else size for size in sizes])
-
-
-def told(sizes: Iterable[g.Dim]) -> str:
-    """Return sizes as a reader is told them.
-
-    >>> told(["B", 8])
-    '[B, 8]'
-    """
-    return f"[{', '.join('?' if str(size).startswith('?') else str(size) for size in sizes)}]"
 
 
 def _place(atom: Atom) -> tuple[int, ...]:
@@ -276,29 +260,16 @@ def _taken(rest: deque[Atom], size: g.Dim, *, at: int) -> Axis | None:
         if not left:
             return None
         atom = left.popleft() if at == 0 else left.pop()
-        if atom.size != size:
-            parts = _parted(atom, size, at)
-            if parts is None:
-                return None
-            atom, over = parts
-            if over is not None:
-                (left.appendleft if at == 0 else left.append)(over)
+        wanted, over = quotient(size, atom.size), quotient(atom.size, size)
+        if wanted is None and over is None:
+            return None
+        if wanted is None:
+            assert over is not None
+            outer, inner = atom.cut(*((size, over) if at == 0 else (over, size)))
+            atom = outer if at == 0 else inner
+            (left.appendleft if at == 0 else left.append)(inner if at == 0 else outer)
         (axis.append if at == 0 else axis.appendleft)(atom)
-        size = size // atom.size if isinstance(size, int) and isinstance(atom.size, int) else 1
+        size = 1 if wanted is None else wanted
     rest.clear()
     rest.extend(left)
     return tuple(axis)
-
-
-def _parted(atom: Atom, size: g.Dim, at: int) -> tuple[Atom, Atom | None] | None:
-    """Return what ``size`` takes of an atom at one end, and what is over, if the one divides."""
-    if not isinstance(atom.size, int) or not isinstance(size, int):
-        return None
-    if size % atom.size == 0:
-        return atom, None
-    if atom.size % size:
-        return None
-    if at == 0:
-        return atom.cut(size, atom.size // size)
-    outer, inner = atom.cut(atom.size // size, size)
-    return inner, outer

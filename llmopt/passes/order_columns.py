@@ -21,10 +21,10 @@ from typing_extensions import override
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
+from llmopt.ir.sizes import shape_of
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
 from llmopt.passes.merge_projections import Projection, projection
-from llmopt.passes.movements import shape_of
 
 Columns = npt.NDArray[np.int64]
 

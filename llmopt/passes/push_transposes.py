@@ -22,9 +22,10 @@ from typing_extensions import override
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
+from llmopt.ir.sizes import shape_of
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
-from llmopt.passes.movements import Order, composed, inverse, shape_of, stays
+from llmopt.passes.movements import Order, composed, inverse, stays
 from llmopt.passes.turning import Turned
 from llmopt.passes.turning_region import Region, beside, grown, order_of
 

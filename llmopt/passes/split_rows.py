@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
+from llmopt.ir.sizes import shape_of, told
 from llmopt.ir.traits import ELEMENTWISE
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
-from llmopt.passes.movements import shape_of, told
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SplitRows(Pass):
                 continue
             for reader in g.users(node.outputs[0]):
                 path = _path(node.outputs[0], reader)
-                if not path:
+                if not path or (g.rank(path[-1].outputs[0]) or 0) < 3:
                     continue
                 if reason := _split(node, path, width):
                     outcome.miss(path[-1], reason)
@@ -88,15 +88,13 @@ def _split(node: ir.Node, path: list[ir.Node], width: int) -> str | None:
     *steps, last = path
     source, end = g.operand(node, 0), steps[-1].outputs[0]
     before, after, last_width = g.shape(source), g.shape(last.outputs[0]), g.static(end, 1)
-    outer = _outer(before or [], width)
-    if before is None or outer is None or after is None or last_width is None:
-        return f"its rows are {told(before or ())} joined, and become {told(after or ())}"
-    if after[: len(outer)] != outer:
-        return f"its rows are put back as {told(after)}, and were {told(outer)}"
+    outer = _outer(after or [], last_width or 0)
+    if before is None or after is None or outer is None or last_width is None:
+        return f"its rows are {told(before or ())} joined, and put back as {told(after or ())}"
     first = reshape_target(before, [*outer, width])
     target = reshape_target([*outer, last_width], after)
     if first is None or target is None:
-        return f"no constant says the sizes {told(after)}"
+        return f"no constant says that rows of {told(before)} are put back as {told(after)}"
     build = g.Builder(steps[0])
     x = source
     if before != [*outer, width]:
@@ -114,7 +112,7 @@ def _split(node: ir.Node, path: list[ir.Node], width: int) -> str | None:
 
 
 def _outer(sizes: list[g.Dim], width: int) -> list[g.Dim] | None:
-    """Return the axes in front of those that rows of ``width`` are made of.
+    """Return the axes in front of those that rows of ``width`` are parted into.
 
     >>> _outer(["S", "B", 4, 8], 32)
     ['S', 'B']

@@ -30,6 +30,7 @@ from llmopt.ir.program import Program
 from llmopt.ir.saving import save_with_data
 from llmopt.passes.base import Pass
 from llmopt.passes.convert_float import NARROW, ConvertFloat
+from llmopt.passes.merge_reshapes import MergeReshapes
 from llmopt.quantization.calibration import Observer
 from llmopt.quantization.schemes import Blockwise, Scheme, Static, parse_scheme
 from llmopt.runtime.engines.cuda_driver import LIBRARY
@@ -120,7 +121,8 @@ class _TensorRt(Backend):
 
     @override
     def passes(self, scheme: str | None) -> tuple[Pass, ...]:
-        legal = (LegalizeAttention(), LegalizeOperators())
+        # heads are [B, H, S, D] now: what was joined to [B, S, H * D] for the dialect is parted
+        legal = (LegalizeAttention(), LegalizeOperators(), MergeReshapes())
         match parse_scheme(scheme) if scheme else None:
             case Static(code):
                 percentile = _number("percentile", self.percentile)

@@ -6,7 +6,6 @@ first. ``[4*B, S, 8]`` of a query is ``((BATCH, 4), (TOKENS,), (8,))``.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import onnx_ir as ir
 
 from llmopt.errors import NotIncrementalError
 from llmopt.ir import graph as g
+from llmopt.ir.sizes import factors
 
 BATCH: Final = "batch"
 TOKENS: Final = "tokens"
@@ -133,7 +133,7 @@ def reshaped(axes: Sequence[Axis], after: Sequence[g.Dim]) -> tuple[Axis, ...] |
 
 def _taken(left: deque[Atom], dim: g.Dim) -> list[Atom] | None:
     """Take the atoms that make up ``dim`` off the left."""
-    count, symbols = _factors(dim)
+    count, symbols = factors(dim)
     axis: list[Atom] = []
     while count > 1 or symbols:
         if not left:
@@ -163,20 +163,3 @@ def _shared(atom: int, count: int) -> int | None:
     if count > 1 and count % atom == 0:
         return atom
     return count if count > 1 and atom % count == 0 else None
-
-
-def _factors(dim: g.Dim) -> tuple[int, list[str]]:
-    """Return the number and the symbols that a size is the product of.
-
-    >>> _factors("4*B*S")
-    (4, ['B', 'S'])
-    """
-    if isinstance(dim, int):
-        return dim, []
-    parts = [text.strip() for text in dim.split("*")]
-    if not all(part.isalnum() for part in parts):
-        return 1, [dim]  # not a product: a size that nobody could tell
-    return (
-        math.prod(int(part) for part in parts if part.isdigit()),
-        [part for part in parts if not part.isdigit()],
-    )
