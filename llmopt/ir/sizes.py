@@ -64,3 +64,14 @@ def told(sizes: Iterable[g.Dim]) -> str:
     '[B, 8]'
     """
     return f"[{', '.join('?' if str(size).startswith('?') else str(size) for size in sizes)}]"
+
+
+def symbols_of(graph: ir.Graph) -> set[str]:
+    """Return the symbols that the sizes of the inputs consist of: all others are nobody's."""
+    sizes = [size for value in graph.inputs for size in g.shape(value) or ()]
+    return {symbol for size in sizes for symbol in factors(size)[1]}
+
+
+def known(sizes: Iterable[g.Dim] | None, symbols: set[str]) -> bool:
+    """Whether sizes consist of numbers and of these symbols."""
+    return sizes is not None and all(symbols.issuperset(factors(size)[1]) for size in sizes)

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.ir.sizes import shape_of, told
+from llmopt.ir.sizes import known, shape_of, symbols_of, told
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
 from llmopt.passes.movements import Movement, Step
@@ -34,25 +34,25 @@ class MergeReshapes(Pass):
     more than fewer reshapes, which move no bytes.
 
     Numerics: exact; every element ends where it was.
-    Scope: the graph. Leaves: chains whose sizes are not known, or do not say what is joined and
-    parted, and reshapes to sizes that only a computation gives.
+    Scope: the graph. Leaves: chains whose sizes do not say what is joined and parted, and reshapes
+    to sizes that only a computation gives; silently, those of sizes that no input tells.
     """
 
     name: ClassVar[str] = "merge-reshapes"
 
     @override
     def run(self, program: Program) -> Outcome:
-        outcome = Outcome()
+        outcome, symbols = Outcome(), symbols_of(program.graph)
         for node in reversed(g.nodes(program.graph, *_MOVES)):
             last: ir.Node | None = node
             while last is not None and last.graph is not None:  # else it went with a chain
-                last = _shorten(last, outcome)
+                last = _shorten(last, outcome, symbols)
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
 
 
-def _shorten(node: ir.Node, outcome: Outcome) -> ir.Node | None:
+def _shorten(node: ir.Node, outcome: Outcome, symbols: set[str]) -> ir.Node | None:
     """Replace the longest chain that ends in ``node`` and can be shorter; return its last node."""
     chain = _chain(node)
     gone = _alone(chain)
@@ -76,8 +76,8 @@ def _shorten(node: ir.Node, outcome: Outcome) -> ir.Node | None:
                 return made.producer() if plan else None
             else:
                 reason = reason or f"no constant says the sizes {told(movement.after)}"
-    counted = node.outputs[0].dtype is None or not node.outputs[0].dtype.is_floating_point()
-    if reason and len(chain) > 1 and not counted and not _continues(node):
+    sizes = [g.shape(value) for each in chain for value in (each.inputs[0], each.outputs[0])]
+    if reason and not _continues(node) and all(known(each, symbols) for each in sizes):
         outcome.miss(node, reason)
     return None
 

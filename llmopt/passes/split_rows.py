@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.ir.sizes import shape_of, told
+from llmopt.ir.sizes import known, shape_of, symbols_of, told
 from llmopt.ir.traits import ELEMENTWISE
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
@@ -29,15 +29,15 @@ class SplitRows(Pass):
     """Leave out the reshape to rows in front of products with weights, and the one behind them.
 
     Numerics: exact. Scope: the graph: products with a matrix, norms, and what is computed number by
-    number of one operand and of vectors. Leaves: rows that something else reads, and those that are
-    not put back to the batch and tokens that they were.
+    number of one operand and of vectors. Leaves: rows that something else reads, those that are not
+    put back to the batch and tokens that they were; silently, those of sizes that no input tells.
     """
 
     name: ClassVar[str] = "split-rows"
 
     @override
     def run(self, program: Program) -> Outcome:
-        outcome = Outcome()
+        outcome, symbols = Outcome(), symbols_of(program.graph)
         for node in g.nodes(program.graph, "Reshape"):
             width = g.static(node.outputs[0], 1)
             if g.rank(node.outputs[0]) != 2 or width is None:
@@ -46,10 +46,11 @@ class SplitRows(Pass):
                 path = _path(node.outputs[0], reader)
                 if not path or (g.rank(path[-1].outputs[0]) or 0) < 3:
                     continue
-                if reason := _split(node, path, width):
-                    outcome.miss(path[-1], reason)
-                else:
+                reason = _split(node, path, width)
+                if reason is None:
                     outcome.hit()
+                elif known(g.shape(path[-1].outputs[0]), symbols):
+                    outcome.miss(path[-1], reason)
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome

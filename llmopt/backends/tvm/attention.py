@@ -233,8 +233,10 @@ def packed(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write attention of a row of Q, K and V without a cache."""
     row = f.tensor(node.inputs[0])
     batch, tokens, width = shape_of(row)
-    form = _row_form(node, width).kernel(masked=_masked_row(node), packed=True)
-    mask = f.mask if form.masked else f.ones(batch, tokens)
+    # always masked: of a kernel that reads one tensor alone TVM asks whether it is a reshape, and
+    # comes down where it has no blocks
+    form = _row_form(node, width).kernel(masked=True, packed=True)
+    mask = f.mask if _masked_row(node) else f.ones(batch, tokens)
     operands = {"qkv": f.rows(row), "mask": mask}
     shape = ([batch * tokens, form.heads * form.width], "float32")
     kernel = f.module.made(kernels.attention, replace(form, rounded=_rounds(f)), f.features)

@@ -12,6 +12,7 @@ from layouts import BLOCKS
 from programs import error_rel, evaluate, inputs, operators
 
 from llmopt.backends import find_backend
+from llmopt.backends.base import Demand
 from llmopt.frontend.source import SourceOptions, open_source
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Case
@@ -79,12 +80,17 @@ def test_nothing_is_missed_and_a_second_run_changes_nothing() -> None:
     assert missed == []
 
 
-def test_kernels_of_tvm_read_the_row_as_it_is() -> None:
-    lowered = Pipeline(find_backend("tvm-cpu").passes(None)).run(laid().after.clone())
+def test_kernels_of_tvm_read_the_row_as_it_is(tmp_path: Path) -> None:
+    backend = find_backend("tvm-cpu")
+    lowered = Pipeline(backend.passes(None)).run(laid().after.clone())
 
     found = operators(lowered)
     assert found.count("PackedAttention") == 2
     assert "Transpose" not in found
+    run = backend.open(tmp_path / backend.write(lowered, tmp_path, Demand()).entry)
+    given = inputs(laid().before, Case(3, 5), 37)
+    for name, want in evaluate(laid().before, given).items():
+        assert error_rel(run(given)[name], want) < TOLERANCE
 
 
 def test_columns_that_are_in_order_are_not_copied() -> None:
