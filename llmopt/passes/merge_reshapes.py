@@ -42,18 +42,20 @@ class MergeReshapes(Pass):
 
     @override
     def run(self, program: Program) -> Outcome:
-        outcome, symbols = Outcome(), symbols_of(program.graph)
-        for node in reversed(g.nodes(program.graph, *_MOVES)):
-            last: ir.Node | None = node
-            while last is not None and last.graph is not None:  # else it went with a chain
-                last = _shorten(last, outcome, symbols)
+        outcome, symbols, before = Outcome(), symbols_of(program.graph), -1
+        while before < outcome.applied:  # what one chain becomes may be part of another
+            before = outcome.applied
+            outcome.missed.clear()
+            for node in reversed(g.nodes(program.graph, *_MOVES)):
+                if node.graph is not None:  # else it went with a chain
+                    _shorten(node, outcome, symbols)
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
 
 
-def _shorten(node: ir.Node, outcome: Outcome, symbols: set[str]) -> ir.Node | None:
-    """Replace the longest chain that ends in ``node`` and can be shorter; return its last node."""
+def _shorten(node: ir.Node, outcome: Outcome, symbols: set[str]) -> None:
+    """Replace the longest chain that ends in ``node`` and can be shorter."""
     chain = _chain(node)
     gone = _alone(chain)
     reason = ""
@@ -70,16 +72,15 @@ def _shorten(node: ir.Node, outcome: Outcome, symbols: set[str]) -> ir.Node | No
                 break
             if not plan and node.outputs[0].is_graph_output() and _named(source):
                 reason = "its result is a graph output, which keeps its name"
-            elif (made := _written(plan, node, source)) is not None:
+            elif _written(plan, node, source):
                 _discard(part)
                 outcome.hit()
-                return made.producer() if plan else None
+                return
             else:
                 reason = reason or f"no constant says the sizes {told(movement.after)}"
     sizes = [g.shape(value) for each in chain for value in (each.inputs[0], each.outputs[0])]
     if reason and not _continues(node) and all(known(each, symbols) for each in sizes):
         outcome.miss(node, reason)
-    return None
 
 
 def _chain(node: ir.Node) -> list[ir.Node]:
@@ -137,15 +138,15 @@ def _named(value: ir.Value) -> bool:
     return value.is_graph_input() or value.is_graph_output() or value.is_initializer()
 
 
-def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> ir.Value | None:
-    """Put a chain in the place of ``node``'s result and return what it gives, if it can be."""
+def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> bool:
+    """Put a chain in the place of ``node``'s result; say whether it could be written."""
     before = [g.shape(source) or [], *([*step.sizes] for step in plan)]
     targets = [
         None if step.order else reshape_target(sizes, [*step.sizes])
         for sizes, step in zip(before, plan, strict=False)
     ]
     if any(not step.order and target is None for step, target in zip(plan, targets, strict=True)):
-        return None
+        return False
     build, value = g.Builder(node), source
     for step, target in zip(plan, targets, strict=True):
         if step.order:
@@ -158,7 +159,7 @@ def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> ir.Value 
         assert made is not None
         made.name = node.name
     g.replace(node.outputs[0], value)
-    return value
+    return True
 
 
 def _discard(chain: Sequence[ir.Node]) -> None:
