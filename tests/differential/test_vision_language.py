@@ -106,6 +106,7 @@ class Compiled:
         return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
+pytestmark = pytest.mark.xdist_group("vision-language")  # compiled once
 _SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava-siglip", "smolvlm")]
 
 

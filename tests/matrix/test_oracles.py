@@ -20,6 +20,9 @@ LAYERS: Final = {"encoder": 2, "decoder": 3}
 EXACT: Final = 1e-5  # float32, rows one by one or together
 
 
+pytestmark = pytest.mark.xdist_group("oracles")  # of one model
+
+
 @pytest.fixture(scope="module")
 def bart(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("bart")
