@@ -142,9 +142,14 @@ class Compiled:
 _SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("t5", "whisper")]
 
 
-@pytest.fixture(scope="module", params=["bart", *_SLOW])
+_MADE: dict[str, Compiled] = {}
+
+
+@pytest.fixture(params=["bart", *_SLOW])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return Compiled(request.param, tmp_path_factory.mktemp("source"))
+    if request.param not in _MADE:  # each once, in whichever order tests come
+        _MADE[request.param] = Compiled(request.param, tmp_path_factory.mktemp("source"))
+    return _MADE[request.param]
 
 
 def test_every_attention_is_fused_and_the_cache_is_in_place(compiled: Compiled) -> None:
