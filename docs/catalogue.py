@@ -262,7 +262,8 @@ def gate() -> None:
         live = [line["right"] for line in lines if line["goal"] == goal["goal"]]
         cells = [
             *(goal["goal"], f"{goal['right']:.2%}", f"{goal['wanted']:.0%}"),
-            *(f"{goal['wrong_at_most']:.2%}", f"{goal['inconclusive']:.2%}"),
+            f"{goal['wrong_at_most']:.2%} / {goal['wrong_at_most_by_sessions']:.1%}",
+            f"{goal['inconclusive']:.2%}",
             *(f"{goal['median_time_s']:.0f} s", f"{sum(live)} of {len(live)}"),
         ]
         print(f"| {' | '.join(cells)} |")
