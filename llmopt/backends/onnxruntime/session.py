@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from llmopt.backends.environment import variable
 from llmopt.errors import BackendUnavailableError
 from llmopt.runtime.engines.providers import Place, start
 
@@ -18,6 +18,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 _EXTERNAL: Final = "session.model_external_initializers_file_folder_path"
 _EXPERTS: Final = "ORT_QMOE_CPU_QNBIT_GEMM"
+"""Lets QMoE multiply codes of 8 bits in float32: an attribute says so for 4 bits alone.
+
+Source: onnxruntime 1.32, ``moe_quantization_cpu.cc``; read while a session prepares weights.
+"""
 _INLINE_BYTES: Final = 1024
 """ONNX Runtime may need small constants, sizes and axes, while it reads the model."""
 
@@ -52,7 +56,7 @@ def open_session(
             options.add_external_initializers(*held)
         options.add_session_config_entry(_EXTERNAL, str(model.parent))
         source = proto.SerializeToString()
-    with _unrounded_experts() if exact else contextlib.nullcontext():
+    with variable(_EXPERTS, "fp32") if exact else contextlib.nullcontext():
         session = start(ort, source, options, place or Place())
     names = [output.name for output in session.get_outputs()]
     takes = (*session.get_inputs(), *session.get_overridable_initializers())
@@ -68,23 +72,6 @@ def open_session(
         return dict(zip(names, session.run(names, given), strict=True))
 
     return run
-
-
-@contextlib.contextmanager
-def _unrounded_experts() -> Iterator[None]:
-    """Let QMoE multiply codes of 8 bits in float32: an attribute says so for 4 bits alone.
-
-    Source: onnxruntime 1.32, ``moe_quantization_cpu.cc``; read while a session prepares weights.
-    """
-    before = os.environ.get(_EXPERTS)
-    os.environ[_EXPERTS] = "fp32"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_EXPERTS]
-        else:
-            os.environ[_EXPERTS] = before
 
 
 def _read(model: Path, *, exact: bool) -> Any:

@@ -6,14 +6,13 @@ so that a device needs no compiler.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from llmopt.backends.environment import variable
 from llmopt.backends.tvm import api
 from llmopt.backends.tvm.build import link
 from llmopt.backends.tvm.features import TRIPLES
@@ -74,23 +73,9 @@ def build(module: Any, target: dict[str, object], library: Path, kernels: Path) 
     executable.export_library(str(library), fcompile=link)
     source = api.device_source(executable)
     try:
-        with _exact():
+        with variable(_EXACT, "1"):  # division, roots and exponentials as they are
             kernels.write_bytes(api.cuda_binary(source, found, target))
     except RuntimeError as error:
         said = " ".join(str(error).strip().splitlines()[-3:])
         raise LlmoptError(f"{found} could not compile the kernels: {said}") from error
     return source
-
-
-@contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    """Keep nvcc from approximating division, roots and exponentials, as TVM asks it to."""
-    before = os.environ.get(_EXACT)
-    os.environ[_EXACT] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_EXACT]
-        else:
-            os.environ[_EXACT] = before
