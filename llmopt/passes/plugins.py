@@ -6,6 +6,7 @@ user asked for is an error then; an installed package that nobody asked for is a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -16,6 +17,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -116,10 +118,8 @@ def installed(group: str, ours: Mapping[str, str], base: type[Any]) -> dict[str,
         ours: Our own, whose names are taken.
         base: What each has to be a subclass of.
     """
-    from importlib.metadata import entry_points
-
     found: dict[str, type[Any]] = {}
-    for entry in entry_points(group=group):
+    for entry in _entries(group, tuple(sys.path)):
         package = entry.dist.name if entry.dist is not None else entry.value
         try:
             cls = entry.load()
@@ -132,6 +132,12 @@ def installed(group: str, ours: Mapping[str, str], base: type[Any]) -> dict[str,
         else:
             found[entry.name] = cls
     return found
+
+
+@functools.cache
+def _entries(group: str, path: tuple[str, ...]) -> EntryPoints:  # noqa: ARG001 - searched by it
+    """Return a group of entry points; looking through all packages is slow, and done once."""
+    return entry_points(group=group)
 
 
 def _unusable(cls: Any, name: str, base: type[Any], taken: set[str]) -> str:

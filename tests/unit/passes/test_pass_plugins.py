@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib.metadata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -293,7 +292,7 @@ def test_passes_and_backends_of_installed_packages_are_known_and_broken_ones_tol
         ],
         "llmopt.backends": [_Entry("theirs", backend), _Entry("cpu", backend)],
     }
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: offered[group])
+    monkeypatch.setattr(plugins, "_entries", lambda group, _path: offered[group])
 
     assert known_passes()["choosy"] is Choosy
     assert known_passes()["fuse-norms"] is not Fuse
