@@ -48,13 +48,14 @@ class Peer:
 
 
 PEERS: Final[Mapping[str, Peer]] = {
-    "llamacpp": Peer("llama.cpp", vs_peers.TOOLS),
-    "openvino": Peer("OpenVINO", vs_peers.TOOLS),
+    "llamacpp": Peer("llama.cpp", vs_peers.LLAMACPP),
+    "openvino": Peer("OpenVINO", vs_peers.OPENVINO),
     "genai": Peer("genai"),
     "torch": Peer("torch"),
     "ctranslate2": Peer("CTranslate2", vs_peers.CTRANSLATE2, FOURS, ("ctranslate2==4.8.5",)),
     "optimum": Peer("Optimum", vs_peers.OPTIMUM, FOURS, ("optimum==2.1.0", "optimum-onnx==0.1.0")),
-    "olive": Peer("Olive", vs_peers.OLIVE, ("olive-ai==0.13.0",)),
+    # the last onnxruntime-genai whose builder is the one that Olive 0.13 calls
+    "olive": Peer("Olive", vs_peers.OLIVE, ("olive-ai==0.13.0",), ("onnxruntime-genai==0.13.2",)),
 }
 
 
@@ -84,8 +85,12 @@ def installed(names: Sequence[str], work: Path) -> list[str]:
 
 
 def _install(peer: Peer, work: Path) -> None:
-    if peer.environment == vs_peers.TOOLS:
-        vs_peers.install(work)
+    own = {
+        vs_peers.OPENVINO: vs_peers.install_openvino,
+        vs_peers.LLAMACPP: vs_peers.install_llamacpp,
+    }
+    if peer.environment in own:
+        own[peer.environment](work / peer.environment)
         return
     pip = vs_peers.environment(work / peer.environment)
     if peer.packages:

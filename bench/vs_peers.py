@@ -44,7 +44,8 @@ PACKAGES: Final = (
     "openvino-genai==2026.4.1",
     "openvino-tokenizers==2026.4.1",
 )
-UNBOUND: Final = ("optimum", "optimum-intel", "nncf", "diskcache", "llama-cpp-python==0.3.36")
+UNBOUND: Final = ("optimum", "optimum-intel", "nncf")
+LLAMA: Final = ("diskcache", "llama-cpp-python==0.3.36")
 """Installed without what they ask for: the project's environment has it, and in other builds."""
 NEEDED: Final = (
     "transformers==4.57.1",  # the newest that optimum-intel exports with
@@ -58,9 +59,10 @@ NEEDED: Final = (
     "jsonschema",
     "psutil",
 )
-TOOLS: Final = "venv"
-TOOLS_AVX2: Final = "venv-avx2"
-"""Environments in the work folder: the other tools, and llama.cpp compiled for AVX2 and no more."""
+OPENVINO: Final = "venv-openvino"
+LLAMACPP: Final = "venv-llamacpp"
+LLAMACPP_AVX2: Final = "venv-llamacpp-avx2"
+"""Environments in the work folder; the last is llama.cpp compiled for AVX2 and no more."""
 NATIVE: Final = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
 CTRANSLATE2: Final = "venv-ctranslate2"
 OPTIMUM: Final = "venv-optimum"
@@ -102,9 +104,9 @@ def decoders(group: int) -> dict[str, Side]:
     return {
         "tvm-cpu w4": llmopt("tvm-cpu", "w4"),
         "onnxruntime-cpu w4": llmopt("onnxruntime-cpu", "w4"),
-        "llama.cpp Q4_0": Side(peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=TOOLS),
+        "llama.cpp Q4_0": Side(peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=LLAMACPP),
         "OpenVINO int4": Side(
-            peers.build_openvino(group), peers.OpenVino, f"ov-int4-g{group}", foreign=TOOLS
+            peers.build_openvino(group), peers.OpenVino, f"ov-int4-g{group}", foreign=OPENVINO
         ),
         "genai int4": Side(peers.build_genai("int4"), peers.Genai, "genai-int4"),
         "CTranslate2 int8": Side(
@@ -130,7 +132,7 @@ def avx2_decoders() -> dict[str, Side]:
     return {
         "tvm-cpu w4 avx2": llmopt("tvm-cpu{mcpu=haswell}", "w4"),
         "llama.cpp Q4_0 avx2": Side(
-            peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=TOOLS_AVX2
+            peers.build_gguf, peers.LlamaCpp, "q4_0.gguf", foreign=LLAMACPP_AVX2
         ),
     }
 
@@ -141,13 +143,13 @@ def encoders() -> dict[str, Side]:
         "tvm-cpu w8a8-dynamic": llmopt("tvm-cpu", "w8a8-dynamic"),
         "onnxruntime-cpu w8a8-dynamic": llmopt("onnxruntime-cpu", "w8a8-dynamic"),
         "OpenVINO int8": Side(
-            peers.build_openvino_encoder("int8"), peers.OpenVinoEncoder, "ov-i8", foreign=TOOLS
+            peers.build_openvino_encoder("int8"), peers.OpenVinoEncoder, "ov-i8", foreign=OPENVINO
         ),
         "OpenVINO bf16": Side(
-            peers.build_openvino_encoder("fp32"), peers.OpenVinoHalf, "ov", foreign=TOOLS
+            peers.build_openvino_encoder("fp32"), peers.OpenVinoHalf, "ov", foreign=OPENVINO
         ),
         "OpenVINO fp32": Side(
-            peers.build_openvino_encoder("fp32"), peers.OpenVinoEncoder, "ov", foreign=TOOLS
+            peers.build_openvino_encoder("fp32"), peers.OpenVinoEncoder, "ov", foreign=OPENVINO
         ),
         "torch fp32": Side(None, peers.Torch, ""),
         "torch.compile fp32": Side(None, frameworks.TorchCompiled, ""),
@@ -322,6 +324,7 @@ def prepare(case: str, chosen: argparse.Namespace) -> dict[str, Side]:
             command = [interpreter(side, chosen.work), __file__, case, "--work", str(chosen.work)]
             done = subprocess.run([*command, "--build", name], check=False)
             if done.returncode:
+                shutil.rmtree(place, ignore_errors=True)  # else it would pass for built next time
                 print(f"{case}: {name} could not be built and is left out", file=sys.stderr)
                 continue
         ready[name] = side
@@ -387,12 +390,29 @@ def ratio_of(
 
 def install(work: Path) -> None:
     """Make the environments of the other tools, which see the project's own packages too."""
-    pip = environment(work / TOOLS)
-    native = {**os.environ, **compiler(), "CMAKE_ARGS": NATIVE}
+    install_openvino(work / OPENVINO)
+    install_llamacpp(work / LLAMACPP)
+    install_llamacpp(work / LLAMACPP_AVX2, AVX2)
+
+
+def install_openvino(place: Path) -> None:
+    """Make the environment of OpenVINO and what exports to it."""
+    pip = environment(place)
     subprocess.run([*pip, *PACKAGES, *NEEDED], check=True)
-    subprocess.run([*pip, "--no-deps", *UNBOUND], check=True, env=native)
-    pip = [*environment(work / TOOLS_AVX2), "--no-deps", "--no-cache-dir"]  # else the native one
-    subprocess.run([*pip, *UNBOUND[-2:]], check=True, env={**os.environ, "CMAKE_ARGS": AVX2})
+    subprocess.run([*pip, "--no-deps", *UNBOUND], check=True)
+
+
+def install_llamacpp(place: Path, flags: str = "") -> None:
+    """Compile llama.cpp: for this processor, or with flags of CMake's.
+
+    Raises:
+        RuntimeError: The processor has AMX and there is no clang.
+    """
+    chosen = {} if flags else compiler()
+    pip = [*environment(place), "--no-deps", "--no-cache-dir"]  # else what was compiled with others
+    subprocess.run(
+        [*pip, *LLAMA], check=True, env={**os.environ, **chosen, "CMAKE_ARGS": flags or NATIVE}
+    )
 
 
 def compiler() -> dict[str, str]:

@@ -25,7 +25,7 @@ def test_sides_live_in_the_environment_of_their_peer() -> None:
     for peer in suite.PEERS.values():
         for _, of in vs_peers.CASES.values():
             found = {s.foreign for name, s in of.items() if name.startswith(peer.sides)}
-            assert found <= {peer.environment, vs_peers.TOOLS_AVX2}
+            assert found <= {peer.environment, vs_peers.LLAMACPP_AVX2}
 
 
 def test_only_peers_that_were_asked_for_take_part() -> None:
