@@ -8,6 +8,7 @@ artifacts of one model in turns.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -92,6 +93,7 @@ def rows(model: str, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Compile, measure and write."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = [row for model in MODELS for row in rows(model, Path(folder))]
     RESULTS.write_text(json.dumps({"schema": 1, "rows": found}, indent=2) + "\n")
