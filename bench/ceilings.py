@@ -1,6 +1,6 @@
 """The ceilings of ``llmopt bench`` beside other measures of the same machine.
 
-    python bench/ceilings.py [--threads N] [--rounds 3] [--json FILE]
+    python bench/ceilings.py [--threads N] [--rounds 12] [--json FILE]
 
 Reading: ``stream.c``, compiled here with ``cc``. Products: torch's, ``mm`` in float32 and
 ``_int_mm`` in int8. The two sides run in turns, so that what else the machine does falls on both;
@@ -118,7 +118,7 @@ def main() -> None:
     """Measure both sides and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     rows = compare(chosen.threads, chosen.rounds)
