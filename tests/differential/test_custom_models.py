@@ -109,11 +109,12 @@ def onnx(opset: int) -> Callable[[str, Path], Form]:
 
 FORMS = [
     factory,
+    pt2,
     onnx(20),
     # the same trace as a factory's, or nearly the same file, or a tracer that torch gave up
     *(
         pytest.param(form, marks=pytest.mark.thorough)
-        for form in (module, pt2, state_dict, pickled, onnx(17), onnx(18), torchscript)
+        for form in (module, state_dict, pickled, onnx(17), onnx(18), torchscript)
     ),
 ]
 

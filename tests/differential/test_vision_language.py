@@ -107,16 +107,12 @@ class Compiled:
 
 
 pytestmark = pytest.mark.xdist_group("vision-language")  # compiled once
-_MORE = [
-    pytest.param("smolvlm", marks=pytest.mark.slow),
-    pytest.param("llava-siglip", marks=pytest.mark.thorough),
-]
-
+_SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava-siglip", "smolvlm")]
 
 _MADE: dict[str, Compiled] = {}
 
 
-@pytest.fixture(params=["llava", *_MORE])
+@pytest.fixture(params=["llava", *_SLOW])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     if request.param not in _MADE:  # each once, in whichever order tests come
         _MADE[request.param] = Compiled(request.param, tmp_path_factory.mktemp("source"))
@@ -344,13 +340,8 @@ def test_what_is_put_together_in_another_way_is_refused(tmp_path: Path) -> None:
             open_source(tmp_path / text, SourceOptions())
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("llava", marks=pytest.mark.slow),
-        pytest.param("idefics3", marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llava", "idefics3"])
 def test_every_pass_leaves_what_is_computed(kind: str, tmp_path: Path) -> None:
     options = CompileOptions(verify="each")
     source = tiny_folder(tmp_path / kind, kind)

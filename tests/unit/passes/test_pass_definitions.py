@@ -75,15 +75,7 @@ class Compiled:
     ran: tuple[Ran, ...]
 
 
-_THOROUGH: Final = ("gemma2",)  # the dearest; others hold most of what it does
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.thorough) if name in _THOROUGH else name
-        for name in MODELS
-    ]
-)
+@pytest.fixture(params=MODELS)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     return _compiled(request.param)
 
