@@ -87,7 +87,7 @@ class Subject:
     def traced(self) -> Any:
         """The source, its Program optimized."""
         from llmopt.compiler import Clock, CompileOptions, optimize
-        from llmopt.frontend.source import SourceOptions
+        from llmopt.frontend.base import SourceOptions
 
         options = CompileOptions(require=["attention=all", "norm=all"])
         return optimize(self.source, options, SourceOptions(), Clock())

@@ -54,7 +54,7 @@ def measure(
     """
     from llmopt.compiler import Clock, CompileOptions, optimize
     from llmopt.errors import LlmoptError
-    from llmopt.frontend.source import SourceOptions
+    from llmopt.frontend.base import SourceOptions
 
     folder, start = work / family.name, time.perf_counter()
     row: Row = {"family": family.name, "kind": family.kind}

@@ -46,7 +46,7 @@ class Oracle:
         import transformers
 
         from llmopt.frontend.census import census
-        from llmopt.ir.chained import source_feeds
+        from llmopt.ir.components import source_feeds
         from llmopt.ir.feeds import Case, feeds
 
         auto: Any = getattr(transformers, family.auto)
@@ -97,7 +97,7 @@ def rewriting(model: Any, read: Sequence[str]) -> ModuleReference:
     import torch
 
     from llmopt.frontend.reference import ModuleReference
-    from llmopt.ir.chained import FIRST
+    from llmopt.ir.components import FIRST
 
     def run(**given: Any) -> list[Any]:
         tokens, real = given["input_ids"], given["attention_mask"] == 1

@@ -20,10 +20,10 @@ from llmopt.backends import find_backend
 from llmopt.backends.base import Backend
 from llmopt.backends.onnxruntime import OnnxRuntimeCpu
 from llmopt.backends.onnxruntime.lower_experts import LowerExperts
-from llmopt.benchmark import Metric, Plan, measure, parse_workload
+from llmopt.benchmark import MeasurePlan, Metric, measure, parse_workload
 from llmopt.compiler import Clock, CompileOptions, optimize
 from llmopt.compiler.compilation import Compilation
-from llmopt.frontend.source import SourceOptions
+from llmopt.frontend.base import SourceOptions
 from llmopt.passes.base import Pass
 from llmopt.passes.quantize_experts import QuantizeExperts
 
@@ -69,7 +69,7 @@ def main() -> None:
                 compiled(source, backend, scheme, Path(work) / f"{scheme} {name}", options.verify)
                 for name, backend in backends.items()
             ]
-            plan = Plan(parse_workload(options.workload))
+            plan = MeasurePlan(parse_workload(options.workload))
             found = measure(folders, plan, lambda _: None)
             print(f"\n{scheme}, {options.workload}, {found.machine.processor}")
             for name in SHOWN:

@@ -23,9 +23,9 @@ from llmopt.backends.onnxruntime.openvino import paired
 from llmopt.backends.onnxruntime.session import open_session
 from llmopt.benchmark.machine import this_machine
 from llmopt.errors import BackendUnavailableError
-from llmopt.ir.feeds import Arrays
+from llmopt.interface.arrays import Arrays
 from llmopt.runtime.cores import usable_cores
-from llmopt.runtime.engines.providers import Place, openvino
+from llmopt.runtime.engines.providers import Provider, openvino
 
 SIZES: Final = ((1, 128), (8, 128))
 ROUNDS: Final = 31
@@ -57,9 +57,9 @@ def main() -> None:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def measured(entry: Path, vocabulary: int, place: Place) -> list[dict[str, Any]]:
+def measured(entry: Path, vocabulary: int, place: Provider) -> list[dict[str, Any]]:
     """Return one row for each size."""
-    cpu, other = open_session(entry, place=Place()), open_session(entry, place=place)
+    cpu, other = open_session(entry, place=Provider()), open_session(entry, place=place)
     rows = []
     for batch, length in SIZES:
         feeds = tokens(batch, length, vocabulary)

@@ -103,7 +103,8 @@ def compiled(source: Path, side: str, place: Path) -> tuple[float, int]:
 def reference(source: Path, rows: Sequence[Tokens]) -> Iterator[Logits]:
     """Yield the logits [S, V] of the source in float32."""
     from llmopt.evaluation import source_results
-    from llmopt.frontend.source import SourceOptions, open_source
+    from llmopt.frontend.base import SourceOptions
+    from llmopt.frontend.source import open_source
 
     opened = open_source(str(source), SourceOptions())
     for outputs in source_results(opened.program.signature, opened.reference)(rows):

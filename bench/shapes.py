@@ -51,9 +51,9 @@ def smollm2_gguf() -> Path:
 
 def smollm2(folder: Path, dtype: str = "float32") -> None:
     """Write SmolLM2-135M-Instruct as a Hugging Face folder."""
-    from llmopt.frontend.gguf import GgufCheckpoint
-    from llmopt.frontend.gguf_config import gguf_config
-    from llmopt.frontend.tokenizer import tokenizer_files
+    from llmopt.frontend.gguf.checkpoint import GgufCheckpoint
+    from llmopt.frontend.gguf.config import gguf_config
+    from llmopt.frontend.huggingface.tokenizer import tokenizer_files
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = GgufCheckpoint(smollm2_gguf())
@@ -71,7 +71,7 @@ def llama(folder: Path, config: Mapping[str, Any] = LLAMA) -> None:
 
     SmolLM2's tokenizer goes with it, because other tools' builders want one.
     """
-    from llmopt.frontend.tokenizer import tokenizer_files
+    from llmopt.frontend.huggingface.tokenizer import tokenizer_files
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files(smollm2_gguf()).items():

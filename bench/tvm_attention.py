@@ -16,25 +16,30 @@ import tvm
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import find_processor
-from llmopt.backends.tvm.kernels.attention import Attention, Turning, attention, decode
+from llmopt.backends.tvm.kernels.attention.selection import (
+    AttentionForm,
+    Turning,
+    attention,
+    decode,
+)
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.kernels.vectors import Registers, load, store
 
 PROCESSOR = find_processor("x86_64", "host")
 LANES = PROCESSOR.features.lanes
 PREFILL = [
-    ("SmolLM2, 128 tokens", 1, 128, Attention(9, 3, 64, causal=True, packed=True)),
-    ("SmolLM2, 512 tokens", 1, 512, Attention(9, 3, 64, causal=True, packed=True)),
-    ("Llama 1.2 B, 512 tokens", 1, 512, Attention(32, 8, 64, causal=True, packed=True)),
-    ("MiniLM, 1 x 128", 1, 128, Attention(12, 12, 32, packed=True)),
-    ("BERT-base, 1 x 128", 1, 128, Attention(12, 12, 64, packed=True)),
-    ("BERT-base, 8 x 128", 8, 128, Attention(12, 12, 64, packed=True)),
+    ("SmolLM2, 128 tokens", 1, 128, AttentionForm(9, 3, 64, causal=True, packed=True)),
+    ("SmolLM2, 512 tokens", 1, 512, AttentionForm(9, 3, 64, causal=True, packed=True)),
+    ("Llama 1.2 B, 512 tokens", 1, 512, AttentionForm(32, 8, 64, causal=True, packed=True)),
+    ("MiniLM, 1 x 128", 1, 128, AttentionForm(12, 12, 32, packed=True)),
+    ("BERT-base, 1 x 128", 1, 128, AttentionForm(12, 12, 64, packed=True)),
+    ("BERT-base, 8 x 128", 8, 128, AttentionForm(12, 12, 64, packed=True)),
 ]
 DECODE = [
-    ("SmolLM2, 192 keys", 192, Attention(9, 3, 64, causal=True, cached=True)),
-    ("SmolLM2, 2048 keys", 2048, Attention(9, 3, 64, causal=True, cached=True)),
-    ("Llama 1.2 B, 192 keys", 192, Attention(32, 8, 64, causal=True, cached=True)),
-    ("Llama 1.2 B, 2048 keys", 2048, Attention(32, 8, 64, causal=True, cached=True)),
+    ("SmolLM2, 192 keys", 192, AttentionForm(9, 3, 64, causal=True, cached=True)),
+    ("SmolLM2, 2048 keys", 2048, AttentionForm(9, 3, 64, causal=True, cached=True)),
+    ("Llama 1.2 B, 192 keys", 192, AttentionForm(32, 8, 64, causal=True, cached=True)),
+    ("Llama 1.2 B, 2048 keys", 2048, AttentionForm(32, 8, 64, causal=True, cached=True)),
 ]
 STEPS = 100_000
 REGISTERS = 12
@@ -117,7 +122,7 @@ def peak_bytes(size: int) -> float:
     return x.nbytes / best_s(reading(rows), [x, x[0]])
 
 
-def prefill(batch: int, length: int, form: Attention) -> tuple[float, float]:
+def prefill(batch: int, length: int, form: AttentionForm) -> tuple[float, float]:
     """Return seconds, and operations a second."""
     rows, width = batch * length, form.heads * form.width
     qkv = np.random.default_rng(0).standard_normal(
@@ -129,7 +134,7 @@ def prefill(batch: int, length: int, form: Attention) -> tuple[float, float]:
     return seconds, 4 * rows * length * width * (0.5 if form.causal else 1) / seconds
 
 
-def decoding(keys: int, form: Attention) -> tuple[float, int]:
+def decoding(keys: int, form: AttentionForm) -> tuple[float, int]:
     """Return seconds, and the bytes of the cache."""
     rng, width = np.random.default_rng(0), form.width
     cache = rng.standard_normal((2, 1, form.kv_heads, keys, width), dtype=np.float32)

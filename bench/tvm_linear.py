@@ -101,7 +101,7 @@ class Bench:
 
 def reading(bench: Bench) -> Callable[[], None]:
     """Return a loop that reads `COLD` bytes."""
-    from llmopt.backends.tvm.kernels.linear_script import (
+    from llmopt.backends.tvm.kernels.linear.script import (
         Register,
         T,
         load,
@@ -138,8 +138,8 @@ def reading(bench: Bench) -> Callable[[], None]:
 
 def multiplying(bench: Bench, threads: int, *, integers: bool) -> tuple[Callable[[], None], float]:
     """Return a loop of products in registers, and how many operations it does."""
-    from llmopt.backends.tvm.kernels.linear_products import products
-    from llmopt.backends.tvm.kernels.linear_script import (
+    from llmopt.backends.tvm.kernels.linear.products import products
+    from llmopt.backends.tvm.kernels.linear.script import (
         Register,
         T,
         bind,
@@ -188,7 +188,7 @@ def multiplying(bench: Bench, threads: int, *, integers: bool) -> tuple[Callable
 
 def calls(bench: Bench, wanted: Any, rows: int, copies_of: int) -> tuple[list[Any], Any, int]:
     """Return the operands of calls on different weights, the kernel, and bytes of a weight."""
-    from llmopt.backends.tvm.kernels.linear import choose
+    from llmopt.backends.tvm.kernels.linear.selection import choose
 
     chosen = choose(wanted)
     kernel = chosen.kernels[0]
@@ -213,7 +213,7 @@ def calls(bench: Bench, wanted: Any, rows: int, copies_of: int) -> tuple[list[An
 
 def decode(bench: Bench, name: str, scheme: Any, limit: Callable[[], None]) -> Row:
     """Measure one row times a weight that lies in memory."""
-    from llmopt.backends.tvm.kernels.linear import Linear
+    from llmopt.backends.tvm.kernels.linear.selection import Linear
 
     n, k = SHAPES[name]
     wanted = Linear(n, k, scheme, "one", (), bench.features)
@@ -231,7 +231,7 @@ def decode(bench: Bench, name: str, scheme: Any, limit: Callable[[], None]) -> R
 
 def prefill(bench: Bench, name: str, scheme: Any, limit: tuple[Callable[[], None], float]) -> Row:
     """Measure `ROWS` rows times a weight."""
-    from llmopt.backends.tvm.kernels.linear import Linear
+    from llmopt.backends.tvm.kernels.linear.selection import Linear
 
     n, k = SHAPES[name]
     sets, run, _ = calls(bench, Linear(n, k, scheme, "many", (), bench.features), ROWS, 0)

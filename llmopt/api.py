@@ -71,7 +71,7 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
         LlmoptError: the source, an option or the result is not acceptable; it says why.
     """
     from llmopt.compiler import CompileOptions, compile_source
-    from llmopt.frontend.source import SourceOptions
+    from llmopt.frontend.base import SourceOptions
     from llmopt.passes.pipeline import Pipeline
 
     items = passes.passes if isinstance(passes, Pipeline) else passes
@@ -147,7 +147,8 @@ def trace(
     Raises:
         UnsupportedModelError: torch cannot export it.
     """
-    from llmopt.frontend.source import SourceOptions, open_source
+    from llmopt.frontend.base import SourceOptions
+    from llmopt.frontend.source import open_source
 
     options = SourceOptions(example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     return open_source(module, options).program

@@ -15,7 +15,7 @@ from llmopt.ir.program import Program
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from llmopt.bundle.manifest import Manifest
+    from llmopt.artifact.manifest import Manifest
 
 Side = Program | str | Path
 _KINDS: Final = "give an artifact, an .onnx file, its text (.ir), or a source that compiles"
@@ -62,11 +62,12 @@ def _open(side: Side) -> _Opened:
     path = Path(side)
     if (path / _MANIFEST).is_file():
         return _artifact(path)
-    from llmopt.frontend.program_file import TEXT, read_model
+    from llmopt.frontend.onnx.program_file import TEXT, read_model
 
     if path.is_file() and path.suffix in {".onnx", *TEXT}:
         return _Opened({"model": read_model(path)})
-    from llmopt.frontend.source import SourceOptions, open_source
+    from llmopt.frontend.base import SourceOptions
+    from llmopt.frontend.source import open_source
 
     if ".py:" not in str(side) and not path.exists():
         raise SourceNotFoundError(path, _KINDS)
@@ -75,8 +76,8 @@ def _open(side: Side) -> _Opened:
 
 def _artifact(path: Path) -> _Opened:
     """Return the graphs of an artifact, and what its manifest says of the rest."""
-    from llmopt.bundle.manifest import Manifest
-    from llmopt.frontend.program_file import read_model
+    from llmopt.artifact.manifest import Manifest
+    from llmopt.frontend.onnx.program_file import read_model
 
     manifest = Manifest.read(path)
     manifest.check_sizes(path)

@@ -6,18 +6,19 @@ with any reference, on the user's text or on the artifact's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError, UsageError
-from llmopt.ir.chained import source_feeds
-from llmopt.ir.feeds import Arrays, Case, feeds, resolve
-from llmopt.ir.program import Program, Role
+from llmopt.interface.arrays import Arrays, Run
+from llmopt.interface.signature import Role, Signature
+from llmopt.ir.components import source_feeds
+from llmopt.ir.feeds import Case, feeds, resolve
+from llmopt.ir.program import Program
 from llmopt.quantization.evaluation import Estimate, Quality, QualityMeter
 from llmopt.runtime import Runner
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[np.int64]
 Results = Callable[[Sequence[Tokens]], Iterator[Arrays]]
 """Yields the outputs, logits of every token among them, of each row [S] of tokens."""
-Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 ROWS: Final = 8
 READ: Final = 24  # tokens of what is read, of a model that writes another sequence
 TOKENS: Final = 88  # 8 x 88 positions: enough for a 99th percentile

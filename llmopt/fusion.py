@@ -22,7 +22,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusionCount:
     """One kind of fusion.
 
     Args:
@@ -36,7 +36,7 @@ class Fused:
     misses: tuple[str, ...] = ()
 
 
-def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, Fused]:
+def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, FusionCount]:
     """Return expected and found counts of each kind, on a Program in the dialect."""
     declined = [miss for each in ran for miss in each.missed]
     report = {}
@@ -45,7 +45,7 @@ def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, Fused]:
         found = sum(_count(part, kind) for part in program.parts())
         misses = tuple(f"{m.node}: {m.reason}" for m in declined if m.kind == kind)
         if expected or found:
-            report[kind] = Fused(expected, found, tuple(dict.fromkeys(misses)))
+            report[kind] = FusionCount(expected, found, tuple(dict.fromkeys(misses)))
     return report
 
 
@@ -95,7 +95,7 @@ def required_kinds(requirements: Sequence[str]) -> list[str]:
     return kinds
 
 
-def require(report: Mapping[str, Fused], requirements: Sequence[str]) -> None:
+def require(report: Mapping[str, FusionCount], requirements: Sequence[str]) -> None:
     """Raise unless every required kind was fused wherever the source has it.
 
     Args:
@@ -106,7 +106,7 @@ def require(report: Mapping[str, Fused], requirements: Sequence[str]) -> None:
         FusionError: something was missed.
     """
     for kind in required_kinds(requirements):
-        fused = report.get(kind, Fused(None, 0))
+        fused = report.get(kind, FusionCount(None, 0))
         expected = fused.expected if fused.expected is not None else fused.fused
         if fused.fused < expected or (expected == 0 and kind == "attention"):
             raise FusionError(kind, expected, fused.fused, fused.misses)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from traced import Traced
+    from support.traced import Traced
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("local", deadline=None)
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     """The tiny Llama, traced once for all tests of this process."""
-    from traced import Traced
+    from support.traced import Traced
 
     return Traced.llama(tmp_path_factory.mktemp("traced") / "llama")
 

@@ -25,8 +25,8 @@ from typing import Any, Final
 import numpy as np
 
 from llmopt.benchmark.gate.checking import Asking
-from llmopt.benchmark.gate.decisions import Answer, Question, ask
-from llmopt.benchmark.gate.pairs import GATED, Request
+from llmopt.benchmark.gate.decisions import Evidence, Question, ask
+from llmopt.benchmark.gate.pairs import GATED, CheckRequest
 from llmopt.benchmark.gate.rounds import BASELINE, CANDIDATE, Measured, metrics_of
 
 HERE: Final = Path(__file__).parent
@@ -128,11 +128,11 @@ class Replay:
         self.rounds = Replayed(found, session["rounds_s"])
         self._metrics = [metric for metric in GATED if metric in metrics_of(found)]
 
-    def questions(self, request: Request) -> list[Question]:
+    def questions(self, request: CheckRequest) -> list[Question]:
         """Return the questions that a check asks where nothing is asked for."""
         return [Question(self.name, m, request.allowed(self.name, m)) for m in self._metrics]
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: Question) -> Evidence:
         """Return what is known of one."""
         return ask(question, self.rounds.found)
 
@@ -160,7 +160,7 @@ def decide(goal: Goal, sessions: Sequence[Session], seed: int) -> Decision:
     number = rng.choice([n for n, s in enumerate(sessions) if s["spin"] == goal.spin])
     replay = Replay(sessions[number], rng)
     seconds = sessions[number]["seconds"]
-    request = Request((), Path(), {"": goal.allowance}, max_time_s=seconds)
+    request = CheckRequest((), Path(), {"": goal.allowance}, max_time_s=seconds)
     asking = Asking([replay], request)  # type: ignore[list-item] # as a Pair is asked
     try:
         asking.measure(lambda _: None)

@@ -17,12 +17,12 @@ from gate.decide import GOALS, Goal
 from gate.neighbour import noisy_neighbour
 from gate.record import HERE, command
 
-from llmopt.benchmark.gate import Request, check
+from llmopt.benchmark.gate import CheckRequest, check
 
 
 def run(artifact: Path, goal: Goal, seed: int, cores: int) -> dict[str, Any]:
     """Return what one check came to."""
-    request = Request(
+    request = CheckRequest(
         (artifact,),
         artifact,
         {"": goal.allowance},

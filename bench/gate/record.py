@@ -19,6 +19,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gate.neighbour import noisy_neighbour
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.benchmark.gate.decisions import PROCESSES, Question, ask
 from llmopt.benchmark.gate.pairs import GATED, gate_threads, gate_workload
 from llmopt.benchmark.gate.process import WORKER, Task
@@ -31,7 +32,6 @@ from llmopt.benchmark.gate.rounds import (
     metrics_of,
 )
 from llmopt.benchmark.machine import this_machine
-from llmopt.bundle.manifest import Manifest
 
 HERE: Final = Path(__file__).parent
 SESSIONS: Final = HERE / "sessions"

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from llmopt.backends.onnxruntime.kernels import CUDA, MICROSOFT, Kernel, since
+from llmopt.backends.onnxruntime.kernels import CUDA, MICROSOFT, KernelDef, since
 from llmopt.ir.dialect import OPSET
 
 PROVIDER: Final = "CUDAExecutionProvider"
@@ -52,7 +52,7 @@ def recorded(definitions: list[Any]) -> list[list[Any]]:
         end = None if last >= 1 << 30 else last
         if kernel.provider != PROVIDER or domain not in DOMAINS:
             continue
-        if not Kernel(first, end, {}).fits(since(domain, kernel.op_name), {}):
+        if not KernelDef(first, end, {}).fits(since(domain, kernel.op_name), {}):
             continue
         types = {
             letter: sorted(word.removeprefix("tensor(").removesuffix(")") for word in allowed)

@@ -11,7 +11,8 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.base import Availability, Backend, Demand, Lowered
+from llmopt.interface.arrays import Run
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass

@@ -16,7 +16,7 @@ BACKENDS: Final[Mapping[str, str]] = {
     "onnxruntime-arm64": "llmopt.backends.onnxruntime:OnnxRuntimeArm64",
     "onnxruntime-cpu": "llmopt.backends.onnxruntime:OnnxRuntimeCpu",
     "onnxruntime-cuda": "llmopt.backends.onnxruntime.cuda:OnnxRuntimeCuda",
-    "reference": "llmopt.backends.reference:Reference",
+    "reference": "llmopt.backends.reference:ReferenceBackend",
     "tensorrt": "llmopt.backends.tensorrt:TensorRt",
     "tensorrt-rtx": "llmopt.backends.tensorrt:TensorRtRtx",
     "tvm-arm64": "llmopt.backends.tvm:TvmArm64",

@@ -5,20 +5,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
-import numpy.typing as npt
-
 from llmopt.errors import UnknownNameError, UsageError
+from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.quantization.schemes import Scheme
 
-Arrays = dict[str, npt.NDArray[Any]]
-Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 TOLERANCE: Final = 1e-3
 """Sums of thousands of float32 products in another order; rounded weights are compared with the
 source's own, rounded the same way, and multiplied in float32."""
@@ -47,7 +44,7 @@ class Availability:
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ExampleBounds:
     """How far outputs on a device may be from the example that an artifact carries.
 
     Args:
@@ -195,12 +192,12 @@ class Backend(abc.ABC):
         """Return the relative error that verification allows."""
         return TOLERANCE
 
-    def example_bounds(self, scheme: str | None) -> Bounds | None:
+    def example_bounds(self, scheme: str | None) -> ExampleBounds | None:
         """Return how far a device may be from an artifact's example; None for no example."""
         if scheme is None:
-            return Bounds(self.tolerance(None))
+            return ExampleBounds(self.tolerance(None))
         rounded = ROUNDED_TOGETHER if scheme.startswith("w4") else ROUNDED
-        return Bounds(max(self.tolerance(scheme), rounded), COUNTED)
+        return ExampleBounds(max(self.tolerance(scheme), rounded), COUNTED)
 
     @abc.abstractmethod
     def available(self) -> Availability:

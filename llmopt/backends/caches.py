@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.raise_attention import PADDING_MASK
 
 

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Final
 import onnx_ir as ir
 from typing_extensions import override
 
-from llmopt.backends.base import TOLERANCE, Arrays, Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.base import TOLERANCE, Availability, Backend, Demand, Lowered
 from llmopt.backends.onnxruntime.artifact import component_files, installed
+from llmopt.interface.arrays import Arrays, Run
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.dialect import OPSET
@@ -29,7 +30,7 @@ _TYPES: Final = ("to", "dtype", "output_dtype", "softmax_precision")
 
 
 @dataclass(frozen=True)
-class Reference(Backend):
+class ReferenceBackend(Backend):
     """The Program as it is, run by onnx's reference evaluator, corrected where it is wrong."""
 
     name: ClassVar[str] = "reference"

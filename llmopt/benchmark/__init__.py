@@ -6,7 +6,7 @@ Generate(prefill=128, decode=64, batch=1)
 """
 
 from llmopt.benchmark.explaining import explain
-from llmopt.benchmark.measuring import Plan, measure
+from llmopt.benchmark.measuring import MeasurePlan, measure
 from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
 from llmopt.benchmark.workload import (
     Encode,
@@ -23,8 +23,8 @@ __all__ = [
     "Encode",
     "Generate",
     "Inputs",
+    "MeasurePlan",
     "Metric",
-    "Plan",
     "Workload",
     "default_workload",
     "explain",

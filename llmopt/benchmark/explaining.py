@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.benchmark.ceilings import measure_ceilings
-from llmopt.benchmark.measuring import Plan
+from llmopt.benchmark.measuring import MeasurePlan
 from llmopt.benchmark.profiling import profile
 from llmopt.benchmark.results import BenchmarkResult
 from llmopt.benchmark.roofline import phases, reached
-from llmopt.bundle.manifest import Manifest
 from llmopt.runtime.opening import artifact_of
 
 
 def explain(
     result: BenchmarkResult,
-    plan: Plan,
+    plan: MeasurePlan,
     progress: Callable[[str], None] = lambda _: None,
     *,
     profiled: bool = False,

@@ -24,7 +24,7 @@ _FEATURES: Final = frozenset({*_X86, *_AMX, *_ARM, "f16c", "fma"})
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineFingerprint:
     """What has to be the same for two latencies to be comparable.
 
     Args:
@@ -52,7 +52,7 @@ class Machine:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def this_machine(proc: Path = Path("/proc")) -> Machine:
+def this_machine(proc: Path = Path("/proc")) -> MachineFingerprint:
     """Return the machine this process runs on.
 
     Args:
@@ -60,7 +60,7 @@ def this_machine(proc: Path = Path("/proc")) -> Machine:
     """
     facts = _cpu_facts(proc / "cpuinfo")
     flags = (facts.get("flags") or facts.get("Features") or "").split()
-    return Machine(
+    return MachineFingerprint(
         processor=facts.get("model name") or platform.processor() or "unknown",
         architecture=platform.machine(),
         cores=usable_cores(),

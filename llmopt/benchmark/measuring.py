@@ -19,11 +19,11 @@ from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
 from llmopt.benchmark.warmup import NEEDED, warmups_in
 from llmopt.benchmark.workload import Encode, Generate, Inputs, Workload
 from llmopt.errors import LlmoptError, UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime import Runner, load
 from llmopt.runtime.feeds import complete_feeds
 from llmopt.runtime.generation import capacity_for
 from llmopt.runtime.npz import read_npz
-from llmopt.runtime.session import Array
 from llmopt.runtime.steps import Sequences
 
 Sample = dict[str, list[float]]
@@ -38,7 +38,7 @@ _PROBE: Final = "llmopt.benchmark.probe"
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurePlan:
     """How to measure.
 
     Args:
@@ -74,7 +74,7 @@ class Plan:
 
 
 @dataclass
-class Rounds:
+class Repetitions:
     """Repetitions, the same for each artifact.
 
     Args:
@@ -89,7 +89,7 @@ class Rounds:
 
 
 def measure(
-    artifacts: Sequence[Path], plan: Plan, progress: Callable[[str], None] = lambda _: None
+    artifacts: Sequence[Path], plan: MeasurePlan, progress: Callable[[str], None] = lambda _: None
 ) -> BenchmarkResult:
     """Return what running ``plan`` on each artifact took.
 
@@ -128,10 +128,10 @@ def measure(
 
 
 def run_rounds(
-    runners: Sequence[Runner], plan: Plan, progress: Callable[[str], None] = lambda _: None
-) -> Rounds:
+    runners: Sequence[Runner], plan: MeasurePlan, progress: Callable[[str], None] = lambda _: None
+) -> Repetitions:
     """Return repetitions of the workload until enough of them are not warm-up."""
-    rounds = Rounds([[] for _ in runners])
+    rounds = Repetitions([[] for _ in runners])
     fixed = plan.warmups
     if fixed is None and plan.repetitions < NEEDED:
         fixed = _UNSEEN
@@ -151,7 +151,7 @@ def run_rounds(
     return rounds
 
 
-def _told(turn: int, plan: Plan, fixed: int | None) -> str:
+def _told(turn: int, plan: MeasurePlan, fixed: int | None) -> str:
     if fixed is None:
         return f"repetition {turn + 1}, until {plan.repetitions} are not warm-up"
     if turn < fixed:
@@ -268,7 +268,7 @@ def random_tokens(runner: Runner, shape: tuple[int, int], random: np.random.Gene
     return random.choice(np.array(valid or [0], np.int64), shape)
 
 
-def _probe_all(path: Path, plan: Plan, progress: Callable[[str], None]) -> Sample:
+def _probe_all(path: Path, plan: MeasurePlan, progress: Callable[[str], None]) -> Sample:
     samples: Sample = {}
     for number in range(plan.processes):
         progress(f"loading {path} in a fresh process, {number + 1} of {plan.processes}")
@@ -276,7 +276,7 @@ def _probe_all(path: Path, plan: Plan, progress: Callable[[str], None]) -> Sampl
     return samples
 
 
-def _probe(path: Path, plan: Plan) -> Sample:
+def _probe(path: Path, plan: MeasurePlan) -> Sample:
     """Return load time and peak memory of a fresh process that runs the workload once."""
     request = {"artifact": str(path), "workload": str(plan.workload), "threads": plan.threads}
     command = [sys.executable, "-m", _PROBE, json.dumps(request)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from llmopt.benchmark.machine import Machine
+from llmopt.benchmark.machine import MachineFingerprint
 from llmopt.benchmark.statistics import median, median_interval, outliers, percentile
 
 SCHEMA: Final = 1
@@ -93,7 +93,7 @@ class ArtifactResult:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """A line of the table.
 
     Args:
@@ -128,17 +128,19 @@ class BenchmarkResult:
 
     workload: str
     threads: int
-    machine: Machine
+    machine: MachineFingerprint
     artifacts: tuple[ArtifactResult, ...]
     warmups: int
     steady: bool | None = None
     load_average: float | None = None
     ceilings: Mapping[str, Any] = field(default_factory=dict)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResultRow]:
         """Return the table, one line for each artifact and metric."""
         return [
-            Row(artifact.path, metric.name, metric.median, metric.interval, len(metric.samples))
+            ResultRow(
+                artifact.path, metric.name, metric.median, metric.interval, len(metric.samples)
+            )
             for artifact in self.artifacts
             for metric in artifact.metrics
         ]

@@ -1,1 +1,1 @@
-"""What an artifact is made of: its manifest, its digests and how it is written in one piece."""
+"""Edge bundles: an archive of artifacts for several machines, with digests and signatures."""

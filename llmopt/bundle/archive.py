@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from llmopt.bundle.manifest import FileRecord
+from llmopt.artifact.manifest import FileRecord
 from llmopt.bundle.zstd import (
     CompressionParameter,
     DecompressionParameter,
@@ -55,7 +55,7 @@ _KINDS: Final = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class ArchiveMember:
     """A member to be written.
 
     Args:
@@ -67,7 +67,7 @@ class Entry:
     source: Path | bytes
 
     @classmethod
-    def of(cls, name: str, content: bytes) -> Entry:
+    def of(cls, name: str, content: bytes) -> ArchiveMember:
         """Return the entry of some bytes."""
         digest = hashlib.sha256(content).hexdigest()
         return cls(FileRecord(name, len(content), digest), content)
@@ -87,7 +87,7 @@ class Entry:
             raise BundleError(str(self.source), "changed while it was read")
 
 
-def write_archive(stream: BinaryIO, entries: Iterable[Entry]) -> str:
+def write_archive(stream: BinaryIO, entries: Iterable[ArchiveMember]) -> str:
     """Write an archive and return the digest that its trailer holds, in hex."""
     parameters = CompressionParameter
     options: dict[int, int] = {

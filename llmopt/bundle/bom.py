@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.bundle.contents import Needs, Variant
-from llmopt.bundle.manifest import Manifest, Port
+from llmopt.interface.signature import Port
 
 SPECIFICATION: Final = "1.6"
 _TASKS: Final = {"generate": "text-generation", "embed": "feature-extraction"}

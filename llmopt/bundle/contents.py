@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
 
+from llmopt.artifact.fields import Fields
+from llmopt.artifact.manifest import MANIFEST, FileRecord, inside, parsed
 from llmopt.bundle.archive import LONGEST_NAME
-from llmopt.bundle.fields import Fields
-from llmopt.bundle.manifest import MANIFEST, FileRecord, inside, parsed
 from llmopt.errors import ArtifactError, BundleError
 
 SCHEMA: Final = 1

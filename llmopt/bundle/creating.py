@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llmopt.bundle.archive import Entry, write_archive
+from llmopt.artifact.manifest import MANIFEST, FileRecord, Manifest, sha256
+from llmopt.artifact.writer import check_destination, staged_file
+from llmopt.bundle.archive import ArchiveMember, write_archive
 from llmopt.bundle.bom import bill_of_materials
 from llmopt.bundle.contents import BOM, CONTENTS, LICENSES, Contents, Variant, too_long
-from llmopt.bundle.manifest import MANIFEST, FileRecord, Manifest, sha256
 from llmopt.bundle.needs import needs_of
-from llmopt.bundle.writer import check_destination, staged_file
 from llmopt.bundle.zstd import zstd_version
 from llmopt.errors import UsageError
 
@@ -80,10 +80,12 @@ def create(
     for folder, manifest in zip(artifacts, manifests, strict=True):
         manifest.verify_files(folder)
     entries, variants = _variants(artifacts, manifests)
-    texts = [Entry.of(f"{LICENSES}/{path.name}", path.read_bytes()) for path in licensing.files]
+    texts = [
+        ArchiveMember.of(f"{LICENSES}/{path.name}", path.read_bytes()) for path in licensing.files
+    ]
     name = manifests[0].source.name or variants[0].name
     parts = list(zip(variants, manifests, strict=True))
-    bom = Entry.of(BOM, bill_of_materials(name, parts, licensing.names, version))
+    bom = ArchiveMember.of(BOM, bill_of_materials(name, parts, licensing.names, version))
     entries = [bom, *sorted(texts, key=_path), *sorted(entries, key=_path)]
     contents = Contents(
         name=name,
@@ -92,7 +94,7 @@ def create(
         licenses=licensing.names,
         versions={"llmopt": version, "zstd": zstd_version},
     )
-    first = Entry.of(CONTENTS, contents.to_json())
+    first = ArchiveMember.of(CONTENTS, contents.to_json())
     with staged_file(output, force=force) as staging, staging.open("xb") as file:
         write_archive(file, [first, *entries])
     return contents
@@ -100,9 +102,9 @@ def create(
 
 def _variants(
     artifacts: Sequence[Path], manifests: Sequence[Manifest]
-) -> tuple[list[Entry], tuple[Variant, ...]]:
+) -> tuple[list[ArchiveMember], tuple[Variant, ...]]:
     """Return every file once, and the variants that are made of them."""
-    stored: dict[str, Entry] = {}
+    stored: dict[str, ArchiveMember] = {}
     variants: list[Variant] = []
     for folder, manifest in zip(artifacts, manifests, strict=True):
         name = _name(manifest, [each.name for each in variants])
@@ -111,7 +113,7 @@ def _variants(
             member = FileRecord(f"{name}/{record.path}", record.size_bytes, record.sha256)
             if too_long(member.path):
                 raise UsageError(f"{folder}: {member.path!r} is too long a path for a bundle")
-            entry = stored.setdefault(record.sha256, Entry(member, folder / record.path))
+            entry = stored.setdefault(record.sha256, ArchiveMember(member, folder / record.path))
             files[record.path] = entry.record.path
         needs, recipe = needs_of(manifest), _recipe(manifest)
         variants.append(Variant(name, manifest.target, manifest.task, needs, files, recipe))
@@ -150,5 +152,5 @@ def _recipe(manifest: Manifest) -> Mapping[str, Any]:
     }
 
 
-def _path(entry: Entry) -> str:
+def _path(entry: ArchiveMember) -> str:
     return entry.record.path

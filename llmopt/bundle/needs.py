@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.bundle.contents import Needs, Runtime
-from llmopt.bundle.manifest import Manifest
 
 X86: Final = "x86_64"
 ARM: Final = "aarch64"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from llmopt.artifact.manifest import MANIFEST, Manifest
 from llmopt.bundle.archive import Archive, Seal, digests
 from llmopt.bundle.contents import CONTENTS, Contents, Variant
-from llmopt.bundle.manifest import MANIFEST, Manifest
 from llmopt.bundle.signing import Trust, require_signed
 from llmopt.errors import ArtifactError, BundleError, StorageError
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from llmopt.bundle.writer import check_destination, staged_file
+from llmopt.artifact.writer import check_destination, staged_file
 from llmopt.errors import BackendUnavailableError, SignatureError, UsageError
 
 AnyPath = str | os.PathLike[str]
@@ -188,7 +188,7 @@ class _Digested:
 
 
 @dataclass(frozen=True)
-class _Library:
+class _ModelSigning:
     """The parts of model-signing that are used."""
 
     signing: Any
@@ -197,7 +197,7 @@ class _Library:
     digest: Any
 
 
-def _library() -> _Library:
+def _library() -> _ModelSigning:
     if find_spec("model_signing") is None:
         raise BackendUnavailableError("model-signing", _INSTALL)
     try:
@@ -205,7 +205,7 @@ def _library() -> _Library:
         from model_signing._hashing.hashing import Digest
     except ImportError as error:
         raise BackendUnavailableError("model-signing", f"{_line(error)}; {_INSTALL}") from error
-    return _Library(signing, verifying, manifest, Digest)
+    return _ModelSigning(signing, verifying, manifest, Digest)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from llmopt.cli.text import digits, size, table
 from llmopt.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmopt.benchmark import ArtifactResult, BenchmarkResult, Metric, Plan
+    from llmopt.benchmark import ArtifactResult, BenchmarkResult, MeasurePlan, Metric
 
 _SHOWN: Final = {
     "prefill_tokens_per_s": ("prefill tok/s", 1.0),
@@ -100,7 +100,7 @@ def bench_command(
 
 @contextlib.contextmanager
 def _opened(path: Path, *, force: bool) -> Iterator[TextIO]:
-    from llmopt.bundle.writer import staged_file
+    from llmopt.artifact.writer import staged_file
 
     with staged_file(path, force=force) as staging, staging.open("w", encoding="utf-8") as file:
         yield file
@@ -126,16 +126,16 @@ def _page(result: BenchmarkResult) -> str:
     return page(result.to_dict())
 
 
-def _plan(first: Path, options: dict[str, Any]) -> Plan:
-    from llmopt.benchmark import Plan, default_workload, parse_workload
-    from llmopt.bundle.manifest import Manifest
+def _plan(first: Path, options: dict[str, Any]) -> MeasurePlan:
+    from llmopt.artifact.manifest import Manifest
+    from llmopt.benchmark import MeasurePlan, default_workload, parse_workload
 
     if options["workload"] is None:
         manifest = Manifest.read(first)
         workload = default_workload(manifest.task, manifest.model.max_length, options["batch"])
     else:
         workload = parse_workload(options["workload"], options["batch"])
-    return Plan(workload, threads=options["threads"], repetitions=options["repetitions"])
+    return MeasurePlan(workload, threads=options["threads"], repetitions=options["repetitions"])
 
 
 def _warn(result: BenchmarkResult, *, profiled: bool) -> None:

@@ -66,12 +66,13 @@ def bisect_command(ctx: click.Context, /, source: str, as_json: bool, **options:
 
 
 def _bisected(source: str, options: dict[str, Any]) -> tuple[Bisection, dict[str, Any]]:
-    from llmopt.bundle.writer import check_destination
+    from llmopt.artifact.writer import check_destination
 
     with Progress() as progress:
         progress("starting")
         from llmopt.compiler import CompileOptions, pipeline_of
-        from llmopt.frontend.source import SourceOptions, open_source
+        from llmopt.frontend.base import SourceOptions
+        from llmopt.frontend.source import open_source
         from llmopt.runtime.npz import read_npz
         from llmopt.verification.bisection import bisect
         from llmopt.verification.reproducer import write_reproducer

@@ -159,8 +159,8 @@ def unpack_command(bundle: Path, output: Path | None, **options: Any) -> None:
     if options["every"] and options["variant"] is not None:
         raise UsageError("--all and --variant exclude each other; give one of them")
     asked = trust(options)
+    from llmopt.artifact.writer import staged_folder
     from llmopt.bundle.opened import open_bundle
-    from llmopt.bundle.writer import staged_folder
 
     with open_bundle(bundle, asked) as opening:
         chosen = _chosen(opening, options)

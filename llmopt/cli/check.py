@@ -15,7 +15,7 @@ from llmopt.cli.text import echo_json, table
 from llmopt.errors import LlmoptError, UsageError
 
 if TYPE_CHECKING:
-    from llmopt.benchmark.gate import CheckResult, Request
+    from llmopt.benchmark.gate import CheckRequest, CheckResult
 
 CONFIG: Final = Path("llmopt.toml")
 _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
@@ -116,8 +116,8 @@ def check_command(ctx: click.Context, /, artifacts: tuple[Path, ...], **options:
     ctx.exit(result.exit_code)
 
 
-def _request(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Request:
-    from llmopt.benchmark.gate import Request, read_budgets
+def _request(artifacts: tuple[Path, ...], options: dict[str, Any]) -> CheckRequest:
+    from llmopt.benchmark.gate import CheckRequest, read_budgets
     from llmopt.benchmark.gate.amounts import amount
     from llmopt.benchmark.gate.budgets import require_measured
 
@@ -129,7 +129,7 @@ def _request(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Request:
     if options["threads"] is not None and options["threads"] < 1:
         raise UsageError("--threads has to be 1 or more")
     config = options["config"] or (CONFIG if CONFIG.is_file() else None)
-    return Request(
+    return CheckRequest(
         candidates=artifacts,
         baseline=options["baseline"],
         allowances=_allowances(options["max_regression"]),
@@ -145,7 +145,7 @@ def _request(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Request:
 
 def _check_places(options: dict[str, Any]) -> None:
     """Say now, and not after minutes of measuring, that something cannot be written."""
-    from llmopt.bundle.writer import check_destination
+    from llmopt.artifact.writer import check_destination
 
     written = [options["junit"], options["markdown"]]
     for place in filter(None, [*written, options["baseline"] if options["update"] else None]):
@@ -165,7 +165,7 @@ def _allowances(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _check(request: Request) -> CheckResult:
+def _check(request: CheckRequest) -> CheckResult:
     with Progress() as progress:
         progress("starting")
         from llmopt.benchmark.gate import check
@@ -173,8 +173,8 @@ def _check(request: Request) -> CheckResult:
         return check(request, progress)
 
 
-def _update(request: Request, options: dict[str, Any]) -> None:
-    from llmopt.bundle.writer import staged_file
+def _update(request: CheckRequest, options: dict[str, Any]) -> None:
+    from llmopt.artifact.writer import staged_file
 
     if request.baseline.suffix != ".json":
         raise UsageError(f"--update writes a file: --baseline FILE.json, not {request.baseline}")
@@ -219,7 +219,7 @@ def _write_error(error: LlmoptError, options: dict[str, Any]) -> None:
 
 
 def _write_text(place: Path, text: str) -> None:
-    from llmopt.bundle.writer import staged_file
+    from llmopt.artifact.writer import staged_file
 
     with staged_file(place, force=True) as staging:  # CI writes the same file in every run
         staging.write_text(text, encoding="utf-8")

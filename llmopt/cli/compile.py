@@ -111,7 +111,7 @@ def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[A
     targets = options["targets"]
     progress("starting")  # torch takes seconds to import
     from llmopt.compiler import CompileOptions, compile_source
-    from llmopt.frontend.source import SourceOptions
+    from llmopt.frontend.base import SourceOptions
 
     making = CompileOptions(**_chosen(CompileOptions, options) | {"quantize": scheme})
     reading = SourceOptions(**_chosen(SourceOptions, options))

@@ -13,7 +13,7 @@ import click
 from llmopt.cli.text import echo_json, size, table
 
 if TYPE_CHECKING:
-    from llmopt.ir.difference import Change, Difference
+    from llmopt.ir.difference import Difference, NodeChange
 
 SCHEMA = 1
 _NUMBER: Final = re.compile(r"(?<![^./])\d+(?![^./])")
@@ -77,9 +77,9 @@ def _weights(found: Difference) -> str:
     )
 
 
-def _modules(changes: Iterable[Change]) -> Iterator[str]:
+def _modules(changes: Iterable[NodeChange]) -> Iterator[str]:
     """Yield a paragraph for each module, or for the same one of several layers."""
-    by_module: dict[tuple[str, str], list[Change]] = defaultdict(list)
+    by_module: dict[tuple[str, str], list[NodeChange]] = defaultdict(list)
     for change in changes:
         by_module[change.component, change.scope].append(change)
     alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
@@ -90,7 +90,7 @@ def _modules(changes: Iterable[Change]) -> Iterator[str]:
         yield "\n".join([f"{component}: {title}" if component else title, *lines])
 
 
-def _lines(changes: Sequence[Change]) -> list[str]:
+def _lines(changes: Sequence[NodeChange]) -> list[str]:
     counts = Counter((_SIGNS[c.kind], c.operator, c.details) for c in changes)
     lines = []
     for (sign, operator, details), count in sorted(counts.items(), key=_order):

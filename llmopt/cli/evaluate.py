@@ -100,8 +100,9 @@ def _evaluate(
 
 def _source(source: str) -> Results:
     from llmopt.evaluation import source_results
-    from llmopt.frontend.source import SourceOptions, open_source
-    from llmopt.ir.chained import edge
+    from llmopt.frontend.base import SourceOptions
+    from llmopt.frontend.source import open_source
+    from llmopt.ir.components import edge
 
     opened = open_source(source, SourceOptions())
     return source_results(edge(opened.program), opened.reference)

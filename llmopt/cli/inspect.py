@@ -12,7 +12,7 @@ from llmopt.cli.text import digits, echo_json, fields, size, table
 from llmopt.errors import SourceError, SourceNotFoundError
 
 if TYPE_CHECKING:
-    from llmopt.bundle.manifest import Signature
+    from llmopt.interface.signature import Signature
 
 SCHEMA = 1
 _KINDS = (
@@ -46,7 +46,7 @@ def inspect_command(path: Path, as_json: bool) -> None:  # noqa: FBT001 - click
 def _artifact(path: Path, *, as_json: bool) -> None:
     import json
 
-    from llmopt.bundle.manifest import Manifest
+    from llmopt.artifact.manifest import Manifest
     from llmopt.cli.summary import precision, quality, verification
 
     manifest = Manifest.read(path)

@@ -46,7 +46,7 @@ def opt_command(model: Path, passes: str, **options: Any) -> None:
     Each pass gets a line on stderr: what it applied, and what it declined and why. Text (.ir) and
     ONNX files that take a cache are read as they are; other ONNX files are raised to the dialect.
     """
-    from llmopt.bundle.writer import check_destination
+    from llmopt.artifact.writer import check_destination
     from llmopt.passes.pipeline import Pipeline
 
     output, wanted = options["output"], options["print_after"]
@@ -75,8 +75,9 @@ def _check_wanted(wanted: str | None, pipeline: Pipeline) -> None:
 
 
 def _read(path: Path) -> Program:
-    from llmopt.frontend.program_file import TEXT, open_program, read_model
-    from llmopt.frontend.source import SourceOptions, open_source
+    from llmopt.frontend.base import SourceOptions
+    from llmopt.frontend.onnx.program_file import TEXT, open_program, read_model
+    from llmopt.frontend.source import open_source
 
     hint = "opt takes an ONNX file or its text (.ir); `llmopt compile` takes every other source"
     if not path.is_file():
@@ -118,8 +119,8 @@ def text(model: ir.Model) -> str:
 def _save(model: ir.Model, output: Path, *, force: bool) -> None:
     import onnx_ir as ir
 
-    from llmopt.bundle.writer import staged_file
-    from llmopt.frontend.program_file import TEXT
+    from llmopt.artifact.writer import staged_file
+    from llmopt.frontend.onnx.program_file import TEXT
     from llmopt.ir.saving import readable
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
@@ -138,7 +139,7 @@ def _save(model: ir.Model, output: Path, *, force: bool) -> None:
 def _save_with_data(model: ir.Model, output: Path, *, as_text: bool, force: bool) -> None:
     import onnx
 
-    from llmopt.bundle.writer import staged_file
+    from llmopt.artifact.writer import staged_file
     from llmopt.ir.saving import save_with_data
 
     data = output.with_name(f"{output.name}.data")

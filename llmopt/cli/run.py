@@ -168,7 +168,7 @@ def _embed(runner: Runner, texts: list[str], options: Mapping[str, Any]) -> None
 
 
 def _run_arrays(artifact: Path, options: Mapping[str, Any]) -> None:
-    from llmopt.bundle.writer import check_destination
+    from llmopt.artifact.writer import check_destination
     from llmopt.runtime import load
     from llmopt.runtime.npz import read_npz, write_npz
 

@@ -9,7 +9,7 @@ from llmopt.cli.text import digits, fields, size, table
 
 if TYPE_CHECKING:
     from llmopt.compiler import Artifact
-    from llmopt.fusion import Fused
+    from llmopt.fusion import FusionCount
     from llmopt.passes.pipeline import Ran
     from llmopt.verification.each import Checked
 
@@ -108,7 +108,7 @@ _CHECKS: Final = (
 )
 
 
-def _fusion(report: Mapping[str, Fused]) -> str:
+def _fusion(report: Mapping[str, FusionCount]) -> str:
     if not report:
         return ""
     rows = [

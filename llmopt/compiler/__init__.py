@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from llmopt.backends.base import Backend
-    from llmopt.bundle.manifest import Signature
     from llmopt.compiler.compilation import Optimized
-    from llmopt.frontend.source import Source, SourceOptions
+    from llmopt.frontend.base import Source, SourceOptions
+    from llmopt.interface.signature import Signature
     from llmopt.ir.program import Program
     from llmopt.passes.pipeline import Pipeline, Ran
     from llmopt.quantization.schemes import Scheme
@@ -54,8 +54,8 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
     Raises:
         LlmoptError: as ``open_source``, the passes, the backends and verification do.
     """
+    from llmopt.artifact.writer import check_destination
     from llmopt.backends import find_backend
-    from llmopt.bundle.writer import check_destination
     from llmopt.compiler.compilation import Compilation
 
     backends = [find_backend(target) for target in targets]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from llmopt.bundle.manifest import Manifest
-    from llmopt.fusion import Fused
+    from llmopt.artifact.manifest import Manifest
+    from llmopt.fusion import FusionCount
     from llmopt.passes.pipeline import Item, Ran
     from llmopt.passes.plugins import Plugin
     from llmopt.verification.each import Checked
@@ -66,7 +66,7 @@ class Artifact:
     path: Path
     manifest: Manifest
     passes: tuple[Ran, ...] = ()
-    fusion: Mapping[str, Fused] = field(default_factory=dict)
+    fusion: Mapping[str, FusionCount] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     checks: tuple[Checked, ...] = ()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from llmopt.bundle.manifest import ModelFacts
-from llmopt.frontend.source import Source
-from llmopt.ir.chained import edge, source_feeds
+from llmopt.frontend.base import Source
+from llmopt.interface.facts import ModelFacts
+from llmopt.ir.components import edge, source_feeds
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.images import illustrated
 

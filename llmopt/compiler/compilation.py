@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import llmopt
+from llmopt.artifact.manifest import Component, Manifest
+from llmopt.artifact.report import write_report
+from llmopt.artifact.writer import staged_folder
 from llmopt.backends import known_backends
-from llmopt.backends.base import Backend, Demand, Lowered, Run
-from llmopt.bundle.manifest import Component, Manifest
-from llmopt.bundle.report import write_report
-from llmopt.bundle.writer import staged_folder
+from llmopt.backends.base import Backend, Demand, Lowered
 from llmopt.compiler.activations import activation_bytes
 from llmopt.compiler.artifact import Artifact, CompileOptions
 from llmopt.compiler.calibration import measure_activations
@@ -26,9 +26,10 @@ from llmopt.compiler.proxies import work_of
 from llmopt.compiler.recipe import recipe
 from llmopt.errors import AccuracyError, UnsupportedModelError, UsageError
 from llmopt.evaluation import measure_quality
-from llmopt.frontend.source import Source, SourceOptions
-from llmopt.fusion import Fused
-from llmopt.ir.chained import chained
+from llmopt.frontend.base import Source, SourceOptions
+from llmopt.fusion import FusionCount
+from llmopt.interface.arrays import Run
+from llmopt.ir.components import chained
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline, Ran
@@ -68,7 +69,7 @@ class Optimized:
     source: Source
     pipeline: str
     ran: Sequence[Ran]
-    fusion: Mapping[str, Fused]
+    fusion: Mapping[str, FusionCount]
     reading: SourceOptions
     watch: Watch | None = None
 

@@ -10,13 +10,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.ir.chained import source_feeds
-from llmopt.ir.feeds import Arrays, Case, feeds, positions
+from llmopt.interface.arrays import Arrays, Run
+from llmopt.interface.signature import Role
+from llmopt.ir.components import source_feeds
+from llmopt.ir.feeds import Case, feeds, positions
 from llmopt.ir.images import illustrated
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.runtime.golden import Golden, columns_of, kept
-from llmopt.runtime.tokens import TOKENIZER, Tokenizer
-from llmopt.verification import Run, decode
+from llmopt.runtime.tokenizer import TOKENIZER, Tokenizer
+from llmopt.verification import decode
 
 ROWS: Final = 2
 TOKENS: Final = 16

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import onnx_ir as ir
 
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.quantization.lazy import QuantizedPart
 
 PRODUCTS: Final = frozenset(
@@ -43,7 +44,7 @@ _INTEGER: Final = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQu
 
 
 @dataclass
-class Products:
+class WeightProducts:
     """Products with weights that are done equally often.
 
     Args:
@@ -71,7 +72,7 @@ class Work:
     """
 
     operators: dict[str, Counter[str]] = field(default_factory=dict)
-    products: dict[str, Products] = field(default_factory=dict)
+    products: dict[str, WeightProducts] = field(default_factory=dict)
     lookup_bytes: int = 0
     other_bytes: int = 0
     attention_macs: int = 0
@@ -134,14 +135,14 @@ def count_work(program: Program) -> Work:
 
 def _count_product(work: Work, node: ir.Node, *, is_kept: bool) -> None:
     often = "kept" if is_kept else "sequence" if _is_pooled(node) else "token"
-    products = work.products.setdefault(often, Products())
+    products = work.products.setdefault(often, WeightProducts())
     products.macs[_multiplied(node)] += _elements(node)
     products.weight_bytes += sum(_bytes(value, node) for value in _weights(node))
 
 
 def _count_experts(work: Work, node: ir.Node) -> None:
     """Count the experts that one token goes to: so many of them are read and multiplied by."""
-    products = work.products.setdefault("token", Products())
+    products = work.products.setdefault("token", WeightProducts())
     experts, width = g.static(node.inputs[1], -1) or 1, g.static(node.inputs[0], -1) or 0
     chosen = int(g.attribute(node, "k", 1))
     rows = g.static(node.inputs[2], 1) or 0  # of gates and what they gate; the other has half

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llmopt.compiler.artifact import CompileOptions
-from llmopt.frontend.source import SourceOptions
+from llmopt.frontend.base import SourceOptions
 from llmopt.passes.pipeline import items_of, text_of
 
 _FLAGS: Final = {"plugins": "plugin"}

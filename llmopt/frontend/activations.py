@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from llmopt.frontend.reference import Arrays, Reference, name_of
+from llmopt.frontend.reference import Reference, name_of
+from llmopt.interface.arrays import Arrays
 
 Squares = npt.NDArray[np.float32]
 LEAST: Final = 1e-6  # of the mean: a column that met nothing is no reason to give it up

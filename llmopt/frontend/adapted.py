@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.bundle.manifest import Signature
-from llmopt.frontend.reference import Arrays, Reference, Transform
+from llmopt.frontend.reference import Reference, Transform
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.signature import Role, Signature
 
 _NAMED: Final = ("tokens", "mask", "positions", "logits")
 
@@ -27,8 +28,8 @@ def adapted(reference: Reference, before: Signature, after: Signature) -> Refere
         for old in (*before.inputs, *before.outputs)
         if old.role in _NAMED and (new := after.find(old.role)) is not None
     }
-    mask, tokens = after.find("mask"), before.find("tokens")
-    if mask is not None and tokens is not None and before.find("mask") is None:
+    mask, tokens = after.find(Role.MASK), before.find(Role.TOKENS)
+    if mask is not None and tokens is not None and before.find(Role.MASK) is None:
         names |= {mask.name: mask.name}
         reference = PaddedReference(reference, tokens.name, mask.name)
     if any(new != old for new, old in names.items()):

@@ -7,10 +7,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.bundle.manifest import Signature
 from llmopt.frontend.reference import Reference
+from llmopt.interface.signature import Role, Signature
 from llmopt.ir.feeds import Case, feeds
-from llmopt.ir.program import Role
 
 QUIET: Final = 1e-6  # relative: what rounding may move, and no token does
 

@@ -78,7 +78,7 @@ def checkpoint_contents(path: Path) -> dict[str, Any]:
         SourceError: A file is damaged.
         PickleRefusedError: It can only be read by executing it.
     """
-    from llmopt.frontend.checkpoint import open_checkpoint
+    from llmopt.frontend.huggingface.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names()}
@@ -121,8 +121,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:
-    from llmopt.frontend.gguf_config import gguf_config
-    from llmopt.frontend.gguf_file import read_gguf
+    from llmopt.frontend.gguf.config import gguf_config
+    from llmopt.frontend.gguf.file import read_gguf
 
     file = read_gguf(path)
     try:

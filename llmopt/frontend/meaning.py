@@ -12,16 +12,17 @@ from typing import Final
 
 import onnx_ir as ir
 
-from llmopt.bundle.manifest import ModelFacts, Port, Signature, SourceRecord
 from llmopt.errors import UnknownNameError, UnsupportedModelError, UsageError
+from llmopt.frontend.base import Source, SourceOptions
 from llmopt.frontend.causality import is_causal
 from llmopt.frontend.dims import name_dims
-from llmopt.frontend.examples import role_of
 from llmopt.frontend.reference import Reference
-from llmopt.frontend.source import Source, SourceOptions
 from llmopt.frontend.tables import longest
+from llmopt.frontend.torch.examples import role_of
+from llmopt.interface.facts import ModelFacts, SourceRecord
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
-from llmopt.ir.program import Facts, Program, Role
+from llmopt.ir.program import Facts, Program
 
 TASKS: Final = ("generate", "embed", "encode", "raw")
 UNBOUNDED: Final = 512  # tokens, of a model that shows no limit
@@ -33,7 +34,7 @@ _OUTPUTS: Final[Mapping[str, Role]] = {
 
 
 @dataclass(frozen=True)
-class Found:
+class TracedModel:
     """A graph, and what the frontend that read it knows.
 
     Args:
@@ -57,7 +58,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def finish(found: Found, options: SourceOptions) -> Source:
+def finish(found: TracedModel, options: SourceOptions) -> Source:
     """Return the source of a graph: roles, dimensions, task and limits found out.
 
     Raises:
@@ -77,7 +78,7 @@ def finish(found: Found, options: SourceOptions) -> Source:
     if main is not None and drafted.find(Role.TOKENS) is not None:
         reference = found.reference([port.name for port in drafted.outputs])
         causal = is_causal(reference, drafted, main, vocabulary, min(limit, 7))
-    reading = _Reading(main, vocabulary, hidden, causal=causal)
+    reading = _OutputNaming(main, vocabulary, hidden, causal=causal)
     outputs = tuple(
         _output(port, label, reading)
         for port, label in zip(drafted.outputs, found.outputs, strict=True)
@@ -93,7 +94,7 @@ def finish(found: Found, options: SourceOptions) -> Source:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _OutputNaming:
     """What is known when outputs get their names.
 
     Args:
@@ -109,7 +110,7 @@ class _Reading:
     causal: bool
 
 
-def _drafted(found: Found) -> Signature:
+def _drafted(found: TracedModel) -> Signature:
     """Return inputs with roles, and outputs by the names of the source, dimensions named."""
     graph = found.model.graph
     inputs = _inputs(graph)
@@ -132,7 +133,7 @@ def _drafted(found: Found) -> Signature:
     return Signature(inputs, tuple(outputs))
 
 
-def _learn(program: Program, found: Found, task: str, vocabulary: int, hidden: int) -> None:
+def _learn(program: Program, found: TracedModel, task: str, vocabulary: int, hidden: int) -> None:
     pooled = task != "embed" or program.signature.find(Role.EMBEDDING) is not None
     model = ModelFacts(
         family=found.family,
@@ -214,7 +215,7 @@ def _main_output(signature: Signature) -> str | None:
     return None
 
 
-def _output(port: Port, label: str, known: _Reading) -> Port:
+def _output(port: Port, label: str, known: _OutputNaming) -> Port:
     """Return an output with its role; the one for every token is named by it if it has no name."""
     role, name = _OUTPUTS.get(label, Role.OTHER), port.name
     if port.name == known.main and role is Role.OTHER:

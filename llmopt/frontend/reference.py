@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from llmopt.frontend.trace import Read, to_numpy
+from llmopt.frontend.torch.trace import Read, to_numpy
+from llmopt.interface.arrays import Arrays
 from llmopt.models import Definition
 from llmopt.models.decoder import Decoder
 from llmopt.models.encoder import Encoder
 from llmopt.models.encoder_decoder import EncoderDecoder
 
-Arrays = dict[str, npt.NDArray[Any]]
 Transform = Callable[[str, npt.NDArray[Any]], npt.NDArray[Any]]
 """Returns a parameter as it shall be, from its name and value: quantized and back, say."""
 

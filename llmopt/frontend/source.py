@@ -1,65 +1,15 @@
-"""Every kind of source, told apart and made into a Program and its reference."""
+"""Every kind of source, told apart by what it is called and opened by the module that reads it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmopt.bundle.manifest import SourceRecord
-from llmopt.errors import SourceError, SourceNotFoundError, UsageError
-from llmopt.frontend.checkpoint import Checkpoint, digest, open_checkpoint
-from llmopt.ir.program import Facts, Program
+from llmopt.errors import SourceError, SourceNotFoundError
+from llmopt.frontend.base import KINDS, Source, SourceOptions
 
 if TYPE_CHECKING:
     import torch
-
-    from llmopt.frontend.reference import Reference
-    from llmopt.models import Definition
-
-KINDS = "give a Hugging Face folder, .gguf, .onnx, .pt2, .pt, or module.py:factory"
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """How a source shall be read.
-
-    Args:
-        model: ``file.py:factory`` of the module that a state_dict belongs to.
-        trust_pickle: Whether a file may execute code that it carries.
-        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; found out if not given.
-        example_inputs: Arrays or tensors by name or in order, or the path of an .npz.
-        dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
-        max_length: The most tokens of one sequence; the model's own limit if not given.
-        trust_remote_code: Whether Python code in a Hugging Face folder may be executed.
-    """
-
-    model: str | None = None
-    trust_pickle: bool = False
-    task: str | None = None
-    example_inputs: Mapping[str, Any] | Sequence[Any] | str | Path | None = None
-    dynamic_shapes: Any = None
-    max_length: int | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source that was read.
-
-    Args:
-        name: What the artifact is called after.
-        program: Its Program, as traced.
-        reference: The source itself, to compare with.
-        notes: What a user should know: files that are missing, a chat template left out.
-    """
-
-    name: str
-    program: Program
-    reference: Reference
-    notes: tuple[str, ...] = ()
 
 
 def open_source(source: str | Path | torch.nn.Module, options: SourceOptions) -> Source:
@@ -72,203 +22,30 @@ def open_source(source: str | Path | torch.nn.Module, options: SourceOptions) ->
         UnsupportedModelError: it holds something that cannot be traced.
     """
     if not isinstance(source, str | Path):
-        from llmopt.frontend.module import open_module
+        from llmopt.frontend.torch.module import open_module
 
         return open_module(source, options)
     text = str(source)
     if ".py:" in text:
-        from llmopt.frontend.module import open_factory
+        from llmopt.frontend.torch.module import open_factory
 
         return open_factory(text, options)
     path = Path(source)
     if not path.exists():
         raise SourceNotFoundError(path, KINDS)
     if path.is_dir() or path.suffix == ".gguf":
+        from llmopt.frontend.huggingface.folder import open_folder
+
         return open_folder(path, options)
     if path.suffix == ".onnx":
-        from llmopt.frontend.onnx import open_onnx
+        from llmopt.frontend.onnx.model import open_onnx
 
         return open_onnx(path, options)
     if path.suffix in (".pt", ".pth", ".pt2", ".bin"):
-        from llmopt.frontend.torch_files import open_torch_file
+        from llmopt.frontend.torch.files import open_torch_file
 
         return open_torch_file(path, options)
     if path.suffix == ".safetensors":
         hint = "compile the folder that holds it and config.json"
         raise SourceError(path, "weights alone say nothing of the model", hint)
     raise SourceError(path, f"{path.suffix or 'no'} suffix: not a kind of source", KINDS)
-
-
-def open_folder(path: Path, options: SourceOptions) -> Source:
-    """Return the source of a Hugging Face folder or a GGUF file."""
-    from llmopt.frontend.definition import read_parameters, trace_definition
-    from llmopt.frontend.reference import StreamedReference
-    from llmopt.models import FAMILIES, define
-
-    config = _config(_weights(path))
-    described = path.is_dir() and (path / "config.json").is_file()
-    if described and config.get("model_type") not in (None, *FAMILIES):
-        from llmopt.frontend.generic import open_generic
-
-        return open_generic(path, config, options)
-    checkpoint = open_checkpoint(path, trust_pickle=options.trust_pickle)
-    definition = define(config, checkpoint.names(), equal=_equal(checkpoint))
-    _check_shapes(path, definition, checkpoint)
-    facts, notes = _facts(path, config, definition, options)
-    read = read_parameters(definition, checkpoint)
-    program = trace_definition(definition, read, facts)
-    name = path.resolve().name if path.is_dir() else path.stem
-    return Source(name, program, StreamedReference(definition, read), tuple(notes))
-
-
-def _check_shapes(path: Path, definition: Definition, checkpoint: Checkpoint) -> None:
-    """Raise unless every tensor has the shape that the config gives its parameter.
-
-    Raises:
-        SourceError: naming the first few that differ.
-    """
-    wanted = {name: tuple(p.shape) for name, p in definition.module().named_parameters()}
-    wrong = [
-        f"{recipe.sources[0]} is {list(found)}, not {list(wanted[name])}"
-        for name, recipe in definition.recipes().items()
-        if (found := recipe.shape(checkpoint.shape)) != wanted[name]
-    ]
-    if wrong:
-        problem = f"{len(wrong)} tensors do not fit config.json: {'; '.join(wrong[:3])}"
-        raise SourceError(path, problem, "take both from the same place")
-
-
-def _weights(path: Path) -> Path:
-    if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
-        raise SourceError(
-            path, "the folder has no config.json", "copy it from where the weights came from"
-        )
-    return path
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Return the config.json of a folder, or what a GGUF file's metadata says in its words."""
-    if path.is_dir() and (path / "config.json").is_file():
-        file = path / "config.json"
-        try:
-            config = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise SourceError(file, f"not JSON ({error})", "download it again") from error
-        if not isinstance(config, dict):
-            raise SourceError(file, "not a JSON object", "download it again")
-        return config | _pooling(path)
-    from llmopt.frontend.gguf_config import gguf_config, gguf_pooling
-    from llmopt.frontend.gguf_file import read_gguf
-
-    file = next(iter(sorted(path.glob("*.gguf")))) if path.is_dir() else path
-    parsed = read_gguf(file)
-    pooling = gguf_pooling(parsed)
-    return gguf_config(parsed) | ({"pooling": pooling, "normalize": True} if pooling else {})
-
-
-def _pooling(folder: Path) -> dict[str, Any]:
-    """Return how sentence-transformers' modules.json pools, in the words of ``define``.
-
-    Raises:
-        SourceError: it asks for a module that we do not know, which must not be dropped.
-    """
-    file = folder / "modules.json"
-    if not file.is_file():
-        return {}
-    found: dict[str, Any] = {}
-    for module in json.loads(file.read_bytes()):
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        if kind == "Pooling":
-            settings = json.loads((folder / module["path"] / "config.json").read_bytes())
-            found["pooling"] = _pooling_mode(file, settings)
-        elif kind == "Normalize":
-            found["normalize"] = True
-        elif kind != "Transformer":
-            hint = "remove it from modules.json if you do not need it"
-            raise SourceError(file, f"sentence-transformers module {kind!r} is unknown", hint)
-    return found
-
-
-def _pooling_mode(file: Path, settings: Mapping[str, Any]) -> str:
-    names = {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_max_tokens": "max",
-        "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
-    }
-    if isinstance(mode := settings.get("pooling_mode"), str):
-        return mode
-    chosen = [k for k, v in settings.items() if k.startswith("pooling_mode_") and v is True]
-    if len(chosen) != 1 or chosen[0] not in names:
-        known = ", ".join(names.values())
-        raise SourceError(file, f"poolings {chosen} asked for", f"exactly one of {known} is known")
-    return names[chosen[0]]
-
-
-def _equal(checkpoint: Checkpoint) -> Any:
-    import numpy as np
-
-    return lambda a, b: bool(np.array_equal(checkpoint.read(a), checkpoint.read(b)))
-
-
-def _facts(
-    path: Path, config: Mapping[str, Any], definition: Any, options: SourceOptions
-) -> tuple[Facts, list[str]]:
-    from llmopt.frontend.definition import decoder_facts, encoder_decoder_facts, encoder_facts
-    from llmopt.frontend.files import legacy_settings, shipped_files
-    from llmopt.models.config import DecoderConfig, EncoderDecoderConfig
-    from llmopt.runtime.rules import unheeded
-
-    generation = _generation(path)
-    end = generation.get("eos_token_id", config.get("eos_token_id"))
-    special = {
-        "bos": generation.get("bos_token_id", config.get("bos_token_id")),
-        "eos": tuple(end) if isinstance(end, list) else () if end is None else (end,),
-        "pad": config.get("pad_token_id"),
-    }
-    limit = _limit(path, definition)
-    special["max_length"] = min(limit or options.max_length or 0, options.max_length or limit)
-    match definition.config:
-        case DecoderConfig() as ours:
-            model, task = decoder_facts(definition, ours, **special), "generate"
-        case EncoderDecoderConfig() as ours:
-            start = generation.get("decoder_start_token_id", config.get("decoder_start_token_id"))
-            model = encoder_decoder_facts(definition, ours, start=start, **special)
-            task = "speech-to-text" if ours.bands else "text-to-text"
-        case ours:
-            model = encoder_facts(definition, ours, **special)
-            task = "embed" if ours.pooling is not None else "encode"
-    if model.start is not None:
-        generation = generation or legacy_settings(config)
-    files, notes = shipped_files(path, generation, model)
-    if model.start is not None and (ignored := unheeded(generation)):
-        notes.append(f"generation_config.json: {', '.join(ignored)} is not heeded")
-    kind = "huggingface" if (path / "config.json").is_file() else "gguf"
-    facts = Facts(
-        task=options.task or task,
-        model=model,
-        source=SourceRecord(path.resolve().name, kind, digest(path)),
-        expected=definition.expected(),
-        files=files,
-    )
-    if facts.task != task:
-        raise UsageError(f"--task {facts.task}: this checkpoint is for {task!r}")
-    return facts, notes
-
-
-def _limit(path: Path, definition: Any) -> int:
-    """Return the longest sequence: sentence-transformers cuts texts shorter than the model."""
-    limit = int(definition.config.max_length)
-    file = path / "sentence_bert_config.json"
-    if path.is_dir() and file.is_file():
-        wanted = json.loads(file.read_bytes()).get("max_seq_length")
-        limit = min(limit, int(wanted or limit))
-    return limit
-
-
-def _generation(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    if not path.is_dir() or not file.is_file():
-        return {}
-    found = json.loads(file.read_bytes())
-    return found if isinstance(found, dict) else {}

@@ -23,7 +23,7 @@ Kind = Literal["removed", "added", "changed"]
 
 
 @dataclass(frozen=True)
-class Change:
+class NodeChange:
     """One node that is not what it was.
 
     Args:
@@ -82,7 +82,7 @@ class Difference:
     """
 
     edges: tuple[str, ...] = ()
-    changes: tuple[Change, ...] = ()
+    changes: tuple[NodeChange, ...] = ()
     operators: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     weights: Weights = field(default_factory=Weights)
 
@@ -103,7 +103,7 @@ def difference(before: Mapping[str, ir.Model], after: Mapping[str, ir.Model]) ->
         LlmoptError: A weight cannot be read.
     """
     edges: list[str] = []
-    changes: list[Change] = []
+    changes: list[NodeChange] = []
     counts: list[Counter[str]] = [Counter(), Counter()]
     weights = Weights()
     for name in dict.fromkeys([*before, *after]):
@@ -146,9 +146,9 @@ class _Comparison:
         self.pairs = pair(self.before, self.after)
         self.back = {new: old for old, new in self.pairs.items()}
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[NodeChange]:
         """Return changed nodes in the order of the graphs."""
-        found: list[tuple[float, Change]] = []
+        found: list[tuple[float, NodeChange]] = []
         for index, node in enumerate(self.before.nodes):
             change = self._change_of(node)
             if change is not None:
@@ -159,7 +159,7 @@ class _Comparison:
                 found.append((index / len(self.after.nodes), added))
         return [change for _, change in sorted(found, key=lambda each: each[0])]
 
-    def _change_of(self, node: ir.Node) -> Change | None:
+    def _change_of(self, node: ir.Node) -> NodeChange | None:
         """Return what became of a node of the first graph, if anything did."""
         new = self.pairs.get(node)
         if new is None:
@@ -169,9 +169,9 @@ class _Comparison:
         told = tuple(self._told(node, new))
         return self._change("changed", node, told) if told else None
 
-    def _change(self, kind: Kind, node: ir.Node, details: tuple[str, ...]) -> Change:
+    def _change(self, kind: Kind, node: ir.Node, details: tuple[str, ...]) -> NodeChange:
         name = str(node.name)
-        return Change(kind, g.scope_of(node), operator(node), details, name, self.component)
+        return NodeChange(kind, g.scope_of(node), operator(node), details, name, self.component)
 
     def _told(self, old: ir.Node, new: ir.Node) -> Iterator[str]:
         """Yield what is different in a pair; what only follows from other nodes is not."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -20,9 +19,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import RuntimeContextError
 
 from llmopt.errors import ArtifactError, LlmoptError
+from llmopt.interface.arrays import Array
 from llmopt.ir.evaluator_ops import CORRECTED
 
-Array = npt.NDArray[Any]
 _FAILURES: Final = (
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError),
     *(AttributeError, ImportError),

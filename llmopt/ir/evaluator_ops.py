@@ -17,12 +17,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_attention, op_matmul
 from typing_extensions import override
 
-Array = npt.NDArray[Any]
+from llmopt.interface.arrays import Array
+
 _WIDE: Final = 1  # onnx.TensorProto.FLOAT
 _NARROW: Final = ("float16", "bfloat16")
 

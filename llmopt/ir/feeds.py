@@ -12,10 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.bundle.manifest import Port, Signature
-from llmopt.ir.program import Role
-
-Arrays = dict[str, npt.NDArray[Any]]
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.signature import Port, Role, Signature
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.bundle.manifest import Port
-from llmopt.ir.chained import PIXELS
-from llmopt.ir.feeds import Arrays
-from llmopt.ir.program import Program, Role
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.signature import Port, Role
+from llmopt.ir.components import PIXELS
+from llmopt.ir.program import Program
 
 Mask = npt.NDArray[np.int64]
 

@@ -21,10 +21,10 @@ Key = Callable[[Fingerprints, ir.Node], Hashable]
 
 def pair(before: Fingerprints, after: Fingerprints) -> dict[ir.Node, ir.Node]:
     """Return the node of ``after`` for each one of ``before`` that has one."""
-    return _Pairing(before, after).run()
+    return _NodePairs(before, after).run()
 
 
-class _Pairing:
+class _NodePairs:
     """Pairs, and what is left on both sides.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,33 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llmopt.bundle.manifest import ModelFacts, Port, Signature, SourceRecord
+from llmopt.interface.facts import ModelFacts, SourceRecord
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
-
-
-class Role(enum.StrEnum):
-    """What a graph input or output means. The names are those of the artifact's manifest."""
-
-    TOKENS = "tokens"  # input_ids [B, S]
-    MASK = "mask"  # attention_mask [B, T]: 1 where a token is, 0 where padding is
-    POSITIONS = "positions"  # position_ids [B, S]
-    TOKEN_TYPES = "token_types"  # token_type_ids [B, S]  # noqa: S105
-    PAST_KEY = "past_key"  # past_key_values.{layer}.key [B, G, P, D]
-    PAST_VALUE = "past_value"
-    PRESENT_KEY = "present_key"  # present.{layer}.key [B, G, T, D]
-    PRESENT_VALUE = "present_value"
-    FEATURES = "features"  # input_features [B, bands, 2 * C]: sounds, where no tokens are read
-    PIXELS = "pixels"  # pixel_values [I, channels, height, width]
-    IMAGE_FEATURES = "image_features"  # image_features [I, N, E], N for each image
-    EMBEDS = "embeds"  # inputs_embeds [B, S, E], where a decoder takes no tokens
-    SOURCE_MASK = "source_mask"  # encoder_attention_mask [B, C]: of what was read
-    SOURCE_KEY = "source_key"  # past_key_values.{layer}.encoder.key [B, H, C, D]
-    SOURCE_VALUE = "source_value"
-    LOGITS_TO_KEEP = "logits_to_keep"  # an overridable initializer: 1 by default, 0 for all
-    LOGITS = "logits"  # [B, K, V]
-    HIDDEN = "hidden"  # last_hidden_state [B, S, E]
-    EMBEDDING = "embedding"  # sentence_embedding [B, E]
-    OTHER = "other"
 
 
 @dataclass(frozen=True)

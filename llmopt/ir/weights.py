@@ -12,13 +12,11 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-Array = npt.NDArray[Any]
+from llmopt.interface.arrays import Array
 
 
 class Leaf(ir.LazyTensor):

@@ -1,8 +1,13 @@
 """Transformer definitions in plain PyTorch, and how checkpoints map onto them."""
 
-from llmopt.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, LayerConfig
+from llmopt.models.config import (
+    DecoderConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LayerConfig,
+)
 from llmopt.models.definition import FAMILIES, Definition, define
-from llmopt.models.recipe import Recipe
+from llmopt.models.recipe import ParameterRecipe
 
 __all__ = [
     "FAMILIES",
@@ -11,6 +16,6 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoderConfig",
     "LayerConfig",
-    "Recipe",
+    "ParameterRecipe",
     "define",
 ]

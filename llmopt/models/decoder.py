@@ -141,7 +141,7 @@ class DecoderLayer(nn.Module):
         kind = config.layers[index]
         self.kind = kind
         self.attention_norm = _norm(config, config.hidden)
-        self.attention = Attention(config, kind)
+        self.attention = GroupedQueryAttention(config, kind)
         self.feed_forward_norm = _norm(config, config.hidden)
         self.feed_forward = FeedForward(config.hidden, kind)
         if kind.post_norms:
@@ -164,7 +164,7 @@ class DecoderLayer(nn.Module):
         return change if self.kind.residual == 1.0 else change * self.kind.residual
 
 
-class Attention(nn.Module):
+class GroupedQueryAttention(nn.Module):
     """Grouped-query attention over the cache and the new tokens.
 
     Args:

@@ -103,7 +103,7 @@ def _granite_multipliers(config: Fields) -> _Multipliers:
 
 
 @dataclass(frozen=True)
-class _Traits:
+class _DecoderTraits:
     """What a decoder with rotary positions and RMS norms does differently from Llama.
 
     Args:
@@ -139,7 +139,7 @@ class _Traits:
     scale: Callable[[Fields, int], float] = _head_scale
 
 
-def _decoder(config: Fields, traits: _Traits) -> DecoderConfig:
+def _decoder(config: Fields, traits: _DecoderTraits) -> DecoderConfig:
     if config.get("use_bidirectional_attention"):
         raise refused(config, "use_bidirectional_attention: this definition is causal")
     multipliers = traits.multipliers(config)
@@ -157,7 +157,7 @@ def _decoder(config: Fields, traits: _Traits) -> DecoderConfig:
     )
 
 
-def _layers(config: Fields, traits: _Traits) -> tuple[LayerConfig, ...]:
+def _layers(config: Fields, traits: _DecoderTraits) -> tuple[LayerConfig, ...]:
     heads = int(need(config, "num_attention_heads"))
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
@@ -217,11 +217,11 @@ def _gpt2(config: Fields) -> DecoderConfig:
     )
 
 
-def _row(weights: Mapping[str, Weight], traits: _Traits) -> Family:
+def _row(weights: Mapping[str, Weight], traits: _DecoderTraits) -> Family:
     return Family(partial(_decoder, traits=traits), weights, ("ForCausalLM", "Model"))
 
 
-_GEMMA_TRAITS: Final = _Traits(
+_GEMMA_TRAITS: Final = _DecoderTraits(
     head_width=256,
     tied=True,
     post_norms=True,
@@ -231,12 +231,12 @@ _GEMMA_TRAITS: Final = _Traits(
 )
 
 DECODERS: Final[Mapping[str, Family]] = {
-    "llama": _row(_LLAMA, _Traits()),
-    "mistral": _row(_LLAMA, _Traits(biases=False, windows=mistral_windows)),
-    "qwen2": _row(_LLAMA, _Traits(biases=False, qkv_bias=True, windows=qwen_windows)),
-    "qwen3": _row(_LLAMA, _Traits(head_width=128, qk_norm=True, windows=qwen_windows)),
+    "llama": _row(_LLAMA, _DecoderTraits()),
+    "mistral": _row(_LLAMA, _DecoderTraits(biases=False, windows=mistral_windows)),
+    "qwen2": _row(_LLAMA, _DecoderTraits(biases=False, qkv_bias=True, windows=qwen_windows)),
+    "qwen3": _row(_LLAMA, _DecoderTraits(head_width=128, qk_norm=True, windows=qwen_windows)),
     "smollm3": _row(
-        _LLAMA, _Traits(theta=2e6, tied=True, windows=smollm3_windows, ropes=smollm3_ropes)
+        _LLAMA, _DecoderTraits(theta=2e6, tied=True, windows=smollm3_windows, ropes=smollm3_ropes)
     ),
     "gemma2": _row(
         _GEMMA,
@@ -258,8 +258,8 @@ DECODERS: Final[Mapping[str, Family]] = {
         ),
     ),
     "phi3": _row(
-        _PHI3, _Traits(epsilon=1e-5, biases=False, windows=given_windows, ropes=phi3_ropes)
+        _PHI3, _DecoderTraits(epsilon=1e-5, biases=False, windows=given_windows, ropes=phi3_ropes)
     ),
-    "granite": _row(_LLAMA, _Traits(multipliers=_granite_multipliers, scale=_granite_scale)),
+    "granite": _row(_LLAMA, _DecoderTraits(multipliers=_granite_multipliers, scale=_granite_scale)),
     "gpt2": Family(_gpt2, _GPT2, ("LMHeadModel", "Model")),
 }

@@ -13,7 +13,7 @@ from llmopt.models.decoder_families import DECODERS
 from llmopt.models.encoder_decoder_families import ENCODER_DECODERS
 from llmopt.models.encoder_families import ENCODERS
 from llmopt.models.family import Config, Family, Fields, Weight, need, rows
-from llmopt.models.recipe import Recipe
+from llmopt.models.recipe import ParameterRecipe
 from llmopt.models.rope_config import refused
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Definition:
 
     config: Config
     family: str
-    sources: Mapping[str, Recipe] = field(repr=False)
+    sources: Mapping[str, ParameterRecipe] = field(repr=False)
 
     def module(self, layers: Sequence[int] | None = None, device: str = "meta") -> torch.nn.Module:
         """Return the module in eval mode, its parameters not yet filled.
@@ -59,7 +59,7 @@ class Definition:
         """
         return build(self.config, layers, device)
 
-    def recipes(self) -> Mapping[str, Recipe]:
+    def recipes(self) -> Mapping[str, ParameterRecipe]:
         """Return how each parameter of the full module is made of the checkpoint's tensors."""
         return self.sources
 
@@ -216,11 +216,11 @@ def _recipe(
     prefix: str,
     parameter: str,
     names: Collection[str],
-) -> Recipe:
+) -> ParameterRecipe:
     """Return how one parameter of the module is made."""
     if parameter in weights:
         whole = weights[parameter]
-        return Recipe((("" if whole.rooted else prefix) + whole.path,), whole.op)
+        return ParameterRecipe((("" if whole.rooted else prefix) + whole.path,), whole.op)
     module, _, leaf = parameter.rpartition(".")
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
     index = layer[1] if layer else ""
@@ -231,7 +231,7 @@ def _recipe(
         kind = config.layers[int(index)]
         cut = rows(kind, weight.part) if isinstance(kind, LayerConfig) else None
     op = weight.op if leaf == "weight" else "copy"
-    return Recipe((_spelled(f"{path}.{leaf}", names),), op, cut)
+    return ParameterRecipe((_spelled(f"{path}.{leaf}", names),), op, cut)
 
 
 def _spelled(name: str, names: Collection[str]) -> str:

@@ -12,7 +12,14 @@ from typing_extensions import override
 
 from llmopt.models.buckets import distance_buckets
 from llmopt.models.config import EncoderDecoderConfig, StackConfig
-from llmopt.models.encoder_decoder_layers import Bias, Layer, Pair, Sounds, WritingLayer, norm
+from llmopt.models.encoder_decoder_layers import (
+    Bias,
+    Layer,
+    Pair,
+    Sounds,
+    WritingLayer,
+    norm,
+)
 
 
 class EncoderDecoder(nn.Module):

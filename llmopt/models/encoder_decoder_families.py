@@ -115,7 +115,7 @@ _T5: Final = {
 
 
 @dataclass(frozen=True)
-class _Traits:
+class _Seq2SeqTraits:
     """What a descendant of BART does differently from it.
 
     Args:
@@ -135,7 +135,7 @@ class _Traits:
     activation: str = "gelu"
 
 
-def _bart(config: Fields, traits: _Traits) -> EncoderDecoderConfig:
+def _bart(config: Fields, traits: _Seq2SeqTraits) -> EncoderDecoderConfig:
     positions = int(config.get("max_position_embeddings") or 1024)
     apart = config.get("share_encoder_decoder_embeddings", True) is False
     vocabulary = int(need(config, "vocab_size"))
@@ -160,7 +160,7 @@ def _embedding_scale(config: Fields) -> float:
     return float(need(config, "d_model") ** 0.5) if config.get("scale_embedding") else 1.0
 
 
-def _bart_stack(config: Fields, traits: _Traits, side: str, positions: int) -> StackConfig:
+def _bart_stack(config: Fields, traits: _Seq2SeqTraits, side: str, positions: int) -> StackConfig:
     count = int(need(config, f"{side}_layers"))
     return StackConfig(
         layers=(_bart_layer(config, traits, side),) * count,
@@ -172,7 +172,7 @@ def _bart_stack(config: Fields, traits: _Traits, side: str, positions: int) -> S
     )
 
 
-def _bart_layer(config: Fields, traits: _Traits, side: str) -> LayerConfig:
+def _bart_layer(config: Fields, traits: _Seq2SeqTraits, side: str) -> LayerConfig:
     hidden, heads = int(need(config, "d_model")), int(need(config, f"{side}_attention_heads"))
     if hidden % heads:
         raise refused(config, f"{heads} heads do not share {hidden} channels evenly")
@@ -192,7 +192,7 @@ def _bart_layer(config: Fields, traits: _Traits, side: str) -> LayerConfig:
 
 
 def _whisper(config: Fields) -> EncoderDecoderConfig:
-    traits = _Traits(norm_first=True, embed_norm=False, offset=0, logits_bias=False)
+    traits = _Seq2SeqTraits(norm_first=True, embed_norm=False, offset=0, logits_bias=False)
     read = int(config.get("max_source_positions") or 1500)
     written = int(config.get("max_target_positions") or 448)
     return EncoderDecoderConfig(
@@ -254,19 +254,21 @@ def _t5_layer(config: Fields) -> LayerConfig:
     )
 
 
-def _row(traits: _Traits) -> Family:
+def _row(traits: _Seq2SeqTraits) -> Family:
     return Family(partial(_bart, traits=traits), _BART, _WRITES)
 
 
 _WRITES: Final = ("ForConditionalGeneration", "MTModel")
 
 ENCODER_DECODERS: Final[Mapping[str, Family]] = {
-    "bart": _row(_Traits()),
-    "marian": _row(_Traits(embed_norm=False, offset=0, sinusoidal=True, activation="swish")),
-    "mbart": _row(_Traits(norm_first=True)),
+    "bart": _row(_Seq2SeqTraits()),
+    "marian": _row(_Seq2SeqTraits(embed_norm=False, offset=0, sinusoidal=True, activation="swish")),
+    "mbart": _row(_Seq2SeqTraits(norm_first=True)),
     "mt5": Family(_t5, _T5, _WRITES),
     "pegasus": _row(
-        _Traits(norm_first=True, embed_norm=False, offset=0, sinusoidal=True, activation="relu")
+        _Seq2SeqTraits(
+            norm_first=True, embed_norm=False, offset=0, sinusoidal=True, activation="relu"
+        )
     ),
     "t5": Family(_t5, _T5, _WRITES),
     "whisper": Family(_whisper, _WHISPER, _WRITES),

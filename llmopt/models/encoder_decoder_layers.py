@@ -64,7 +64,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm_first = config.norm_first
         self.attention_norm = norm(config)
-        self.attention = Attention(config, kind)
+        self.attention = MultiHeadAttention(config, kind)
         self.feed_forward_norm = norm(config)
         self.feed_forward = FeedForward(config.hidden, kind)
 
@@ -98,7 +98,7 @@ class WritingLayer(Layer):
     def __init__(self, config: EncoderDecoderConfig, kind: LayerConfig) -> None:
         super().__init__(config, kind)
         self.cross_attention_norm = norm(config)
-        self.cross_attention = Attention(config, kind)
+        self.cross_attention = MultiHeadAttention(config, kind)
 
     @override
     def forward(  # type: ignore[override] # a layer that writes takes more
@@ -131,7 +131,7 @@ class WritingLayer(Layer):
         return hidden, (kept[0], kept[1])
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Attention to keys and values that may be of another sequence.
 
     Args:

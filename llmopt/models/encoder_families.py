@@ -51,7 +51,7 @@ _DISTILBERT: Final = {
 
 
 @dataclass(frozen=True)
-class _Traits:
+class _EncoderTraits:
     """What an encoder does differently from BERT.
 
     Args:
@@ -90,7 +90,7 @@ _DISTILBERT_KEYS: Final = {
 }
 
 
-def _encoder(config: Fields, traits: _Traits) -> EncoderConfig:
+def _encoder(config: Fields, traits: _EncoderTraits) -> EncoderConfig:
     _check(config)
     keys = traits.keys
     hidden = int(need(config, keys["hidden_size"]))
@@ -128,7 +128,7 @@ def _check(config: Fields) -> None:
         raise refused(config, f"position_embedding_type {kind!r} (known: absolute)")
 
 
-def _padding(config: Fields, traits: _Traits) -> int | None:
+def _padding(config: Fields, traits: _EncoderTraits) -> int | None:
     if traits.padding is None or traits.padding_fixed:
         return traits.padding
     given = config.get("pad_token_id")
@@ -146,20 +146,22 @@ def _pooling(config: Fields) -> Pooling | None:
     return None
 
 
-def _row(weights: Mapping[str, Weight], traits: _Traits) -> Family:
+def _row(weights: Mapping[str, Weight], traits: _EncoderTraits) -> Family:
     return Family(partial(_encoder, traits=traits), weights, _CLASSES)
 
 
-_ROBERTA: Final = _row(_BERT, _Traits(_BERT_KEYS, padding=1))
+_ROBERTA: Final = _row(_BERT, _EncoderTraits(_BERT_KEYS, padding=1))
 
 ENCODERS: Final[Mapping[str, Family]] = {
-    "bert": _row(_BERT, _Traits(_BERT_KEYS)),
+    "bert": _row(_BERT, _EncoderTraits(_BERT_KEYS)),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "distilbert": _row(_DISTILBERT, _Traits(_DISTILBERT_KEYS, token_types=0)),
+    "distilbert": _row(_DISTILBERT, _EncoderTraits(_DISTILBERT_KEYS, token_types=0)),
     "mpnet": _row(
         _MPNET,
-        _Traits(_BERT_KEYS, padding=1, padding_fixed=True, token_types=0, relative_buckets=32),
+        _EncoderTraits(
+            _BERT_KEYS, padding=1, padding_fixed=True, token_types=0, relative_buckets=32
+        ),
     ),
 }

@@ -13,7 +13,7 @@ Op = Literal["copy", "transpose", "add-one"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ParameterRecipe:
     """One parameter: a tensor of the checkpoint, changed by ``op``, then cut to ``rows``.
 
     Args:

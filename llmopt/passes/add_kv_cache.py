@@ -19,17 +19,24 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.errors import NotIncrementalError
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.incremental.caches import add_caches
 from llmopt.passes.incremental.checking import check_steps
 from llmopt.passes.incremental.flow import BATCH, TOKENS, Flow
 from llmopt.passes.incremental.padding import add_padding, can_be_padded
 from llmopt.passes.incremental.proofs import Proofs
-from llmopt.passes.incremental.reading import Reading
+from llmopt.passes.incremental.reading import DecoderReading
 from llmopt.passes.incremental.rules import carry
-from llmopt.passes.incremental.signature import check_edge, check_logits, keep_last, learn, sign
+from llmopt.passes.incremental.signature import (
+    check_edge,
+    check_logits,
+    keep_last,
+    learn,
+    sign,
+)
 
 
 @dataclass(frozen=True)
@@ -96,13 +103,13 @@ def make_incremental(program: Program) -> int:
     return reading.layers
 
 
-def read(program: Program) -> Reading:
+def read(program: Program) -> DecoderReading:
     """Return where the tokens are in every value of a decoder.
 
     Raises:
         NotIncrementalError: an operator relates tokens in a way that a cache cannot follow.
     """
-    reading = Reading(program, Proofs(program))
+    reading = DecoderReading(program, Proofs(program))
     for role in (Role.TOKENS, Role.POSITIONS):
         if (value := program.input(role)) is not None:
             reading.flows[value] = Flow(((BATCH,), (TOKENS,)))

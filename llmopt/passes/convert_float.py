@@ -19,19 +19,19 @@ from typing import Any, ClassVar, Final
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.errors import UnsupportedModelError, UsageError
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir import weights
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.ir.types import Formals, Types, element_types, standard
 from llmopt.passes.base import Outcome
 from llmopt.passes.rounding import Rounding, RoundingPass
 
-Array = npt.NDArray[Any]
 WIDE: Final = ir.DataType.FLOAT
 NARROW: Final = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 LEFT: Final = {"float16": 5e-3, "bfloat16": 2e-2}

@@ -49,7 +49,7 @@ class ExpandEinsum(Pass):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _MatMulPlan:
     """How an Einsum is a MatMul.
 
     Args:
@@ -63,7 +63,7 @@ class _Plan:
     orders: tuple[str, str, str]
 
 
-def _plan(node: ir.Node) -> _Plan | str:
+def _plan(node: ir.Node) -> _MatMulPlan | str:
     """Return how ``node`` is a MatMul, or why it is none."""
     equation = str(g.attribute(node, "equation", "")).replace(" ", "")
     inputs, arrow, out = equation.partition("->")
@@ -87,13 +87,15 @@ def _distinct(labels: str) -> bool:
     return labels.isalpha() and len(set(labels)) == len(labels)
 
 
-def _way(labels: tuple[str, str], out: str, chosen: tuple[str, str, str]) -> _Plan:
+def _way(labels: tuple[str, str], out: str, chosen: tuple[str, str, str]) -> _MatMulPlan:
     row, column, summed = chosen
     batch = "".join(label for label in out if label not in (row, column))
-    return _Plan(labels, out, (batch + row + summed, batch + summed + column, batch + row + column))
+    return _MatMulPlan(
+        labels, out, (batch + row + summed, batch + summed + column, batch + row + column)
+    )
 
 
-def _turned(node: ir.Node, way: _Plan) -> int:
+def _turned(node: ir.Node, way: _MatMulPlan) -> int:
     """Return how many free dimensions the values have that would be transposed."""
     values = (*node.inputs, node.outputs[0])
     total = 0
@@ -103,7 +105,7 @@ def _turned(node: ir.Node, way: _Plan) -> int:
     return total
 
 
-def _expand(node: ir.Node, plan: _Plan) -> None:
+def _expand(node: ir.Node, plan: _MatMulPlan) -> None:
     build = g.Builder(node)
     operands = [
         _arranged(build, g.operand(node, index), plan.labels[index], plan.orders[index])

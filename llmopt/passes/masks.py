@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llmopt.interface.signature import Role
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.probe import Probe
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.fuse_attention import FORBIDDEN
 
 Bools = npt.NDArray[np.bool_]

@@ -21,7 +21,7 @@ from llmopt.ir.program import Program
 from llmopt.ir.sizes import known, shape_of, symbols_of, told
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
-from llmopt.passes.movements import Movement, Step
+from llmopt.passes.movements import Movement, MovementStep
 
 _MOVES: Final = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
@@ -124,7 +124,7 @@ def _movement(chain: Sequence[ir.Node]) -> Movement | str:
     return movement
 
 
-def _operator(step: Step) -> str:
+def _operator(step: MovementStep) -> str:
     return "Transpose" if step.order else "Reshape"
 
 
@@ -138,7 +138,7 @@ def _named(value: ir.Value) -> bool:
     return value.is_graph_input() or value.is_graph_output() or value.is_initializer()
 
 
-def _written(plan: Sequence[Step], node: ir.Node, source: ir.Value) -> bool:
+def _written(plan: Sequence[MovementStep], node: ir.Node, source: ir.Value) -> bool:
     """Put a chain in the place of ``node``'s result; say whether it could be written."""
     before = [g.shape(source) or [], *([*step.sizes] for step in plan)]
     targets = [

@@ -44,7 +44,7 @@ Axis = tuple[Atom, ...]
 
 
 @dataclass(frozen=True)
-class Step:
+class MovementStep:
     """One operator.
 
     Args:
@@ -86,10 +86,10 @@ class Movement:
         axes = _grouped([atom for axis in self.axes for atom in axis], after)
         return None if axes is None else Movement(self.before, tuple(after), axes)
 
-    def plans(self) -> list[list[Step]]:
+    def plans(self) -> list[list[MovementStep]]:
         """Return the chains that do the same, those of fewer transposes and operators first."""
         if self._atoms == sorted(self._atoms, key=_place):
-            return [[] if self.before == self.after else [Step(self.after)]]
+            return [[] if self.before == self.after else [MovementStep(self.after)]]
         found = [self._transposed_first(), self._reshaped_first(), self._in_blocks()]
         return sorted((plan for plan in found if plan is not None), key=len)
 
@@ -113,18 +113,18 @@ class Movement:
         atoms = sorted(self._atoms, key=_place)
         return [tuple(a for a in atoms if a.place[0] == i) for i in range(len(self.before))]
 
-    def _transposed_first(self) -> list[Step] | None:
+    def _transposed_first(self) -> list[MovementStep] | None:
         """Return a Transpose and, if needed, a Reshape; axes of the start stay whole."""
         atoms, source = self._atoms, self._source
         if any(not _run(axis, atoms) for axis in source):
             return None
         order = self._exact(source)
         if order is not None:
-            return [Step(self.after, order)]
+            return [MovementStep(self.after, order)]
         kept = [i for i, axis in enumerate(source) if axis]
         kept.sort(key=lambda i: atoms.index(source[i][0]))
         order = (*kept, *(i for i, axis in enumerate(source) if not axis))
-        return [Step(tuple(self.before[i] for i in order), order), Step(self.after)]
+        return [MovementStep(tuple(self.before[i] for i in order), order), MovementStep(self.after)]
 
     def _exact(self, source: list[Axis]) -> Order | None:
         """Return the order of a Transpose that does it all, if there is one."""
@@ -138,16 +138,16 @@ class Movement:
             order.append(source.index(axis) if axis else ones.popleft())
         return tuple(order) if len(order) == len(source) else None
 
-    def _reshaped_first(self) -> list[Step] | None:
+    def _reshaped_first(self) -> list[MovementStep] | None:
         """Return a Reshape and a Transpose; axes of the end are whole from the first on."""
         found = self.reshape_first()
         if found is None:
             return None
         sizes, order = found
-        turned = Step(self.after, order)
-        return [turned] if sizes == self.before else [Step(sizes), turned]
+        turned = MovementStep(self.after, order)
+        return [turned] if sizes == self.before else [MovementStep(sizes), turned]
 
-    def _in_blocks(self) -> list[Step]:
+    def _in_blocks(self) -> list[MovementStep]:
         """Return a Reshape, a Transpose and a Reshape of as few axes as can be."""
         blocks: list[list[Atom]] = []
         whole = sorted(self._atoms, key=_place)
@@ -160,9 +160,9 @@ class Movement:
         first = tuple(self._size(tuple(block)) for block in begun)
         order = tuple(begun.index(block) for block in blocks)
         return [
-            Step(first),
-            Step(tuple(first[axis] for axis in order), order),
-            Step(self.after),
+            MovementStep(first),
+            MovementStep(tuple(first[axis] for axis in order), order),
+            MovementStep(self.after),
         ]
 
     def _size(self, atoms: Axis) -> g.Dim:

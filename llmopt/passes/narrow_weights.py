@@ -12,13 +12,13 @@ half the bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.interface.arrays import Array
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome
@@ -26,7 +26,6 @@ from llmopt.passes.convert_float import NARROW, WIDE, narrowed
 from llmopt.passes.quantize_weights import candidates, sources
 from llmopt.passes.rounding import Rounding, RoundingPass
 
-Array = npt.NDArray[Any]
 _NARROW: Final = NARROW["bfloat16"]
 
 

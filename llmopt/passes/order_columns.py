@@ -30,7 +30,7 @@ Columns = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ColumnRange:
     """A part of what a projection makes.
 
     Args:
@@ -108,14 +108,14 @@ def _order(node: ir.Node, found: Projection) -> str | None:
     return None
 
 
-def _all_parts(node: ir.Node, found: Projection) -> list[_Part] | str:
+def _all_parts(node: ir.Node, found: Projection) -> list[_ColumnRange] | str:
     """Return what is read of a projection, in the order of its columns, or why that is not all."""
     if g.sole_user(found.result) is not node or node.outputs[0].is_graph_output():
         return "it is read whole, too"
     outer = (g.rank(found.result) or 1) - 1
     columns = np.arange(g.static(found.result, -1) or 0, dtype=np.int64)
     (parted,) = _reshaped(node, columns, outer) or [columns]
-    parts: list[_Part] = []
+    parts: list[_ColumnRange] = []
     for reader in g.users(node.outputs[0]):
         cut = _parts(reader, parted, outer)
         if cut is None:
@@ -125,7 +125,7 @@ def _all_parts(node: ir.Node, found: Projection) -> list[_Part] | str:
     return parts if _covered(columns, parts) else "its parts overlap, or leave columns out"
 
 
-def _finest(part: _Part, outer: int) -> list[_Part]:
+def _finest(part: _ColumnRange, outer: int) -> list[_ColumnRange]:
     """Return the parts of a part that are read and nothing else of it; itself, if it is."""
     cuts = [_parts(reader, part.columns, outer) for reader in g.users(part.value)]
     finer = [each for cut in cuts if cut is not None for each in cut]
@@ -134,17 +134,17 @@ def _finest(part: _Part, outer: int) -> list[_Part]:
     return [finest for each in finer for finest in _finest(each, outer)]
 
 
-def _covered(columns: Columns, parts: Sequence[_Part]) -> bool:
+def _covered(columns: Columns, parts: Sequence[_ColumnRange]) -> bool:
     """Whether each of some columns is in one of the parts, and none in two."""
     read = [column for part in parts for column in part.columns.reshape(-1)]
     return sorted(read) == sorted(columns.reshape(-1))
 
 
-def _target(outer: list[g.Dim], part: _Part) -> list[int] | None:
+def _target(outer: list[g.Dim], part: _ColumnRange) -> list[int] | None:
     return reshape_target([*outer, part.columns.size], g.shape(part.value) or [])
 
 
-def _parts(node: ir.Node, columns: Columns, outer: int) -> list[_Part] | None:
+def _parts(node: ir.Node, columns: Columns, outer: int) -> list[_ColumnRange] | None:
     """Return what ``node`` reads, or None where it is not known."""
     cut = _CUTS.get(node.op_type) if node.domain == "" else None
     pieces = cut(node, columns, outer) if cut is not None else None
@@ -152,7 +152,7 @@ def _parts(node: ir.Node, columns: Columns, outer: int) -> list[_Part] | None:
         return None
     if any(piece.size == 0 for piece in pieces):
         return None
-    return [_Part(out, piece) for out, piece in zip(node.outputs, pieces, strict=True)]
+    return [_ColumnRange(out, piece) for out, piece in zip(node.outputs, pieces, strict=True)]
 
 
 def _gathered(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None:
@@ -235,7 +235,7 @@ def _ordered(found: Projection, order: Columns) -> ir.Value:
     return out
 
 
-def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_Part]) -> None:
+def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_ColumnRange]) -> None:
     """Let a Split give the parts of what a projection makes; one part is all of it."""
     pieces: Sequence[ir.Value] = [whole]
     if len(parts) > 1:
@@ -247,7 +247,7 @@ def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_Part]) -> None:
         g.replace(part.value, _shaped(build, piece, part, outer))
 
 
-def _shaped(build: g.Builder, piece: ir.Value, part: _Part, outer: list[g.Dim]) -> ir.Value:
+def _shaped(build: g.Builder, piece: ir.Value, part: _ColumnRange, outer: list[g.Dim]) -> ir.Value:
     """Return a piece in the form in which the part is read."""
     target, after = _target(outer, part) or [], g.shape(part.value) or []
     if after == [*outer, part.columns.size]:

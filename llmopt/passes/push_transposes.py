@@ -26,8 +26,8 @@ from llmopt.ir.sizes import shape_of
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
 from llmopt.passes.movements import Order, composed, inverse, stays
-from llmopt.passes.turning import Turned
-from llmopt.passes.turning_region import Region, beside, grown, order_of
+from llmopt.passes.transpose_region import Region, beside, grown, order_of
+from llmopt.passes.transposed import Permuted
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Rewriter:
         for node in gone:
             _discard(node)
 
-    def _again(self, node: ir.Node, change: Turned) -> None:
+    def _again(self, node: ir.Node, change: Permuted) -> None:
         """Write an operator on turned operands."""
         build = g.Builder(node)
         inputs = list(node.inputs)

@@ -17,13 +17,13 @@ alone, so a sentence's result does not depend on the others in its batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.interface.arrays import Array
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
@@ -37,7 +37,6 @@ from llmopt.quantization.dynamic import (
     quantize_columns,
 )
 
-Array = npt.NDArray[Any]
 TINY: Final = 1e-30  # the magnitude of a token of zeros
 
 

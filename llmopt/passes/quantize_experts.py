@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.interface.arrays import Array
 from llmopt.ir import graph as g
 from llmopt.ir import weights
 from llmopt.ir.program import Program
@@ -28,8 +28,6 @@ from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.lazy import QuantizedWeight
 from llmopt.quantization.numerics import fake_quantize
 from llmopt.quantization.schemes import Blockwise
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir import weights
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome
 from llmopt.passes.experts import routers
 from llmopt.passes.rounding import Rounding, RoundingPass
@@ -30,7 +31,6 @@ from llmopt.quantization.lazy import QuantizedWeight
 from llmopt.quantization.numerics import Importance, fake_quantize
 from llmopt.quantization.schemes import Blockwise
 
-Array = npt.NDArray[Any]
 SHORTEST: Final = 16  # a row with fewer inputs is shorter than the smallest block
 
 

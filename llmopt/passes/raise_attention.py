@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Final
 import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.masks import Meaning, understand
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.probe import Probe
-from llmopt.ir.program import Program, Role
-
-Array = npt.NDArray[Any]
+from llmopt.ir.program import Program
 
 
 class Layout(enum.Enum):

@@ -9,14 +9,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from llmopt.errors import UnsupportedModelError, UsageError
+from llmopt.interface.arrays import Array
 
-Array = npt.NDArray[Any]
 _ROWS: Final = 64  # of one array that are kept
 _TINY: Final = 1e-6  # the range of what is always zero
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from llmopt.interface.arrays import Array
 from llmopt.quantization.numerics import Importance
 from llmopt.quantization.packing import Packed, quantize_packed
 from llmopt.quantization.schemes import Blockwise
 
-Array = npt.NDArray[Any]
 _CODES: Final = {
     2: ir.DataType.UINT2,
     4: ir.DataType.UINT4,

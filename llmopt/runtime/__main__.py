@@ -194,9 +194,9 @@ def _serve(asked: argparse.Namespace) -> int:
     from llmopt.runtime.serving import require_server
 
     require_server()
-    from llmopt.runtime.serving.server import Place, serve
+    from llmopt.runtime.serving.server import ListenOptions, serve
 
-    place = Place(**_options(asked, ("host", "port", "queue")))
+    place = ListenOptions(**_options(asked, ("host", "port", "queue")))
     name = asked.artifact.resolve().name
     return serve(artifact_at(asked), name, place, asked.threads)
 

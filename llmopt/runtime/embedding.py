@@ -8,9 +8,10 @@ from typing import Final
 import numpy as np
 
 from llmopt.errors import UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime.generation import padding_token
-from llmopt.runtime.session import Array, Session
-from llmopt.runtime.tokens import pad
+from llmopt.runtime.session import Session
+from llmopt.runtime.tokenizer import pad
 
 
 def embed_rows(session: Session, rows: Sequence[Sequence[int]], batch_size: int) -> Array:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.bundle.manifest import Port
 from llmopt.errors import UsageError
-from llmopt.runtime.session import Array, Session
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Port
+from llmopt.runtime.session import Session
 from llmopt.runtime.steps import cache_shape
 
 

@@ -9,11 +9,12 @@ from typing import TypedDict
 import numpy as np
 
 from llmopt.errors import UsageError
+from llmopt.interface.arrays import Array
+from llmopt.runtime.detokenizer import Detokenizer, StopText
 from llmopt.runtime.sampling import Sampler, Sampling
-from llmopt.runtime.session import Array, Session
+from llmopt.runtime.session import Session
 from llmopt.runtime.steps import Sequences
-from llmopt.runtime.text import Detokenizer, StopText
-from llmopt.runtime.tokens import pad
+from llmopt.runtime.tokenizer import pad
 
 _BLOCK = 64
 """Capacities are rounded up to this, so that prompts of like lengths share a shape."""
@@ -62,7 +63,7 @@ class Request:
         stop_tokens: Tokens that end a row; None for those of the manifest.
         chat: The prompt is what the user says to an assistant.
         beams: Sequences that a model which reads one text and writes another follows at once, see
-            `llmopt.runtime.beams`; None for what the checkpoint says, and so for the next two.
+            `llmopt.runtime.beam_search`; None for what the checkpoint says, as for the next two.
         length_penalty: Their scores are divided by their length to this power.
         early_stopping: When the search is over: true, false or ``"never"``.
 

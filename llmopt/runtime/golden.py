@@ -13,16 +13,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from llmopt.bundle.fields import Fields
+from llmopt.artifact.fields import Fields
 from llmopt.errors import ArtifactError, SourceError, UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime.npz import read_npz, write_npz
-
-Array = npt.NDArray[Any]
 
 FOLDER: Final = "golden"
 EXAMPLE: Final = "example.npz"

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from llmopt.bundle.writer import staged_file
+from llmopt.artifact.writer import staged_file
 from llmopt.errors import PickleRefusedError, SourceError, SourceNotFoundError
 
 _HINT: Final = "write it with numpy.savez, one array for each input"

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from llmopt.artifact.manifest import Manifest, sha256
+from llmopt.artifact.writer import staged_file, staged_folder
 from llmopt.bundle.contents import CONTENTS, Contents, Variant
-from llmopt.bundle.manifest import Manifest, sha256
 from llmopt.bundle.opened import SUFFIX, Bundle, open_bundle, read_seal
 from llmopt.bundle.signing import Trust
-from llmopt.bundle.writer import staged_file, staged_folder
 from llmopt.errors import ArtifactError, OutputExistsError, StorageError, UsageError
 from llmopt.runtime.variants import Machine, choose
 

@@ -10,9 +10,11 @@ from typing import Any, Unpack, overload
 
 import numpy as np
 
-from llmopt.bundle.manifest import Manifest
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime.embedding import check_embeds, embed_rows
+from llmopt.runtime.encoder_decoder import ENCODER, Asked, Seq2Seq
 from llmopt.runtime.feeds import complete_feeds
 from llmopt.runtime.generation import (
     Generation,
@@ -23,11 +25,10 @@ from llmopt.runtime.generation import (
     check_tokens,
 )
 from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
-from llmopt.runtime.rewriting import ENCODER, Asked, Rewriter
-from llmopt.runtime.seeing import shown, shown_in, with_sight
-from llmopt.runtime.session import Array, open_session
+from llmopt.runtime.session import open_session
 from llmopt.runtime.steps import Sequences, forced
-from llmopt.runtime.tokens import Tokenizer
+from llmopt.runtime.tokenizer import Tokenizer
+from llmopt.runtime.vision import shown, shown_in, with_sight
 
 logger = logging.getLogger("llmopt")
 
@@ -51,7 +52,7 @@ class Runner:
         self.manifest = Manifest.read(folder)
         self.manifest.check_sizes(folder)
         self.session = with_sight(folder, open_session(folder, self.manifest, threads))
-        self.rewriter = Rewriter.open(folder, self.manifest, self.session)
+        self.rewriter = Seq2Seq.open(folder, self.manifest, self.session)
         self._warned = False
 
     @overload

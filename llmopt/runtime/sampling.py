@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmopt.errors import LlmoptError, UsageError
-from llmopt.runtime.session import Array
+from llmopt.interface.arrays import Array
 
 
 @dataclass(frozen=True)

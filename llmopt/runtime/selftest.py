@@ -17,11 +17,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from llmopt.bundle.manifest import Manifest
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, LlmoptError, UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime.cores import usable_cores
 from llmopt.runtime.generation import capacity_for
-from llmopt.runtime.golden import FOLDER, Array, Golden, kept
+from llmopt.runtime.golden import FOLDER, Golden, kept
 from llmopt.runtime.memory import peak_bytes
 from llmopt.runtime.runner import Runner
 from llmopt.runtime.steps import Sequences

@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from llmopt.bundle.manifest import Manifest, Port
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import BackendUnavailableError, LlmoptError
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Port
 from llmopt.runtime.cores import usable_cores
 
 if TYPE_CHECKING:
     from llmopt.runtime.steps import Stepper
 
-Array = npt.NDArray[Any]
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
 
 ENGINES: Final[Mapping[str, str]] = {

@@ -8,9 +8,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from llmopt.bundle.manifest import Port
 from llmopt.errors import UsageError
-from llmopt.runtime.session import Array, Session
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Port
+from llmopt.runtime.session import Session
 
 
 @dataclass(frozen=True)

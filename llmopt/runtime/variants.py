@@ -14,7 +14,7 @@ from typing import Final
 from llmopt.bundle.contents import Contents, Needs, Runtime, Variant
 from llmopt.bundle.needs import numbers
 from llmopt.errors import NoVariantError
-from llmopt.runtime.processor import processor_features
+from llmopt.runtime.cpu_features import processor_features
 
 logger = logging.getLogger("llmopt")
 _MACHINES: Final = {"arm64": "aarch64", "AMD64": "x86_64"}

@@ -7,23 +7,21 @@ prefill followed by decode steps, which must equal one full pass of the source. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
-from llmopt.ir.chained import FIRST, edge, is_steady, source_feeds
-from llmopt.ir.feeds import Arrays, Case, feeds, resolve
+from llmopt.interface.arrays import Array, Arrays, Run
+from llmopt.interface.signature import Role, Signature
+from llmopt.ir.components import FIRST, edge, is_steady, source_feeds
+from llmopt.ir.feeds import Case, feeds, resolve
 from llmopt.ir.images import illustrated
-from llmopt.ir.program import Program, Role
-
-Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
-Array = npt.NDArray[Any]
+from llmopt.ir.program import Program
 
 _LENGTHS: Final = (1, 7, 33)
 _STEPS: Final = 4

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
-
-import numpy.typing as npt
+from typing import Final
 
 from llmopt.errors import LlmoptError, PassError
-from llmopt.frontend.source import Source
-from llmopt.ir.feeds import Arrays
+from llmopt.frontend.base import Source
+from llmopt.interface.arrays import Array, Arrays
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.hits import run_hits
@@ -18,11 +16,10 @@ from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.verification import Compared, compare
 from llmopt.verification.difference import Difference, difference
 from llmopt.verification.each import BEFORE, STEP, Checked, Finding, Watch, evaluated
-from llmopt.verification.places import Place, broken, changed, moved, unrunnable
+from llmopt.verification.places import FaultyComponent, broken, changed, moved, unrunnable
 from llmopt.verification.trials import Trial, caches, given
 from llmopt.verification.values import first_difference
 
-Array = npt.NDArray[Any]
 SAME: Final = "same"
 UNTRACED: Final = "source"
 GUILTY: Final = "pass"
@@ -157,12 +154,12 @@ def _blamed(
 
 def _placed(
     item: Pass, before: Program, after: Program, checked: Checked, *, exact: bool
-) -> Place | None:
+) -> FaultyComponent | None:
     """Return the component in which a pass goes wrong; None if it does not show in one alone."""
     finding = _smallest(checked.wrong)
     trial = None if finding is None or finding.against != BEFORE else finding.trial
     if len(before.components) == 1:
-        return Place("", before, after, trial)
+        return FaultyComponent("", before, after, trial)
     if trial is not None:
         return moved(before, after, trial, exact=exact)
     if checked.problem:

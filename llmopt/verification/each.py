@@ -11,15 +11,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from llmopt.backends.base import TOLERANCE, Backend, Demand, Run
+from llmopt.backends.base import TOLERANCE, Backend, Demand
 from llmopt.backends.reference import runner
-from llmopt.bundle.manifest import Signature
 from llmopt.errors import AccuracyError, LlmoptError, PassError
 from llmopt.frontend.adapted import adapted
 from llmopt.frontend.reference import Reference
-from llmopt.ir.chained import chained
+from llmopt.interface.arrays import Arrays, Run
+from llmopt.interface.signature import Signature
+from llmopt.ir.components import chained
 from llmopt.ir.evaluator import lacking
-from llmopt.ir.feeds import Arrays
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Ran

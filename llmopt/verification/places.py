@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llmopt.errors import LlmoptError
 from llmopt.ir import dialect
-from llmopt.ir.chained import apart
+from llmopt.ir.components import apart
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline
@@ -19,7 +19,7 @@ from llmopt.verification.trials import Trial, caches, given, trials
 
 
 @dataclass(frozen=True)
-class Place:
+class FaultyComponent:
     """A Program of one component in which a pass goes wrong.
 
     Args:
@@ -35,7 +35,7 @@ class Place:
     trial: Trial | None = None
 
 
-def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> Place | None:
+def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> FaultyComponent | None:
     """Return the first component that computes something else after a pass, if one does.
 
     Each is given what it was given before the pass, so that none is blamed for what the one before
@@ -64,7 +64,7 @@ def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> Plac
     return None
 
 
-def broken(item: Pass, before: Program, after: Program, *, exact: bool) -> Place | None:
+def broken(item: Pass, before: Program, after: Program, *, exact: bool) -> FaultyComponent | None:
     """Return the first component that a pass fails on, or leaves so that nothing runs."""
     for place in _pairs(before, after):
         if fails(item, place.before.clone()) or unrunnable(place.after, exact=exact):
@@ -72,7 +72,7 @@ def broken(item: Pass, before: Program, after: Program, *, exact: bool) -> Place
     return None
 
 
-def changed(before: Program, after: Program) -> Place | None:
+def changed(before: Program, after: Program) -> FaultyComponent | None:
     """Return the component that a pass changed, if it is one alone."""
     found = [
         place
@@ -82,9 +82,9 @@ def changed(before: Program, after: Program) -> Place | None:
     return found[0] if len(found) == 1 else None
 
 
-def _pairs(before: Program, after: Program) -> Iterator[Place]:
+def _pairs(before: Program, after: Program) -> Iterator[FaultyComponent]:
     for old, new in zip(_alone(before), _alone(after), strict=True):
-        yield Place(old.main, old, new)
+        yield FaultyComponent(old.main, old, new)
 
 
 def _alone(program: Program) -> list[Program]:

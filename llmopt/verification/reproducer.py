@@ -11,13 +11,13 @@ from typing import Final
 
 import onnx_ir as ir
 
-from llmopt.bundle.manifest import Port, Signature
-from llmopt.bundle.writer import staged_folder
+from llmopt.artifact.writer import staged_folder
 from llmopt.errors import LlmoptError, UsageError
-from llmopt.frontend.saved import save_program
+from llmopt.frontend.onnx.saved import save_program
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
-from llmopt.ir.feeds import Arrays
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.options import spell
 from llmopt.runtime.npz import write_npz
 from llmopt.verification.bisection import Culprit

@@ -9,10 +9,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from llmopt.ir.chained import edge
-from llmopt.ir.feeds import Arrays, Case, feeds
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.signature import Role
+from llmopt.ir.components import edge
+from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.images import illustrated
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.verification import Tokens, matrix, read_beside, tokens_of
 
 PAST: Final = 5

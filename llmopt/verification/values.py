@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from llmopt.errors import LlmoptError
-from llmopt.ir.feeds import Arrays
+from llmopt.interface.arrays import Array, Arrays
 from llmopt.ir.program import Program
 from llmopt.verification import Compared
 from llmopt.verification.each import STEP, evaluated
 from llmopt.verification.trials import Trial
-
-Array = npt.NDArray[Any]
 
 
 def first_difference(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from steps import Done, run_action, run_gitlab
-from tiny_sources import bigram_file
+from support.tiny_sources import bigram_file
 
 ROOT = Path(__file__).parents[2]
 ACTION = ROOT / "action.yml"

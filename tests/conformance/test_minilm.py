@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import real_models
 import torch
+from support import real_models
 from tokenizers import Tokenizer
 
 import llmopt

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import real_models
-from traced import Traced
+from support import real_models
+from support.traced import Traced
 
 from llmopt.benchmark import Encode, Generate, Workload
 from llmopt.benchmark.profiling import profile

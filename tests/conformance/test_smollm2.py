@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-import real_models
 import shapes
 import torch
+from support import real_models
 
 import llmopt
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_models
-from traced import Traced
+from support import real_models
+from support.traced import Traced
 
 from llmopt.compiler import Artifact
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from cacheless import DECODERS, VOCABULARY, OneKeyHead, RotaryBuffer, SlidingWindow, make
-from onnx_decoder import decoder
+from support.onnx_decoder import decoder
 from torch import Tensor, nn
 
 import llmopt

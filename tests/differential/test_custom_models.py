@@ -12,9 +12,10 @@ import torch
 
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand
-from llmopt.frontend.module import load_factory
-from llmopt.frontend.source import SourceOptions, open_source
-from llmopt.frontend.trace import quiet
+from llmopt.frontend.base import SourceOptions
+from llmopt.frontend.source import open_source
+from llmopt.frontend.torch.module import load_factory
+from llmopt.frontend.torch.trace import quiet
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Pipeline, Ran

@@ -15,7 +15,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.numpy import load_file
-from tiny_encoder_decoders import (
+from support.tiny_encoder_decoders import (
     CLASSES,
     CONFIGS,
     EOS,
@@ -26,17 +26,17 @@ from tiny_encoder_decoders import (
 )
 
 from llmopt.api import load
+from llmopt.artifact.manifest import Manifest
 from llmopt.backends import find_backend
-from llmopt.bundle.manifest import Manifest
 from llmopt.cli import app
 from llmopt.compiler import Clock, CompileOptions, optimize
 from llmopt.compiler.compilation import Compilation, Optimized
 from llmopt.errors import UnsupportedModelError, UsageError
-from llmopt.frontend.source import SourceOptions
+from llmopt.frontend.base import SourceOptions
 from llmopt.models import define
 from llmopt.runtime.__main__ import main
+from llmopt.runtime.encoder_decoder import Asked
 from llmopt.runtime.generation import Request
-from llmopt.runtime.rewriting import Asked
 from llmopt.runtime.selftest import selftest
 
 pytestmark = pytest.mark.xdist_group("encoder-decoders")  # each compiled once

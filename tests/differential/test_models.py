@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmopt.models import DecoderConfig, Definition, EncoderConfig, Recipe, define
+from llmopt.models import DecoderConfig, Definition, EncoderConfig, ParameterRecipe, define
 from llmopt.models.definition import FAMILIES
 
 B, S, P = 3, 5, 4  # H, G, D, E, F and V are below; no two are equal
@@ -343,10 +343,12 @@ def test_only_the_weights_of_gpt2_are_transposed() -> None:
     definition, _ = load(reference(Case("gpt2"), _DECODER, transformers.AutoModelForCausalLM))
     recipes = definition.recipes()
     fused = "transformer.h.1.attn.c_attn"
-    assert recipes["layers.1.attention.k_proj.weight"] == Recipe(
+    assert recipes["layers.1.attention.k_proj.weight"] == ParameterRecipe(
         (f"{fused}.weight",), "transpose", (48, 96)
     )
-    assert recipes["layers.1.attention.k_proj.bias"] == Recipe((f"{fused}.bias",), "copy", (48, 96))
+    assert recipes["layers.1.attention.k_proj.bias"] == ParameterRecipe(
+        (f"{fused}.bias",), "copy", (48, 96)
+    )
 
 
 def test_token_types_not_given_are_all_the_first() -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from seeded import Seeded, wrong_scale
-from tiny_vision_language import (
+from support.seeded import Seeded, wrong_scale
+from support.tiny_vision_language import (
     BOS,
     CLASSES,
     IMAGE,
@@ -26,14 +26,15 @@ from tiny_vision_language import (
 )
 
 from llmopt.api import load
+from llmopt.artifact.manifest import Manifest
 from llmopt.backends import find_backend
-from llmopt.bundle.manifest import Manifest
 from llmopt.cli import app
 from llmopt.compiler import Clock, CompileOptions, optimize
 from llmopt.compiler.compilation import Compilation, Optimized
 from llmopt.errors import SourceError, UnsupportedModelError, UsageError
-from llmopt.frontend.source import SourceOptions, open_source
-from llmopt.frontend.vision_language import open_seeing
+from llmopt.frontend.base import SourceOptions
+from llmopt.frontend.huggingface.vision_language import open_seeing
+from llmopt.frontend.source import open_source
 from llmopt.ir import graph as g
 from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime.__main__ import main
@@ -316,7 +317,7 @@ def test_bisect_names_the_component(compiled: Compiled, component: str) -> None:
 
 def test_parts_that_are_not_the_whole_are_refused(tmp_path: Path) -> None:
     """A tower is read at the layer that its module was made to read, not at the config's."""
-    from llmopt.frontend.loading import Loaded
+    from llmopt.frontend.huggingface.loading import Loaded
 
     model = tiny_model("llava")
     wrong = type(model).forward

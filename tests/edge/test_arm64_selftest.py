@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_models
 from edge.arm64 import MissingError, machine
+from support import real_models
 
 import llmopt
-from llmopt.backends.base import COUNTED, Bounds
+from llmopt.backends.base import COUNTED, ExampleBounds
 from llmopt.bundle.creating import create
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr("llmopt.compiler.golden.TEXT", REPEATED)
         patch.setattr("llmopt.compiler.golden.TOKENS", 24)
         patch.setattr(
-            "llmopt.backends.tvm.TvmArm64.example_bounds", lambda *_: Bounds(TOLERANCE, COUNTED)
+            "llmopt.backends.tvm.TvmArm64.example_bounds",
+            lambda *_: ExampleBounds(TOLERANCE, COUNTED),
         )
         source = real_models.smollm2_gguf()
         llmopt.compile(source, target="tvm-arm64", quantize="w4", output=work / "SmolLM2")

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from edge.arm64 import ROOT, MissingError
 from edge.headers import headers
-from tiny_artifacts import TinyDecoder
+from support.tiny_artifacts import TinyDecoder
 
 import llmopt
 

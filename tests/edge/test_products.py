@@ -11,7 +11,7 @@ from edge.arm64 import Arm64
 
 from llmopt.backends.tvm.build import link
 from llmopt.backends.tvm.features import Processor, find_processor
-from llmopt.backends.tvm.kernels.linear import Linear, choose, pack
+from llmopt.backends.tvm.kernels.linear.selection import Linear, choose, pack
 from llmopt.quantization.dynamic import Columns
 from llmopt.quantization.numerics import Quantized, dequantize
 from llmopt.quantization.schemes import Blockwise, DynamicInt8

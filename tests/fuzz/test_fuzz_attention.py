@@ -11,8 +11,8 @@ from typing import Final
 
 import numpy as np
 import pytest
-from programs import error_rel, evaluate, inputs, only, operators, program, run
-from spellings import Spelling, random_spelling, text
+from support.programs import error_rel, evaluate, inputs, only, operators, program, run
+from support.spellings import Spelling, random_spelling, text
 
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
 from llmopt.ir import graph as g

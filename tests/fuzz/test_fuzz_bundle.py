@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 import pytest
-from bundles import Member, forged, members_of, sealed, small_bundle
+from support.bundles import Member, forged, members_of, sealed, small_bundle
 
 from llmopt.bundle.opened import open_bundle
 from llmopt.errors import BundleError

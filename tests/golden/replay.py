@@ -64,7 +64,7 @@ def _git(*arguments: str) -> None:
 def _make_sources(folder: Path) -> None:
     """Write the tiny models, which both revisions read."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_sources import bigram_file, llama_folder
+    from support.tiny_sources import bigram_file, llama_folder
 
     llama_folder(folder / "llama")
     bigram_file(folder / "bigram.onnx")
@@ -124,9 +124,11 @@ def _read(source: str) -> Program:
 
 @functools.cache
 def _traced(source: str) -> Program:
-    from llmopt.frontend.source import SourceOptions, open_source
-
-    return open_source(source, SourceOptions()).program
+    sources: Any = importlib.import_module(
+        "llmopt.frontend.source"
+    )  # every revision has both there
+    program: Program = sources.open_source(source, sources.SourceOptions()).program
+    return program
 
 
 def _passed(read: Callable[[], Program], pipeline: str, known: Any) -> Program:

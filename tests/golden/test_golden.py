@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 import pytest
-from programs import HEAD, evaluate, inputs, program, run
+from support.programs import HEAD, evaluate, inputs, program, run
 
 from llmopt.backends.onnxruntime import finish
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from llmopt.benchmark.gate.statistics import (
-    Estimate,
+    LogRatio,
     Matrix,
     difference,
     estimate,
@@ -110,7 +110,7 @@ def test_one_process_says_nothing_of_others() -> None:
 
 
 def test_what_never_varies_is_known() -> None:
-    exact = Estimate(0.1, 0.0, 7)
+    exact = LogRatio(0.1, 0.0, 7)
     assert exact.above(0.05) == exact.below(0.2) == 0
     assert exact.above(0.2) == exact.below(0.05) == 1
     assert exact.above(0.1) == 0.5

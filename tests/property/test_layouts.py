@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layout_graphs import SIZES, computations, parted, shapings
-from programs import apply, bound, error_rel, evaluate, operators, program
+from support.layout_graphs import SIZES, computations, parted, shapings
+from support.programs import apply, bound, error_rel, evaluate, operators, program
 
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import apply, bound, error_rel, evaluate, operators, program
+from support.programs import apply, bound, error_rel, evaluate, operators, program
 
 from llmopt.ir.feeds import Case
 from llmopt.passes.canonicalize import reshape_target

@@ -13,10 +13,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
-from programs import program
-from tiny_artifacts import TinyDecoder, TinyEncoder
-from tiny_decoder import tiny_decoder
-from tiny_sources import bigram_file
+from support.programs import program
+from support.tiny_artifacts import TinyDecoder, TinyEncoder
+from support.tiny_decoder import tiny_decoder
+from support.tiny_sources import bigram_file
 
 import llmopt
 from llmopt.cli import app, diff

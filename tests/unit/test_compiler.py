@@ -10,10 +10,10 @@ from typing import Any
 import gpt
 import numpy as np
 import pytest
-import tiny_sources
 import torch
+from support import tiny_sources
+from support.traced import Traced
 from torch import Tensor, nn
-from traced import Traced
 from typing_extensions import override
 
 import llmopt

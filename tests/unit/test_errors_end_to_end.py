@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from tiny_artifacts import TinyEncoder
-from tiny_sources import Bomb, bigram_file, cut, gguf_file, llama_folder, torch_archive
+from support.tiny_artifacts import TinyEncoder
+from support.tiny_sources import Bomb, bigram_file, cut, gguf_file, llama_folder, torch_archive
 
 from llmopt.cli import app
 

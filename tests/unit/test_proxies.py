@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mixtures import CHOSEN, INNER, WIDE, mixture
-from programs import bound, program
-from tiny_decoder import tiny_decoder
-from traced import Traced
+from support.mixtures import CHOSEN, INNER, WIDE, mixture
+from support.programs import bound, program
+from support.tiny_decoder import tiny_decoder
+from support.traced import Traced
 
 from llmopt.backends.onnxruntime.lower_experts import LowerExperts
 from llmopt.compiler.proxies import count_work

@@ -10,7 +10,7 @@ from typing import ClassVar, Final, Self
 
 from typing_extensions import override
 
-from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.base import Availability, Backend, Demand, Lowered
 from llmopt.backends.onnxruntime import openvino
 from llmopt.backends.onnxruntime.artifact import DATA, ENTRY, finish, installed, write_model
 from llmopt.backends.onnxruntime.kernels import decomposes
@@ -20,6 +20,7 @@ from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivatio
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.backends.onnxruntime.session import open_session
 from llmopt.errors import UnknownNameError
+from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.quantize_experts import QuantizeExperts

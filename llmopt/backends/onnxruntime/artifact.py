@@ -12,8 +12,9 @@ import onnx_ir as ir
 from llmopt.backends.base import Lowered
 from llmopt.backends.onnxruntime.genai import FILE as GENAI
 from llmopt.backends.onnxruntime.genai import genai_config
+from llmopt.interface.signature import Role
 from llmopt.ir.dialect import OPSET
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.ir.saving import save_all
 
 ENTRY: Final = "model.onnx"

@@ -23,8 +23,9 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.backends.onnxruntime.lower_attention import TURNED, not_grouped
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 
 _EACH_NUMBER: Final = frozenset(

@@ -9,7 +9,7 @@ from typing import ClassVar, Final, Self
 
 from typing_extensions import override
 
-from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.base import Availability, Backend, Demand, Lowered
 from llmopt.backends.onnxruntime.artifact import write_model
 from llmopt.backends.onnxruntime.compact_rows import CompactRows
 from llmopt.backends.onnxruntime.kernels import cuda_kernels
@@ -18,6 +18,7 @@ from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivatio
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.backends.onnxruntime.session import open_session
 from llmopt.errors import UnsupportedModelError, UsageError
+from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.convert_float import LEFT, NARROW, ConvertFloat

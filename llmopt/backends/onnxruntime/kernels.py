@@ -24,7 +24,7 @@ MICROSOFT: Final = "com.microsoft"
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelDef:
     """One kernel.
 
     Args:
@@ -63,17 +63,17 @@ class KernelTable:
 
     provider: str
     source: str
-    kernels: Mapping[tuple[str, str], Sequence[Kernel]]
+    kernels: Mapping[tuple[str, str], Sequence[KernelDef]]
     formals: Mapping[tuple[str, str], Formals]
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Return the table that ``bench/gpu/record_kernels.py`` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
-        kernels: dict[tuple[str, str], list[Kernel]] = {}
+        kernels: dict[tuple[str, str], list[KernelDef]] = {}
         for domain, op_type, first, last, types in data["kernels"]:
             letters = {name: frozenset(found) for name, found in types.items()}
-            kernels.setdefault((domain, op_type), []).append(Kernel(first, last, letters))
+            kernels.setdefault((domain, op_type), []).append(KernelDef(first, last, letters))
         formals = {
             (domain, op_type): Formals(tuple(inputs), tuple(outputs), variadic=variadic)
             for domain, op_type, inputs, outputs, variadic in data["schemas"]

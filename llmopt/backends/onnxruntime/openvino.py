@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from llmopt.backends.base import Run
 from llmopt.backends.onnxruntime.session import open_session
 from llmopt.errors import BackendUnavailableError, UnsupportedModelError
-from llmopt.ir.feeds import Arrays, Case, feeds
+from llmopt.interface.arrays import Arrays, Run
+from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.program import Program
 from llmopt.runtime.cores import usable_cores
-from llmopt.runtime.engines.providers import Place, openvino
+from llmopt.runtime.engines.providers import Provider, openvino
 
 CPU: Final = "cpu"
 OPENVINO: Final = "openvino"
@@ -44,9 +44,9 @@ def require_encoder(program: Program) -> None:
         raise UnsupportedModelError("ep=openvino", ["a decoder with a cache"], _CACHE)
 
 
-def place(ep: str) -> Place:
+def place(ep: str) -> Provider:
     """Return where ``ep`` runs, with the threads that this process may use."""
-    return openvino(usable_cores()) if ep == OPENVINO else Place()
+    return openvino(usable_cores()) if ep == OPENVINO else Provider()
 
 
 def choose(entry: Path, program: Program) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from llmopt.backends.environment import variable
 from llmopt.errors import BackendUnavailableError
-from llmopt.runtime.engines.providers import Place, start
+from llmopt.interface.arrays import Arrays, Run
+from llmopt.runtime.engines.providers import Provider, start
 
-Arrays = dict[str, npt.NDArray[Any]]
-Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
 _EXTERNAL: Final = "session.model_external_initializers_file_folder_path"
 _EXPERTS: Final = "ORT_QMOE_CPU_QNBIT_GEMM"
 """Lets QMoE multiply codes of 8 bits in float32: an attribute says so for 4 bits alone.
@@ -27,7 +26,7 @@ _INLINE_BYTES: Final = 1024
 
 
 def open_session(
-    model: Path, *, exact: bool = False, widened: bool = False, place: Place | None = None
+    model: Path, *, exact: bool = False, widened: bool = False, place: Provider | None = None
 ) -> Run:
     """Return a function from inputs to outputs, by name.
 
@@ -57,7 +56,7 @@ def open_session(
         options.add_session_config_entry(_EXTERNAL, str(model.parent))
         source = proto.SerializeToString()
     with variable(_EXPERTS, "fp32") if exact else contextlib.nullcontext():
-        session = start(ort, source, options, place or Place())
+        session = start(ort, source, options, place or Provider())
     names = [output.name for output in session.get_outputs()]
     takes = (*session.get_inputs(), *session.get_overridable_initializers())
     wide = {value.name for value in takes if value.type == "tensor(float)"}

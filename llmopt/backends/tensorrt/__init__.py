@@ -15,15 +15,33 @@ from typing import Any, ClassVar, Final
 import onnx_ir as ir
 from typing_extensions import override
 
-from llmopt.backends.base import TOLERANCE, Availability, Backend, Bounds, Demand, Lowered, Run
+from llmopt.backends.base import (
+    TOLERANCE,
+    Availability,
+    Backend,
+    Demand,
+    ExampleBounds,
+    Lowered,
+)
 from llmopt.backends.tensorrt.golden import golden_tolerance, write_golden
 from llmopt.backends.tensorrt.int4_weights import Int4Weights
 from llmopt.backends.tensorrt.legalize_attention import LegalizeAttention, declined
 from llmopt.backends.tensorrt.legalize_operators import LegalizeOperators
 from llmopt.backends.tensorrt.network import problems_of, profiles_of
 from llmopt.backends.tensorrt.quantize_static import QuantizeStatic
-from llmopt.backends.tensorrt.report import Attention, attentions, read_layers, summary
-from llmopt.errors import ArtifactError, BackendUnavailableError, UnsupportedModelError, UsageError
+from llmopt.backends.tensorrt.report import (
+    AttentionFusion,
+    attentions,
+    read_layers,
+    summary,
+)
+from llmopt.errors import (
+    ArtifactError,
+    BackendUnavailableError,
+    UnsupportedModelError,
+    UsageError,
+)
+from llmopt.interface.arrays import Run
 from llmopt.ir import graph as g
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
@@ -41,7 +59,13 @@ from llmopt.runtime.engines.tensorrt_build import (
     build_engine,
     import_tensorrt,
 )
-from llmopt.runtime.engines.tensorrt_recipe import NETWORK, RECIPE, WEIGHTS, Recipe, engine_file
+from llmopt.runtime.engines.tensorrt_recipe import (
+    NETWORK,
+    RECIPE,
+    WEIGHTS,
+    EngineRecipe,
+    engine_file,
+)
 
 REPORT: Final = "engine-report.json"
 _ALIGNMENT: Final = 4096  # a page
@@ -62,7 +86,7 @@ _LEAST: Final[Mapping[str, int]] = {"bf16": 80, "fp8": 89}
 
 
 @dataclass(frozen=True)
-class _TensorRt(Backend):
+class _TensorRtBase(Backend):
     """What both packages share: options of the typed network, and how it is written.
 
     Args:
@@ -98,7 +122,7 @@ class _TensorRt(Backend):
         return TOLERANCE if scheme is None else TOLERANCES[scheme.split("{")[0]]
 
     @override
-    def example_bounds(self, scheme: str | None) -> Bounds | None:
+    def example_bounds(self, scheme: str | None) -> ExampleBounds | None:
         # No engine ran here, so nobody knows how far off one is; a deferred one is compared with
         # the typed network where it is built.
         return None
@@ -145,7 +169,7 @@ class _TensorRt(Backend):
     @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
         trt = None if demand.defer_engine else self._tensorrt()
-        recipe = Recipe(
+        recipe = EngineRecipe(
             self.package,
             () if demand.defer_engine else self._capabilities(),
             profiles_of(program, demand.batch, int(self.chunk)),
@@ -190,7 +214,9 @@ class _TensorRt(Backend):
     def _capabilities(self) -> tuple[str, ...]:
         """Return the compute capabilities to build engines for."""
 
-    def _build(self, trt: Any, program: Program, folder: Path, recipe: Recipe) -> tuple[str, ...]:
+    def _build(
+        self, trt: Any, program: Program, folder: Path, recipe: EngineRecipe
+    ) -> tuple[str, ...]:
         """Build every engine, write them and the report, and say what was fused."""
         nodes = [str(node.name) for node in g.nodes(program.graph, "Attention")]
         written = declined(program)
@@ -212,7 +238,7 @@ class _TensorRt(Backend):
 
 
 @dataclass(frozen=True)
-class TensorRtRtx(_TensorRt):
+class TensorRtRtx(_TensorRtBase):
     """Engines for RTX GPUs, built ahead of time on a machine that needs no GPU.
 
     Args:
@@ -249,7 +275,7 @@ class TensorRtRtx(_TensorRt):
 
 
 @dataclass(frozen=True)
-class TensorRt(_TensorRt):
+class TensorRt(_TensorRtBase):
     """An engine for the GPU of this machine, or of the machine that loads it first."""
 
     name: ClassVar[str] = "tensorrt"
@@ -316,7 +342,7 @@ def _bytes(value: ir.Value, batch: int) -> int:
     return int(total)
 
 
-def _fused(capability: str, found: Sequence[Attention]) -> str:
+def _fused(capability: str, found: Sequence[AttentionFusion]) -> str:
     fused = sum(each.fused for each in found)
     text = f"sm {capability}: {fused} of {len(found)} attentions are one layer each"
     missed = [f"{each.node}: {each.reason}" for each in found if not each.fused]

@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from llmopt.backends.tensorrt.typed_run import open_typed
+from llmopt.interface.signature import Role
 from llmopt.ir.feeds import Case, feeds
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.runtime.engines.tensorrt_recipe import GOLDEN, NETWORK
 from llmopt.runtime.npz import write_npz
 

@@ -22,8 +22,9 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.backends.tensorrt.written_out import LOW, written_out
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 from llmopt.runtime.engines.tensorrt_recipe import WRITE_INDICES
 
@@ -102,7 +103,7 @@ def _fixed(port: Any, capacity: int) -> Any:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Visibility:
     """What an attention sees, the same for all layers that share a mask."""
 
     causal: bool = False
@@ -129,7 +130,7 @@ class _Legalizer:
     program: Program
     writes: ir.Value | None
     outcome: Outcome
-    masks: dict[_Seen, ir.Value] = field(default_factory=dict)
+    masks: dict[_Visibility, ir.Value] = field(default_factory=dict)
 
     def rewrite(self, node: ir.Node) -> None:
         """Replace one Attention."""
@@ -142,7 +143,7 @@ class _Legalizer:
         )
         if g.optional(node, 4) is not None:
             k, v = self._scatter(build, node, 1, k), self._scatter(build, node, 2, v)
-        seen = _Seen(
+        seen = _Visibility(
             bool(g.attribute(node, "is_causal", 0)),
             int(g.attribute(node, "left_window_size", -1)),
             int(g.attribute(node, "right_window_size", -1)),
@@ -177,18 +178,18 @@ class _Legalizer:
         return written
 
     def _masked(
-        self, build: g.Builder, seen: _Seen, qk: tuple[ir.Value, ir.Value]
+        self, build: g.Builder, seen: _Visibility, qk: tuple[ir.Value, ir.Value]
     ) -> tuple[bool, ir.Value | None]:
         """Return whether the attribute says it is causal, and the mask that says all else."""
         if self.writes is None and not seen.placed:
             return False, seen.mask
-        if self.writes is None and seen == _Seen(causal=True):
+        if self.writes is None and seen == _Visibility(causal=True):
             return True, None
         if seen not in self.masks:
             self.masks[seen] = self._mask(build, seen, *qk)
         return False, self.masks[seen]
 
-    def _mask(self, build: g.Builder, seen: _Seen, q: ir.Value, k: ir.Value) -> ir.Value:
+    def _mask(self, build: g.Builder, seen: _Visibility, q: ir.Value, k: ir.Value) -> ir.Value:
         """Return where attention goes, [B or 1, 1, S, C] boolean, or added numbers as given."""
         slots, keys = self._slots(build, q), _keys(build, k)
         bounds: list[ir.Value] = []

@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
 
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 
 _TAKEN: Final = """

@@ -8,9 +8,10 @@ from typing import Final
 import onnx_ir as ir
 
 from llmopt.backends.tensorrt.legalize_operators import TAKEN
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
-from llmopt.runtime.engines.tensorrt_recipe import Bounds, Profile, Sizes
+from llmopt.ir.program import Program
+from llmopt.runtime.engines.tensorrt_recipe import InputRange, Profile, Sizes
 
 _PASTS: Final = (Role.PAST_KEY, Role.PAST_VALUE)
 USUAL: Final = 128  # tokens: what kernels are chosen for where a length is free
@@ -77,7 +78,7 @@ def _profile(program: Program, name: str, batch: int, tokens: int) -> Profile:
     for value in program.graph.inputs:
         sizes = g.shape(value) or []
         if any(not isinstance(size, int) for size in sizes):
-            shapes[str(value.name)] = Bounds(
+            shapes[str(value.name)] = InputRange(
                 _sizes(sizes, 1, 1),
                 _sizes(sizes, 1, min(USUAL, tokens)),
                 _sizes(sizes, batch, tokens),
@@ -85,7 +86,7 @@ def _profile(program: Program, name: str, batch: int, tokens: int) -> Profile:
     values = {}
     keep = program.signature.find(Role.LOGITS_TO_KEEP)
     if keep is not None:
-        values[keep.name] = Bounds((1,), (1,), (tokens,))
+        values[keep.name] = InputRange((1,), (1,), (tokens,))
     return Profile(name, shapes, values)
 
 

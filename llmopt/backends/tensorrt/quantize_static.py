@@ -20,16 +20,17 @@ from typing import Any, ClassVar, Final
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.backends.tensorrt.legalize_operators import LegalizeOperators
 from llmopt.errors import UsageError
+from llmopt.interface.arrays import Array, Arrays
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir import weights
-from llmopt.ir.feeds import Arrays, Case, feeds
-from llmopt.ir.program import Program, Role
+from llmopt.ir.feeds import Case, feeds
+from llmopt.ir.program import Program
 from llmopt.ir.saving import save_with_data
 from llmopt.passes.base import Outcome
 from llmopt.passes.quantize_weights import SHORTEST, candidates, leaf_turns
@@ -37,7 +38,6 @@ from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.calibration import Observer, loss, smoothing
 from llmopt.quantization.schemes import Static
 
-Array = npt.NDArray[Any]
 MOST_LOST: Final = 0.01
 """A product whose activation would lose more than this part of its square stays in float."""
 _CASES: Final = 8  # batches of random tokens
@@ -102,7 +102,7 @@ class QuantizeStatic(RoundingPass):
 
         return rounded
 
-    def groups(self, program: Program, outcome: Outcome) -> list[Group]:
+    def groups(self, program: Program, outcome: Outcome) -> list[ProductGroup]:
         """Return the products to round, those of one activation together, calibrated."""
         found: dict[ir.Value, list[ir.Node]] = {}
         head = program.output(Role.LOGITS)
@@ -128,7 +128,7 @@ class QuantizeStatic(RoundingPass):
         """The largest magnitude of a code."""
         return Static("float8" if self.code == "float8" else "int8").limit
 
-    def _group(self, x: ir.Value, nodes: list[ir.Node], seen: Observer) -> Group:
+    def _group(self, x: ir.Value, nodes: list[ir.Node], seen: Observer) -> ProductGroup:
         ranges, rows = seen.ranges()[str(x.name)], seen.rows(str(x.name))
         even = np.ones_like(ranges)
         if self.smooth and self.code == "int8":
@@ -136,7 +136,7 @@ class QuantizeStatic(RoundingPass):
         limit = float(np.max(ranges / even))
         step, code = limit / self.limit, _CODES[self.code][1]
         rounded = _rounded(rows / even / step, self.limit, code).astype(np.float32) * step * even
-        return Group(x, nodes, even, limit, loss(rows, rounded))
+        return ProductGroup(x, nodes, even, limit, loss(rows, rounded))
 
     def _observed(self, program: Program, names: Sequence[str]) -> Observer:
         observer = Observer(self.percentile)
@@ -148,7 +148,7 @@ class QuantizeStatic(RoundingPass):
                     observer.add(name, found[name])
         return observer
 
-    def _rewrite(self, group: Group) -> None:
+    def _rewrite(self, group: ProductGroup) -> None:
         build = g.Builder(group.nodes[0])
         x = group.x
         if np.any(group.even != 1.0):
@@ -172,7 +172,7 @@ class QuantizeStatic(RoundingPass):
         out.shape, out.type = x.shape, x.type
         return out
 
-    def _weight(self, build: g.Builder, value: ir.Value, group: Group) -> ir.Value:
+    def _weight(self, build: g.Builder, value: ir.Value, group: ProductGroup) -> ir.Value:
         tensor = g.weight(value)
         assert tensor is not None
         shape, limit = list(tensor.shape.numpy()), self.limit
@@ -193,7 +193,7 @@ class QuantizeStatic(RoundingPass):
 
 
 @dataclass(frozen=True)
-class Group:
+class ProductGroup:
     """The products of one activation.
 
     Args:

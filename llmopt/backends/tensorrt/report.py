@@ -18,7 +18,7 @@ _FUSED: Final = re.compile(r"mha|fmha|flash", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Layer:
+class EngineLayer:
     """One layer of an engine.
 
     Args:
@@ -36,7 +36,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionFusion:
     """What became of one attention.
 
     Args:
@@ -55,7 +55,7 @@ class Attention:
         return bool(self.layers)
 
 
-def read_layers(lines: Iterable[str]) -> list[Layer]:
+def read_layers(lines: Iterable[str]) -> list[EngineLayer]:
     """Return the layers that the builder told.
 
     >>> line = "Name: _gemm_mha_v2_myl0_2, LayerType: kgen, Inputs: [], Metadata: [ONNX Layer: a]"
@@ -67,13 +67,13 @@ def read_layers(lines: Iterable[str]) -> list[Layer]:
         name, metadata = _NAME.search(line), _METADATA.search(line)
         if name is not None:
             nodes = _NODE.findall(metadata["nodes"]) if metadata is not None else []
-            layers.append(Layer(name["name"], frozenset(nodes)))
+            layers.append(EngineLayer(name["name"], frozenset(nodes)))
     return layers
 
 
 def attentions(
-    layers: Sequence[Layer], nodes: Sequence[str], declined: Mapping[str, str], profiles: int
-) -> list[Attention]:
+    layers: Sequence[EngineLayer], nodes: Sequence[str], declined: Mapping[str, str], profiles: int
+) -> list[AttentionFusion]:
     """Return what became of every attention of a network.
 
     Args:
@@ -86,15 +86,17 @@ def attentions(
     for node in nodes:
         fused = tuple(layer.name for layer in layers if layer.is_attention and node in layer.nodes)
         if len(fused) >= profiles:
-            found.append(Attention(node, fused))
+            found.append(AttentionFusion(node, fused))
             continue
         other = [layer.name for layer in layers if node in layer.nodes]
         reason = f"TensorRT split it: {', '.join(other[:4]) or 'no layer names it'}"
-        found.append(Attention(node, reason=reason))
-    return found + [Attention(node, reason=why) for node, why in declined.items()]
+        found.append(AttentionFusion(node, reason=reason))
+    return found + [AttentionFusion(node, reason=why) for node, why in declined.items()]
 
 
-def summary(capability: str, layers: Sequence[Layer], found: Sequence[Attention]) -> dict[str, Any]:
+def summary(
+    capability: str, layers: Sequence[EngineLayer], found: Sequence[AttentionFusion]
+) -> dict[str, Any]:
     """Return what ``engine-report.json`` says of one engine."""
     return {
         "capability": capability,

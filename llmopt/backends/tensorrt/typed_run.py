@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from llmopt.backends.base import Arrays, Run
 from llmopt.errors import BackendUnavailableError, LlmoptError
+from llmopt.interface.arrays import Array, Arrays, Run
 from llmopt.runtime.engines.tensorrt_recipe import WRITE_INDICES
 
-Array = npt.NDArray[Any]
 _EXTERNAL: Final = "session.model_external_initializers_file_folder_path"
 _STEP: Final = 64  # slots: the cache grows by so many, and onnxruntime sees few shapes
 _FLOAT, _BFLOAT16 = 1, 16  # onnx.TensorProto
 
 
 @dataclass(frozen=True)
-class _Caches:
+class _NetworkCaches:
     """The cache of a network.
 
     Args:
@@ -105,7 +103,7 @@ _NUMPY: Final = {
 }
 
 
-def _free_capacity(proto: Any) -> _Caches | None:
+def _free_capacity(proto: Any) -> _NetworkCaches | None:
     """Let the number of slots be any; return the caches, None where there are none."""
     values = {value.name: value for value in (*proto.graph.input, *proto.graph.output)}
     scatters = [node for node in proto.graph.node if node.op_type == "TensorScatter"]
@@ -117,7 +115,7 @@ def _free_capacity(proto: Any) -> _Caches | None:
         values[name].type.tensor_type.shape.dim[2].dim_param = "C"
     masks = [value for value in proto.graph.input if _is_mask(value, capacity)]
     masks[0].type.tensor_type.shape.dim[1].dim_param = "C"
-    return _Caches(masks[0].name, presents)
+    return _NetworkCaches(masks[0].name, presents)
 
 
 def _is_mask(value: Any, capacity: int) -> bool:
@@ -125,7 +123,7 @@ def _is_mask(value: Any, capacity: int) -> bool:
     return len(dims) == 2 and dims[1].dim_value == capacity
 
 
-def _with_room(feeds: Mapping[str, Array], caches: _Caches) -> dict[str, Array]:
+def _with_room(feeds: Mapping[str, Array], caches: _NetworkCaches) -> dict[str, Array]:
     """Return inputs whose cache and mask have as many slots as the tokens need."""
     mask = feeds[caches.mask]
     batch, end = mask.shape

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from typing_extensions import override
 
-from llmopt.backends.base import Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.base import Availability, Backend, Demand, Lowered
 from llmopt.backends.onnxruntime import installed
-from llmopt.backends.tvm.lower_attention import LowerAttention
+from llmopt.backends.tvm.lower_attention import LowerPackedAttention
 from llmopt.backends.tvm.lower_linear import LowerLinear
 from llmopt.backends.tvm.separate_pairs import SeparatePairs
+from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.quantization.schemes import Blockwise, Scheme
 from llmopt.runtime.engines.tvm import INDEX, WEIGHTS
 
 if TYPE_CHECKING:
-    from llmopt.backends.tvm.entries import Bounds
+    from llmopt.backends.tvm.entries import Capacity
     from llmopt.backends.tvm.features import Processor
     from llmopt.backends.tvm.module import Module
 
@@ -81,7 +82,7 @@ class Tvm(Backend):
 
     @override
     def passes(self, scheme: str | None) -> tuple[Pass, ...]:
-        return (SeparatePairs(), LowerAttention(), LowerLinear())
+        return (SeparatePairs(), LowerPackedAttention(), LowerLinear())
 
     @override
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:
@@ -173,14 +174,14 @@ def _describe(module: Module, folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _limits(program: Program, demand: Demand) -> Bounds:
+def _limits(program: Program, demand: Demand) -> Capacity:
     """Return what memory is planned for."""
-    from llmopt.backends.tvm.entries import Bounds
+    from llmopt.backends.tvm.entries import Capacity
 
     longest = program.facts.max_length
     if program.signature.has_cache:
-        return Bounds(demand.batch, min(longest, CHUNK) if longest else CHUNK)
-    return Bounds(demand.batch, longest)
+        return Capacity(demand.batch, min(longest, CHUNK) if longest else CHUNK)
+    return Capacity(demand.batch, longest)
 
 
 def _share_cache(program: Program) -> None:

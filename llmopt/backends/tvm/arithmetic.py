@@ -9,7 +9,14 @@ import numpy as np
 import onnx_ir as ir
 
 from llmopt.backends.tvm import api
-from llmopt.backends.tvm.writing import Rule, Writer, axes_of, dtype_of, needed, shape_of
+from llmopt.backends.tvm.writing import (
+    FunctionWriter,
+    Rule,
+    axes_of,
+    dtype_of,
+    needed,
+    shape_of,
+)
 from llmopt.ir import graph as g
 
 
@@ -18,7 +25,7 @@ def _unary(name: str) -> Rule:
 
 
 def _binary(name: str) -> Rule:
-    def rule(w: Writer, node: ir.Node) -> Sequence[Any]:
+    def rule(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
         left, right = (w.tensor(node.inputs[i]) for i in (0, 1))
         return [getattr(api.relax().op, name)(left, right)]
 
@@ -26,7 +33,7 @@ def _binary(name: str) -> Rule:
 
 
 def _variadic(name: str) -> Rule:
-    def rule(w: Writer, node: ir.Node) -> Sequence[Any]:
+    def rule(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
         total = w.tensor(node.inputs[0])
         for value in node.inputs[1:]:
             total = w.emit(getattr(api.relax().op, name)(total, w.tensor(value)))
@@ -36,7 +43,7 @@ def _variadic(name: str) -> Rule:
 
 
 def _reduce(name: str) -> Rule:
-    def rule(w: Writer, node: ir.Node) -> Sequence[Any]:
+    def rule(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
         x = w.tensor(node.inputs[0])
         axes = axes_of(w, node, len(shape_of(x)))
         keep = bool(g.attribute(node, "keepdims", 1))
@@ -45,7 +52,7 @@ def _reduce(name: str) -> Rule:
     return rule
 
 
-def _reduce_l2(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _reduce_l2(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x = w.tensor(node.inputs[0])
     axes = axes_of(w, node, len(shape_of(x)))
@@ -54,25 +61,25 @@ def _reduce_l2(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [op.sqrt(squares)]
 
 
-def _divide(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _divide(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     left, right = (w.tensor(node.inputs[i]) for i in (0, 1))
     op = api.relax().op
     real = dtype_of(left).startswith("float")
     return [op.divide(left, right) if real else op.floor_divide(left, right)]
 
 
-def _reciprocal(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _reciprocal(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     return [api.relax().op.divide(api.scalar(1.0, dtype_of(x)), x)]
 
 
-def _mod(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _mod(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     left, right = (w.tensor(node.inputs[i]) for i in (0, 1))
     return [op.mod(left, right) if g.attribute(node, "fmod", 0) else op.floor_mod(left, right)]
 
 
-def _cast(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _cast(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     dtype = ir.DataType(g.attribute(node, "to", 1)).numpy().name
     op = api.relax().op
@@ -81,7 +88,7 @@ def _cast(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [x if dtype_of(x) == dtype else op.astype(x, dtype)]
 
 
-def _clip(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _clip(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x = w.tensor(node.inputs[0])
     if g.optional(node, 1) is not None:
@@ -91,14 +98,14 @@ def _clip(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [x]
 
 
-def _gelu(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _gelu(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     nn = api.relax().op.nn
     by_tanh = g.attribute(node, "approximate", "none") == "tanh"
     return [nn.gelu_tanh(x) if by_tanh else nn.gelu(x)]
 
 
-def _swish(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _swish(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x = w.tensor(node.inputs[0])
     alpha = g.attribute(node, "alpha", 1.0)
@@ -106,11 +113,11 @@ def _swish(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [op.multiply(x, w.emit(op.sigmoid(inner)))]
 
 
-def _relu(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _relu(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     return [api.relax().op.nn.relu(w.tensor(node.inputs[0]))]
 
 
-def _softplus(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _softplus(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x = w.tensor(node.inputs[0])
     one, zero = api.scalar(1.0, dtype_of(x)), api.scalar(0.0, dtype_of(x))
@@ -119,26 +126,26 @@ def _softplus(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [op.add(w.emit(op.maximum(x, zero)), tail)]
 
 
-def _softmax(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _softmax(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     return [api.relax().op.nn.softmax(w.tensor(node.inputs[0]), g.attribute(node, "axis", -1))]
 
 
-def _cumsum(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _cumsum(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     axis = int(needed(w, node, 1).item()) % len(shape_of(x))
     exclusive = bool(g.attribute(node, "exclusive", 0))
     return [api.relax().op.cumsum(x, axis, dtype_of(x), exclusive)]
 
 
-def _where(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _where(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     return [api.relax().op.where(*(w.tensor(value) for value in node.inputs))]
 
 
-def _matmul(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _matmul(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     return [api.relax().op.matmul(w.tensor(node.inputs[0]), w.tensor(node.inputs[1]))]
 
 
-def _quantize(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _quantize(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x, scale = w.tensor(node.inputs[0]), w.tensor(node.inputs[1])
     zero = g.optional(node, 2)
@@ -150,7 +157,7 @@ def _quantize(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [op.astype(w.emit(op.clip(steps, low, high)), dtype)]
 
 
-def _dequantize(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _dequantize(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     x = w.emit(op.astype(w.tensor(node.inputs[0]), "float32"))
     scale, zero = w.tensor(node.inputs[1]), g.optional(node, 2)

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from llmopt.backends.tvm import api
-from llmopt.backends.tvm.kernels import attention as kernels
 from llmopt.backends.tvm.kernels import plain
+from llmopt.backends.tvm.kernels.attention import selection as kernels
 from llmopt.backends.tvm.lower_attention import padded
 from llmopt.backends.tvm.writing import dtype_of, shape_of
 from llmopt.ir import graph as g
@@ -62,9 +62,9 @@ class Form:
             softcap=g.attribute(node, "softcap", 0.0),
         )
 
-    def kernel(self, **where: bool) -> kernels.Attention:
+    def kernel(self, **where: bool) -> kernels.AttentionForm:
         """Return what the kernels call it; ``where`` says where keys and their mask are."""
-        return kernels.Attention(
+        return kernels.AttentionForm(
             heads=self.heads,
             kv_heads=self.kv_heads,
             width=self.width,

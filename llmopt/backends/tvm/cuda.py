@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from typing_extensions import override
 
-from llmopt.backends.base import TOLERANCE, Availability, Backend, Demand, Lowered, Run
+from llmopt.backends.base import TOLERANCE, Availability, Backend, Demand, Lowered
 from llmopt.backends.onnxruntime import installed
 from llmopt.errors import UsageError
+from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.runtime.engines import tvm_cuda
@@ -153,12 +154,12 @@ class Unscheduled(Backend):
 
 def _module(program: Program, demand: Demand) -> CudaModule:
     from llmopt.backends.tvm.cuda_module import CudaModule
-    from llmopt.backends.tvm.entries import Bounds
+    from llmopt.backends.tvm.entries import Capacity
 
     if program.signature.has_cache:
         facts = dataclasses.replace(program.facts.model, cache="concat")
         program.learn(model=facts)
-    return CudaModule(program, Bounds(demand.batch, program.facts.max_length))
+    return CudaModule(program, Capacity(demand.batch, program.facts.max_length))
 
 
 def _describe(module: CudaModule, folder: Path, source: str) -> None:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from llmopt.backends.tvm import api, sizes
 from llmopt.backends.tvm.cuda_rules import RULES
-from llmopt.backends.tvm.entries import Bounds, Entry
+from llmopt.backends.tvm.entries import Capacity, EntryPoint
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.function import Function
 from llmopt.backends.tvm.module import Module
@@ -30,7 +30,7 @@ class CudaModule(Module):
         limits: What memory is planned for.
     """
 
-    def __init__(self, program: Program, limits: Bounds) -> None:
+    def __init__(self, program: Program, limits: Capacity) -> None:
         super().__init__(program, Features(), limits)
 
     @override
@@ -49,7 +49,7 @@ class CudaFunction(Function):
         entry: How it is called.
     """
 
-    def __init__(self, module: CudaModule, entry: Entry) -> None:
+    def __init__(self, module: CudaModule, entry: EntryPoint) -> None:
         super().__init__(module, entry)
         if self.program.signature.has_cache:
             past = api.symbol("P")

@@ -18,12 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmopt.backends.tvm.lower_linear import DOMAIN
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 
 
 @dataclass(frozen=True)
-class Entry:
+class EntryPoint:
     """One way of calling a Program.
 
     Args:
@@ -40,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Bounds:
+class Capacity:
     """The most that functions have to serve: memory is planned for it.
 
     Args:
@@ -52,18 +53,18 @@ class Bounds:
     tokens: int
 
 
-def entries(program: Program) -> list[Entry]:
+def entries(program: Program) -> list[EntryPoint]:
     """Return the functions that a Program needs."""
     exact = [False, True] if _rounds(program) else [False]
     if not program.signature.has_cache:
-        return [Entry("exact_main" if e else "main", exact=e) for e in exact]
+        return [EntryPoint("exact_main" if e else "main", exact=e) for e in exact]
     found = []
     for e in exact:
         head = "exact_" if e else ""
         if program.signature.find(Role.LOGITS_TO_KEEP) is not None:
-            found.append(Entry(f"{head}prefill", exact=e))
-        found.append(Entry(f"{head}score", every=True, exact=e))
-        found.append(Entry(f"{head}decode", one=True, exact=e))
+            found.append(EntryPoint(f"{head}prefill", exact=e))
+        found.append(EntryPoint(f"{head}score", every=True, exact=e))
+        found.append(EntryPoint(f"{head}decode", one=True, exact=e))
     return found
 
 

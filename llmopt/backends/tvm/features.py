@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from llmopt.errors import UnknownNameError
-from llmopt.runtime.processor import LINUX_NAMES, processor_features
+from llmopt.runtime.cpu_features import LINUX_NAMES, processor_features
 
 
 @dataclass(frozen=True)

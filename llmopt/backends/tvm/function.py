@@ -9,15 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from llmopt.backends.tvm import api, sizes
-from llmopt.backends.tvm.entries import Entry
+from llmopt.backends.tvm.entries import EntryPoint
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.rules import rule_of
 from llmopt.backends.tvm.sizes import Known, known
-from llmopt.backends.tvm.weights import Stored
+from llmopt.backends.tvm.weights import StoredArray
 from llmopt.backends.tvm.writing import shape_of
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir import weights
-from llmopt.ir.program import Role
 
 if TYPE_CHECKING:
     from llmopt.backends.tvm.module import Module
@@ -34,7 +34,7 @@ class Function:
         entry: How it is called.
     """
 
-    def __init__(self, module: Module, entry: Entry) -> None:
+    def __init__(self, module: Module, entry: EntryPoint) -> None:
         self.module = module
         self.entry = entry
         self.program = module.program
@@ -178,13 +178,13 @@ class Function:
         leaf = next(weights.leaves(tensor), None)
         name = leaf.source if leaf is not None else (tensor.name or "constant")
         shape = tuple(int(size) for size in tensor.shape.numpy())
-        stored = Stored(name, tensor.dtype.numpy().name, shape)
+        stored = StoredArray(name, tensor.dtype.numpy().name, shape)
         key = ("plain", weights.identity(tensor))
         parts = self.packed(key, {"": stored}, lambda: {"": np.asarray(tensor.numpy())})
         return parts[""]
 
     def packed(
-        self, key: Any, parts: Mapping[str, Stored], read: Callable[[], Mapping[str, Any]]
+        self, key: Any, parts: Mapping[str, StoredArray], read: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any]:
         """Return the parts of a weight by name, each fetched from the list once."""
         numbers = self.module.weights.add(key, parts, read)

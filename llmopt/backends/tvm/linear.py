@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from llmopt.backends.tvm.kernels import linear as kernels
+from llmopt.backends.tvm.kernels.linear import selection as kernels
 from llmopt.backends.tvm.kernels.rows import gather_packed
 from llmopt.backends.tvm.lower_linear import BF16, DOMAIN, DYNAMIC, quantized
-from llmopt.backends.tvm.weights import Stored
+from llmopt.backends.tvm.weights import StoredArray
 from llmopt.backends.tvm.writing import shape_of
 from llmopt.ir import graph as g
 from llmopt.ir import weights
@@ -71,7 +71,7 @@ def _weight(f: Function, node: ir.Node, packing: kernels.Packing) -> dict[str, A
     """Return the arrays of a weight by the kernels' names, stored once for each packing."""
     value = g.operand(node, 0 if node.op_type == "GatherRows" else 1)
     parts = {
-        part: Stored(f"{value.name}.{part}", dtype, shape)
+        part: StoredArray(f"{value.name}.{part}", dtype, shape)
         for part, (shape, dtype) in packing.arrays.items()
     }
     read = _reader(node)

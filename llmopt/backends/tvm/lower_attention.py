@@ -38,7 +38,7 @@ _KEPT: Final = (
 
 
 @dataclass(frozen=True)
-class LowerAttention(Pass):
+class LowerPackedAttention(Pass):
     """Lower Attention of projections of one value to one operator on the projections' row.
 
     Numerics: exact but for the order of sums.
@@ -66,7 +66,7 @@ class LowerAttention(Pass):
 
 
 @dataclass(frozen=True)
-class _Turned:
+class _HeadTransform:
     """What was done to Q or K on the way from the projections' row.
 
     Args:
@@ -81,7 +81,7 @@ class _Turned:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _MatchedAttention:
     """An Attention whose parts are turned as the kernels turn them."""
 
     parts: tuple[ir.Value, ir.Value, ir.Value]
@@ -95,7 +95,7 @@ def padded(node: ir.Node) -> bool:
     return made is not None and made.name == PADDING_MASK
 
 
-def _found(node: ir.Node) -> _Found | str:
+def _found(node: ir.Node) -> _MatchedAttention | str:
     """Return the row that Q, K and V are parts of, or why they are not."""
     if (outside := next(_outside(node), None)) is not None:
         return outside
@@ -103,7 +103,7 @@ def _found(node: ir.Node) -> _Found | str:
     if (problem := next(_apart(node, q, k), None)) is not None:
         return problem
     norms = None if q.norm is None or k.norm is None else (q.norm, k.norm)
-    return _Found((q.source, k.source, g.operand(node, 2)), q.tables, norms)
+    return _MatchedAttention((q.source, k.source, g.operand(node, 2)), q.tables, norms)
 
 
 def _outside(node: ir.Node) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _outside(node: ir.Node) -> Iterator[str]:
         yield "it takes lengths of keys, or gives scores"
 
 
-def _apart(node: ir.Node, q: _Turned, k: _Turned) -> Iterator[str]:
+def _apart(node: ir.Node, q: _HeadTransform, k: _HeadTransform) -> Iterator[str]:
     """Yield why Q, K and V are not the parts of one row, turned alike."""
     parts = (q.source, k.source, g.operand(node, 2))
     if not _even(node, *parts):
@@ -146,14 +146,18 @@ def _even(node: ir.Node, *parts: ir.Value) -> bool:
     return len(widths) == 1 and None not in widths
 
 
-def _turned(value: ir.Value, heads: int) -> _Turned:
+def _turned(value: ir.Value, heads: int) -> _HeadTransform:
     tables: tuple[ir.Value, ...] = ()
     rotary = g.producer(value, "RotaryEmbedding")
     if rotary is not None and _plain_rotary(rotary, heads):
         tables = tuple(g.operand(rotary, i) for i in (1, 2, 3))
         value = g.operand(rotary, 0)
     norm = _head_norm(value)
-    return _Turned(value, tables, None) if norm is None else _Turned(norm[1], tables, norm[0])
+    return (
+        _HeadTransform(value, tables, None)
+        if norm is None
+        else _HeadTransform(norm[1], tables, norm[0])
+    )
 
 
 def _plain_rotary(node: ir.Node, heads: int) -> bool:
@@ -186,7 +190,7 @@ def _epsilon(node: ir.Node) -> float:
     return float(g.attribute(node, "epsilon", 1e-5))
 
 
-def _emit(node: ir.Node, found: _Found) -> None:
+def _emit(node: ir.Node, found: _MatchedAttention) -> None:
     build = g.Builder(node)
     attributes: dict[str, Any] = {
         name: attr.value for name, attr in node.attributes.items() if name in _KEPT

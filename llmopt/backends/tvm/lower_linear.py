@@ -62,7 +62,7 @@ class LowerLinear(Pass):
 
 
 @dataclass
-class _Found:
+class _MatchedLinear:
     """A product and what was found to follow it."""
 
     x: ir.Value
@@ -77,7 +77,7 @@ class _Found:
     epilogue: list[str] = field(default_factory=list)
 
 
-def _product(node: ir.Node) -> _Found | None:
+def _product(node: ir.Node) -> _MatchedLinear | None:
     """Return the product of ``node`` with a weight, if it is one, and what follows it."""
     found = _rounded(node) or _dynamic(node) or _narrow(node) or _plain(node)
     if found is None or (g.rank(found.x) or 0) < 2:
@@ -88,16 +88,16 @@ def _product(node: ir.Node) -> _Found | None:
     return found
 
 
-def _plain(node: ir.Node) -> _Found | None:
+def _plain(node: ir.Node) -> _MatchedLinear | None:
     weight = g.weight(node.inputs[1])
     if weight is None or len(weight.shape) != 2 or weight.dtype != ir.DataType.FLOAT:
         return None
     rows = int(weight.shape.numpy()[1])
     x, w = g.operand(node, 0), g.operand(node, 1)
-    return _Found(x, w, None, "", node.outputs[0], rows, node.name)
+    return _MatchedLinear(x, w, None, "", node.outputs[0], rows, node.name)
 
 
-def _rounded(node: ir.Node) -> _Found | None:
+def _rounded(node: ir.Node) -> _MatchedLinear | None:
     """Return a product with weights in blocks."""
     transpose = g.producer(node.inputs[1], "Transpose")
     codes = None if transpose is None else _codes(transpose.inputs[0])
@@ -105,17 +105,17 @@ def _rounded(node: ir.Node) -> _Found | None:
         return None
     weight = quantized(codes)
     x, scheme = g.operand(node, 0), str(weight.scheme)
-    return _Found(x, codes, None, scheme, node.outputs[0], weight.rows, node.name)
+    return _MatchedLinear(x, codes, None, scheme, node.outputs[0], weight.rows, node.name)
 
 
-def _narrow(node: ir.Node) -> _Found | None:
+def _narrow(node: ir.Node) -> _MatchedLinear | None:
     """Return a product with weights in bfloat16."""
     value = _stored(node.inputs[1])
     if value is None:
         return None
     rows = g.static(value, 1)
     assert rows is not None
-    return _Found(g.operand(node, 0), value, None, BF16, node.outputs[0], rows, node.name)
+    return _MatchedLinear(g.operand(node, 0), value, None, BF16, node.outputs[0], rows, node.name)
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
@@ -127,7 +127,7 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     return g.operand(cast, 0) if len(tensor.shape) == 2 else None
 
 
-def _dynamic(node: ir.Node) -> _Found | None:
+def _dynamic(node: ir.Node) -> _MatchedLinear | None:
     """Return a product of codes whose rows were divided by their largest magnitude before."""
     x, w = (g.producer(node.inputs[i], "DequantizeLinear") for i in (0, 1))
     if x is None or w is None or g.rank(w.inputs[1]) != 1 or g.optional(w, 2) is not None:
@@ -142,7 +142,7 @@ def _dynamic(node: ir.Node) -> _Found | None:
     if rows is None or g.weight(codes) is None:
         return None
     source, end = g.operand(divide, 0), scaled.outputs[0]
-    return _Found(source, codes, scale, DYNAMIC, end, rows, node.name)
+    return _MatchedLinear(source, codes, scale, DYNAMIC, end, rows, node.name)
 
 
 def _codes(value: ir.Value | None) -> ir.Value | None:
@@ -161,7 +161,7 @@ def quantized(codes: ir.Value) -> QuantizedWeight:
     return part.of
 
 
-def _take_bias(found: _Found) -> None:
+def _take_bias(found: _MatchedLinear) -> None:
     add = g.sole_user(found.last, "Add")
     if add is None:
         return
@@ -172,7 +172,7 @@ def _take_bias(found: _Found) -> None:
             return
 
 
-def _take_activation(found: _Found) -> None:
+def _take_activation(found: _MatchedLinear) -> None:
     gelu = g.sole_user(found.last, "Gelu")
     if gelu is not None:
         by_tanh = g.attribute(gelu, "approximate", "none") == "tanh"
@@ -185,7 +185,7 @@ def _take_activation(found: _Found) -> None:
         found.last = gated
 
 
-def _gated(found: _Found) -> ir.Value | None:
+def _gated(found: _MatchedLinear) -> ir.Value | None:
     """Return Swish(gate) * up of a product's two halves, if that is all that reads them."""
     split = g.sole_user(found.last, "Split")
     if split is None or len(split.outputs) != 2 or found.rows % 2:
@@ -202,7 +202,7 @@ def _gated(found: _Found) -> ir.Value | None:
     return product.outputs[0]
 
 
-def _take_residual(found: _Found) -> None:
+def _take_residual(found: _MatchedLinear) -> None:
     add = g.sole_user(found.last, "Add")
     if add is None:
         return
@@ -214,7 +214,7 @@ def _take_residual(found: _Found) -> None:
     found.epilogue.append("residual")
 
 
-def _emit(found: _Found) -> None:
+def _emit(found: _MatchedLinear) -> None:
     after = found.last.producer()
     assert after is not None
     attributes: dict[str, Any] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Final, TypeVar
 
 from llmopt.backends.tvm import api, linear
-from llmopt.backends.tvm.entries import Bounds, entries
+from llmopt.backends.tvm.entries import Capacity, entries
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.function import Function
 from llmopt.backends.tvm.kernels.kernel import Kernel
@@ -35,7 +35,7 @@ class Module:
         calls: For each function and kernel, the source's module of each call, in order.
     """
 
-    def __init__(self, program: Program, features: Features, limits: Bounds) -> None:
+    def __init__(self, program: Program, features: Features, limits: Capacity) -> None:
         self.program = program
         self.features = features
         self.limits = limits

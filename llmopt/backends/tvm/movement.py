@@ -11,24 +11,31 @@ import onnx_ir as ir
 
 from llmopt.backends.tvm import api
 from llmopt.backends.tvm.sizes import bounds, known
-from llmopt.backends.tvm.writing import Rule, Writer, axes_of, needed, numbers, shape_of
+from llmopt.backends.tvm.writing import (
+    FunctionWriter,
+    Rule,
+    axes_of,
+    needed,
+    numbers,
+    shape_of,
+)
 from llmopt.ir import graph as g
 
 
-def _identity(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _identity(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     return [w.tensor(node.inputs[0])]
 
 
-def _shape(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _shape(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     sizes = shape_of(w.tensor(node.inputs[0]))
     return [known(sizes[g.attribute(node, "start", 0) : g.attribute(node, "end", None)])]
 
 
-def _size(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _size(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     return [known(api.simplify(api.product(shape_of(w.tensor(node.inputs[0])))))]
 
 
-def _reshape(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _reshape(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     sizes, target = shape_of(x), numbers(w, node, 1)
     copied = not g.attribute(node, "allowzero", 0)
@@ -46,19 +53,19 @@ def _reshaped(x: Any, wanted: Sequence[Any]) -> Any:
     return api.relax().op.reshape(x, sizes)
 
 
-def _flatten(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _flatten(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     sizes, axis = shape_of(x), g.attribute(node, "axis", 1)
     return [_reshaped(x, [api.product(sizes[:axis]), api.product(sizes[axis:])])]
 
 
-def _transpose(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _transpose(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     default = list(range(len(shape_of(x))))[::-1]
     return [api.relax().op.permute_dims(x, list(g.attribute(node, "perm", default)))]
 
 
-def _squeeze(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _squeeze(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     sizes = shape_of(x)
     if g.optional(node, 1) is None:
@@ -68,7 +75,7 @@ def _squeeze(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [_reshaped(x, [size for i, size in enumerate(sizes) if i not in gone])]
 
 
-def _unsqueeze(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _unsqueeze(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     sizes = shape_of(x)
     new = axes_of(w, node, len(sizes) + len(numbers(w, node, 1)))
@@ -77,12 +84,12 @@ def _unsqueeze(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [_reshaped(x, sizes)]
 
 
-def _concat(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _concat(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     tensors = [w.tensor(value) for value in node.inputs]
     return [api.relax().op.concat(tensors, g.attribute(node, "axis", 0))]
 
 
-def _split(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _split(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     axis = g.attribute(node, "axis", 0) % len(shape_of(x))
     size = shape_of(x)[axis]
@@ -97,7 +104,7 @@ def _split(w: Writer, node: ir.Node) -> Sequence[Any]:
     ]
 
 
-def _slice(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _slice(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x = w.tensor(node.inputs[0])
     sizes = shape_of(x)
     starts, ends = numbers(w, node, 1), numbers(w, node, 2)
@@ -119,7 +126,7 @@ def _slice(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [api.relax().op.strided_slice(x, axes, begins, ends, steps, assume_inbound=True)]
 
 
-def _expand(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _expand(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x, target = w.tensor(node.inputs[0]), numbers(w, node, 1)
     sizes = shape_of(x)
     depth = max(len(sizes), len(target))
@@ -129,36 +136,36 @@ def _expand(w: Writer, node: ir.Node) -> Sequence[Any]:
     return [api.relax().op.broadcast_to(x, wanted)]
 
 
-def _gather(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _gather(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x, index = w.tensor(node.inputs[0]), w.tensor(node.inputs[1])
     axis = g.attribute(node, "axis", 0)
     return [api.relax().op.take(x, index, axis, "fast")]
 
 
-def _gather_elements(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _gather_elements(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x, index = w.tensor(node.inputs[0]), w.tensor(node.inputs[1])
     return [api.relax().op.gather_elements(x, index, g.attribute(node, "axis", 0))]
 
 
-def _gather_nd(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _gather_nd(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     x, index = w.tensor(node.inputs[0]), w.tensor(node.inputs[1])
     return [api.relax().op.gather_nd(x, index, g.attribute(node, "batch_dims", 0))]
 
 
-def _range(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _range(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     start, end, step = (needed(w, node, i).item() for i in range(3))
     dtype = node.outputs[0].dtype or ir.DataType.INT64
     return [api.relax().op.arange(start, end, step, dtype.numpy().name)]
 
 
-def _constant_of_shape(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _constant_of_shape(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     value = g.attribute(node, "value", None)
     array = np.zeros(1, np.float32) if value is None else value.numpy()
     fill = api.scalar(array.reshape(-1)[0].item(), array.dtype.name)
     return [api.relax().op.full(numbers(w, node, 0), fill, array.dtype.name)]
 
 
-def _trilu(w: Writer, node: ir.Node) -> Sequence[Any]:
+def _trilu(w: FunctionWriter, node: ir.Node) -> Sequence[Any]:
     op = api.relax().op
     keep = op.triu if g.attribute(node, "upper", 1) else op.tril
     offset = 0 if g.optional(node, 1) is None else needed(w, node, 1).item()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from llmopt.backends.base import Arrays, Run
-from llmopt.runtime.engines.tvm import Library, run_once
+from llmopt.interface.arrays import Arrays, Run
+from llmopt.runtime.engines.tvm import TvmLibrary, run_once
 
 
 def open_session(entry: Path, *, exact: bool = False) -> Run:
@@ -22,7 +22,7 @@ def open_session(entry: Path, *, exact: bool = False) -> Run:
     Raises:
         BackendUnavailableError: TVM's runtime is not here.
     """
-    library = Library(entry)
+    library = TvmLibrary(entry)
     rounds = any(name.startswith("exact_") for name in library.functions)
     prefix = "exact_" if exact and rounds else ""
 

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
+
+from llmopt.interface.arrays import Array
 
 ALIGNMENT: Final = 64
 
-Array = npt.NDArray[Any]
 Read = Callable[[], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredArray:
     """One array of the file.
 
     Args:
@@ -41,7 +41,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _PackedGroup:
     """Arrays that are made together."""
 
     first: int
@@ -53,10 +53,10 @@ class WeightFile:
     """The weights that functions asked for, in order, unread until they are written."""
 
     def __init__(self) -> None:
-        self.stored: list[Stored] = []
-        self._groups: dict[Hashable, _Group] = {}
+        self.stored: list[StoredArray] = []
+        self._groups: dict[Hashable, _PackedGroup] = {}
 
-    def add(self, key: Hashable, parts: Mapping[str, Stored], read: Read) -> dict[str, int]:
+    def add(self, key: Hashable, parts: Mapping[str, StoredArray], read: Read) -> dict[str, int]:
         """Return the number of each part of a weight, which is stored only once for one key.
 
         Args:
@@ -66,7 +66,7 @@ class WeightFile:
         """
         group = self._groups.get(key)
         if group is None:
-            group = _Group(len(self.stored), tuple(parts), read)
+            group = _PackedGroup(len(self.stored), tuple(parts), read)
             self._groups[key] = group
             self.stored.extend(parts.values())
         return {part: group.first + i for i, part in enumerate(group.parts)}
@@ -87,7 +87,7 @@ class WeightFile:
         return index
 
 
-def _entry(stored: Stored, start: int) -> dict[str, Any]:
+def _entry(stored: StoredArray, start: int) -> dict[str, Any]:
     return {
         "name": stored.name,
         "dtype": stored.dtype,
@@ -96,7 +96,7 @@ def _entry(stored: Stored, start: int) -> dict[str, Any]:
     }
 
 
-def _checked(stored: Stored, array: Array) -> memoryview:
+def _checked(stored: StoredArray, array: Array) -> memoryview:
     """Return the bytes of an array, which has to be what functions were compiled for."""
     found = (array.dtype.name, array.shape)
     assert found == (stored.dtype, stored.shape), f"{stored}: {found}"

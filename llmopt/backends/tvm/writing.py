@@ -17,7 +17,7 @@ from llmopt.errors import UnsupportedModelError
 from llmopt.ir import graph as g
 
 
-class Writer(Protocol):
+class FunctionWriter(Protocol):
     """The function that operators are written into."""
 
     def tensor(self, value: ir.Value | None) -> Any:
@@ -30,7 +30,7 @@ class Writer(Protocol):
         """Bind an expression to a variable and return it."""
 
 
-Rule = Callable[[Writer, ir.Node], Sequence[Any]]
+Rule = Callable[[FunctionWriter, ir.Node], Sequence[Any]]
 
 
 def shape_of(expression: Any) -> list[Any]:
@@ -43,7 +43,7 @@ def dtype_of(expression: Any) -> str:
     return str(expression.ty.dtype.dtype)
 
 
-def needed(w: Writer, node: ir.Node, index: int) -> Known:
+def needed(w: FunctionWriter, node: ir.Node, index: int) -> Known:
     """Return an operand that must be known while compiling.
 
     Raises:
@@ -56,7 +56,7 @@ def needed(w: Writer, node: ir.Node, index: int) -> Known:
     return found
 
 
-def numbers(w: Writer, node: ir.Node, index: int) -> list[Any]:
+def numbers(w: FunctionWriter, node: ir.Node, index: int) -> list[Any]:
     """Return the numbers of an operand that must be known while compiling.
 
     Raises:
@@ -65,7 +65,7 @@ def numbers(w: Writer, node: ir.Node, index: int) -> list[Any]:
     return list(needed(w, node, index).reshape(-1))
 
 
-def axes_of(w: Writer, node: ir.Node, rank: int, index: int = 1) -> list[int]:
+def axes_of(w: FunctionWriter, node: ir.Node, rank: int, index: int = 1) -> list[int]:
     """Return the axes that an operand or attribute names; all where neither does."""
     if g.optional(node, index) is not None:
         given = [int(axis) for axis in numbers(w, node, index)]

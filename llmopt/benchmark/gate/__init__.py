@@ -6,7 +6,7 @@ is counted, by `proxies`, and compared exactly.
 
 from llmopt.benchmark.gate.budgets import Budget, read_budgets
 from llmopt.benchmark.gate.checking import check, update
-from llmopt.benchmark.gate.pairs import Request
+from llmopt.benchmark.gate.pairs import CheckRequest
 from llmopt.benchmark.gate.results import CheckResult
 
-__all__ = ["Budget", "CheckResult", "Request", "check", "read_budgets", "update"]
+__all__ = ["Budget", "CheckRequest", "CheckResult", "check", "read_budgets", "update"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llmopt.artifact.fields import Fields
+from llmopt.artifact.manifest import Manifest
 from llmopt.benchmark.gate.rounds import BASELINE, Measured, logarithms, metrics_of
-from llmopt.benchmark.machine import Machine
-from llmopt.bundle.fields import Fields
-from llmopt.bundle.manifest import Manifest
+from llmopt.benchmark.machine import MachineFingerprint
 from llmopt.errors import ArtifactError, LlmoptError, SourceError
 
 SCHEMA: Final = 1
@@ -22,7 +22,7 @@ _MEMORY_STEP: Final = 2**28  # the same machine reports a few pages more or less
 
 
 @dataclass(frozen=True)
-class Stored:
+class BaselineArtifact:
     """An artifact as it was when the baseline was written.
 
     Args:
@@ -48,7 +48,7 @@ class Baseline:
     """
 
     machine: Mapping[str, Any]
-    artifacts: Mapping[str, Stored]
+    artifacts: Mapping[str, BaselineArtifact]
 
     def to_json(self) -> str:
         """Return the text of the file."""
@@ -94,7 +94,7 @@ def read_baseline(path: Path) -> Baseline:
         raise SourceError(path, f"damaged ({error})", _UPDATE) from error
 
 
-def comparable(machine: Machine) -> dict[str, Any]:
+def comparable(machine: MachineFingerprint) -> dict[str, Any]:
     """Return what has to be the same of two machines for times to be comparable.
 
     The version of llmopt is left out: it is what is compared.
@@ -126,7 +126,7 @@ def _listed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _stored(fields: Fields, path: Path) -> Stored:
+def _stored(fields: Fields, path: Path) -> BaselineArtifact:
     manifest = Manifest.from_json(json.dumps(fields.mapping("manifest")), path)
     measured = tuple(map(_measured, fields.items("measured")))
     for metric in metrics_of(measured):
@@ -134,7 +134,7 @@ def _stored(fields: Fields, path: Path) -> Stored:
             logarithms(measured, BASELINE, metric)
         except LlmoptError as error:
             raise SourceError(path, str(error), _UPDATE) from error
-    return Stored(fields.text("workload"), fields.number("threads"), manifest, measured)
+    return BaselineArtifact(fields.text("workload"), fields.number("threads"), manifest, measured)
 
 
 def _measured(fields: Fields) -> Measured:

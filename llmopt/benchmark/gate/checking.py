@@ -8,13 +8,13 @@ from typing import Final
 
 from llmopt.benchmark.gate.baselines import (
     Baseline,
-    Stored,
+    BaselineArtifact,
     comparable,
     differences,
     read_baseline,
 )
-from llmopt.benchmark.gate.decisions import PROCESSES, Answer, Look, decide
-from llmopt.benchmark.gate.pairs import Pair, Request, beside, name_of, stored_of
+from llmopt.benchmark.gate.decisions import PROCESSES, Evidence, Look, decide
+from llmopt.benchmark.gate.pairs import CheckRequest, Pair, beside, name_of, stored_of
 from llmopt.benchmark.gate.results import CheckResult, Recorded
 from llmopt.benchmark.gate.rounds import BASELINE, Measured, measurable
 from llmopt.benchmark.machine import this_machine
@@ -26,7 +26,7 @@ _LOOK_AFTER: Final = 1.35
 """How many times longer a check has to have run before it looks again: looks are paid for."""
 
 
-def check(request: Request, progress: Progress = lambda _: None) -> CheckResult:
+def check(request: CheckRequest, progress: Progress = lambda _: None) -> CheckResult:
     """Return the verdict on each candidate.
 
     Args:
@@ -56,7 +56,7 @@ def check(request: Request, progress: Progress = lambda _: None) -> CheckResult:
     )
 
 
-def update(request: Request, progress: Progress = lambda _: None) -> Baseline:
+def update(request: CheckRequest, progress: Progress = lambda _: None) -> Baseline:
     """Return a baseline of what the candidates take now, on this machine.
 
     Args:
@@ -68,18 +68,20 @@ def update(request: Request, progress: Progress = lambda _: None) -> Baseline:
         LlmoptError: An artifact cannot be read, does not fit the workload, or a process ended.
     """
     machine = comparable(this_machine())
-    kept: Mapping[str, Stored] = {}
+    kept: Mapping[str, BaselineArtifact] = {}
     if request.baseline.exists():
         old = read_baseline(request.baseline)
         kept = old.artifacts if not differences(old.machine, machine) else {}
-    found: dict[str, Stored] = {}
+    found: dict[str, BaselineArtifact] = {}
     for candidate in request.candidates:
         pair = Pair(request, candidate, None)
         while request.proxies != "only" and pair.rounds.count < PROCESSES:
             progress(f"{pair.name}: round {pair.rounds.count + 1} of {PROCESSES}")
             pair.rounds.measure()
         measured = tuple(dataclasses.replace(m, side=BASELINE) for m in pair.rounds.found)
-        found[pair.name] = Stored(str(pair.workload), pair.rounds.threads, pair.manifest, measured)
+        found[pair.name] = BaselineArtifact(
+            str(pair.workload), pair.rounds.threads, pair.manifest, measured
+        )
     return Baseline(machine, {**kept, **found})
 
 
@@ -91,7 +93,7 @@ class Asking:
         request: What is asked of them.
     """
 
-    def __init__(self, pairs: Sequence[Pair], request: Request) -> None:
+    def __init__(self, pairs: Sequence[Pair], request: CheckRequest) -> None:
         self._pairs = pairs
         self._request = request
         only = request.proxies == "only"
@@ -101,18 +103,18 @@ class Asking:
                 "nothing is gated: no metric fits the workload; name one with --metric"
             )
         self._open = list(range(len(self._asked)))
-        self._found: dict[int, Answer] = {}
+        self._found: dict[int, Evidence] = {}
         self._looked = 0.0
 
     @property
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[Evidence]:
         """What is known of each question, in order."""
         return [self._found[index] for index in sorted(self._found)]
 
     def refuse(self) -> None:
         """Answer nothing: the machine is another."""
         for index, (_, question) in enumerate(self._asked):
-            self._found[index] = Answer.refused(question)
+            self._found[index] = Evidence.refused(question)
 
     def measure(self, progress: Progress) -> None:
         """Measure round by round until every question is answered, or there is no time left."""
@@ -127,7 +129,7 @@ class Asking:
             if last or any(answer.verdict == "fail" for answer in self.answers):
                 return
 
-    def informed(self) -> list[Answer]:
+    def informed(self) -> list[Evidence]:
         """Return what was measured, and is not gated."""
         asked = {(q.artifact, q.metric) for _, q in self._asked if q.most is None}
         return [
@@ -166,7 +168,7 @@ class Asking:
         return ", ".join(words)
 
 
-def _pairs(request: Request) -> tuple[list[Pair], str]:
+def _pairs(request: CheckRequest) -> tuple[list[Pair], str]:
     """Return what is compared, and why times cannot be."""
     names = [name_of(candidate) for candidate in request.candidates]
     for name in names:

@@ -13,7 +13,7 @@ from llmopt.benchmark.gate.rounds import BASELINE, CANDIDATE, Measured, logarith
 from llmopt.benchmark.gate.statistics import (
     FALSE_ALARMS,
     MISSES,
-    Estimate,
+    LogRatio,
     Matrix,
     difference,
     estimate,
@@ -50,7 +50,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Evidence:
     """What is known of a question.
 
     Args:
@@ -64,17 +64,17 @@ class Answer:
     """
 
     question: Question
-    found: Estimate
-    control: Estimate | None
+    found: LogRatio
+    control: LogRatio | None
     baseline: float
     candidate: float
     verdict: Verdict = "open"
     processes: int = 0
 
     @classmethod
-    def refused(cls, question: Question) -> Answer:
+    def refused(cls, question: Question) -> Evidence:
         """Return the answer where times cannot be compared."""
-        nothing = Estimate(0.0, math.inf, 0)
+        nothing = LogRatio(0.0, math.inf, 0)
         return cls(question, nothing, None, math.nan, math.nan, verdict="refused")
 
     @property
@@ -113,7 +113,7 @@ class Look:
         return spent(budget, self.now) - spent(budget, self.before)
 
 
-def ask(question: Question, found: Sequence[Measured], stored: Matrix | None = None) -> Answer:
+def ask(question: Question, found: Sequence[Measured], stored: Matrix | None = None) -> Evidence:
     """Return what the blocks say of a question, the verdict still open.
 
     Args:
@@ -133,10 +133,10 @@ def ask(question: Question, found: Sequence[Measured], stored: Matrix | None = N
     paired = stored is None and question.most is None
     sides = [limit, candidate] if paired else [candidate]
     middle, other = (math.exp(float(np.nanmedian(side))) for side in (limit, candidate))
-    return Answer(question, ratio, control(sides), middle, other, processes=len(candidate))
+    return Evidence(question, ratio, control(sides), middle, other, processes=len(candidate))
 
 
-def control(sides: Sequence[Matrix]) -> Estimate | None:
+def control(sides: Sequence[Matrix]) -> LogRatio | None:
     """Return how far processes of one side seem to be from each other, though nothing differs.
 
     The two processes of a side that took turns in a round are compared as the sides are.
@@ -149,7 +149,7 @@ def control(sides: Sequence[Matrix]) -> Estimate | None:
     return estimate(other - one, quietness(one, other), seed=1) if len(one) > 1 else None
 
 
-def decide(answers: Sequence[Answer], look: Look) -> list[Answer]:
+def decide(answers: Sequence[Evidence], look: Look) -> list[Evidence]:
     """Return the answers with what is known at this look.
 
     A question fails where its ratio is above what is allowed, with the level that this look may
@@ -165,7 +165,7 @@ def decide(answers: Sequence[Answer], look: Look) -> list[Answer]:
     ]
 
 
-def _verdict(answer: Answer, *, slower: bool, miss: float) -> Verdict:
+def _verdict(answer: Evidence, *, slower: bool, miss: float) -> Verdict:
     if answer.processes < PROCESSES:
         return "open"
     if slower:
@@ -173,7 +173,7 @@ def _verdict(answer: Answer, *, slower: bool, miss: float) -> Verdict:
     return "pass" if answer.found.below(answer.question.bound) < miss else "open"
 
 
-def _unsteady(answer: Answer) -> bool:
+def _unsteady(answer: Evidence) -> bool:
     """Whether processes of the same artifact differ by what is allowed."""
     if answer.control is None:
         return False

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from llmopt.artifact.manifest import MANIFEST, Manifest
 from llmopt.benchmark.gate import proxies
-from llmopt.benchmark.gate.baselines import Baseline, Stored
+from llmopt.benchmark.gate.baselines import Baseline, BaselineArtifact
 from llmopt.benchmark.gate.budgets import COUNTED, QUALITY, Budget, budgets_for
-from llmopt.benchmark.gate.decisions import Answer, Question, ask
+from llmopt.benchmark.gate.decisions import Evidence, Question, ask
 from llmopt.benchmark.gate.process import WORKER, Task
 from llmopt.benchmark.gate.rounds import (
     BASELINE,
@@ -27,8 +28,13 @@ from llmopt.benchmark.gate.rounds import (
     measurable,
     metrics_of,
 )
-from llmopt.benchmark.workload import Encode, Generate, Workload, default_workload, parse_workload
-from llmopt.bundle.manifest import MANIFEST, Manifest
+from llmopt.benchmark.workload import (
+    Encode,
+    Generate,
+    Workload,
+    default_workload,
+    parse_workload,
+)
 from llmopt.bundle.signing import Trust
 from llmopt.errors import SourceNotFoundError, UsageError
 from llmopt.runtime.cores import usable_cores
@@ -48,7 +54,7 @@ Proxies = Literal["gate", "report", "only"]
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckRequest:
     """What to check.
 
     Args:
@@ -101,13 +107,15 @@ class Pair:
         baseline: The other artifact's, what was stored of it, or None where there is none yet.
     """
 
-    def __init__(self, request: Request, candidate: Path, baseline: Path | Stored | None) -> None:
+    def __init__(
+        self, request: CheckRequest, candidate: Path, baseline: Path | BaselineArtifact | None
+    ) -> None:
         self.name = name_of(candidate)
         candidate = artifact_of(candidate, request.trust)
         self.candidate = candidate
         self.manifest = Manifest.read(candidate)
         self.manifest.check_sizes(candidate)
-        self.stored = baseline if isinstance(baseline, Stored) else None
+        self.stored = baseline if isinstance(baseline, BaselineArtifact) else None
         self.before = self.stored.manifest if self.stored is not None else self.manifest
         places = {CANDIDATE: candidate}
         if isinstance(baseline, Path):
@@ -122,7 +130,7 @@ class Pair:
         }
         self.rounds = Rounds(tasks, request.seed)
 
-    def _how(self, request: Request) -> tuple[Workload, int | None]:
+    def _how(self, request: CheckRequest) -> tuple[Workload, int | None]:
         """Return the workload and the threads: those of a stored baseline, if there is one."""
         asked = None if request.workload is None else parse_workload(request.workload)
         if self.stored is None:
@@ -140,7 +148,7 @@ class Pair:
                 )
         return stored
 
-    def questions(self, request: Request) -> list[Question]:
+    def questions(self, request: CheckRequest) -> list[Question]:
         """Return what is asked of its times and memory."""
         budgets = [b for b in budgets_for(request.budgets, self.name) if b.metric in METRICS]
         asked = {*(request.metrics or GATED)}
@@ -158,7 +166,7 @@ class Pair:
         ]
         return compared + limited
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: Question) -> Evidence:
         """Return what is known of a question now."""
         stored = None
         if self.stored is not None and question.most is None:
@@ -170,11 +178,11 @@ class Pair:
         found = [*self.rounds.found, *(self.stored.measured if self.stored is not None else ())]
         return metric in metrics_of(found)
 
-    def inform(self, metric: str) -> Answer:
+    def inform(self, metric: str) -> Evidence:
         """Return what is known of a metric that nothing is asked of."""
         return self.ask(Question(self.name, metric))
 
-    def changes(self, request: Request) -> list[proxies.Change]:
+    def changes(self, request: CheckRequest) -> list[proxies.ProxyChange]:
         """Return the counts, and what budgets say of counts and of quality."""
         allowed = {metric: request.allowed(self.name, metric) for metric in COUNTED}
         found = proxies.compare(self.name, self.before, self.manifest, allowed)
@@ -208,7 +216,7 @@ def gate_threads() -> int:
     return max(1, usable_cores() - 1)
 
 
-def stored_of(baseline: Baseline, candidate: Path, path: Path) -> Stored:
+def stored_of(baseline: Baseline, candidate: Path, path: Path) -> BaselineArtifact:
     """Return what a baseline's file holds of an artifact.
 
     Raises:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.benchmark.gate.budgets import LOSSES, QUALITY, Budget
-from llmopt.bundle.manifest import Manifest
 
 OPERATORS: Final = "operators"
 FUSED: Final = "fused"
@@ -21,7 +21,7 @@ _LAYER: Final = re.compile(r"(.*?\.\d+)(?:\.|\Z)")
 
 
 @dataclass(frozen=True)
-class Change:
+class ProxyChange:
     """A count of two artifacts.
 
     Args:
@@ -83,7 +83,7 @@ def quality(manifest: Manifest) -> dict[str, float]:
 
 def compare(
     artifact: str, baseline: Manifest, candidate: Manifest, allowances: Mapping[str, float]
-) -> list[Change]:
+) -> list[ProxyChange]:
     """Return every count of both artifacts that is gated.
 
     Args:
@@ -94,7 +94,7 @@ def compare(
     """
     before, after = totals(baseline), totals(candidate)
     changes = [
-        Change(artifact, name, before.get(name), value, allowances.get(name, 0.0))
+        ProxyChange(artifact, name, before.get(name), value, allowances.get(name, 0.0))
         for name, value in after.items()
     ]
     changes += _fused(artifact, baseline, candidate)
@@ -103,7 +103,9 @@ def compare(
     return changes
 
 
-def limits(artifact: str, budget: Budget, baseline: Manifest, candidate: Manifest) -> list[Change]:
+def limits(
+    artifact: str, budget: Budget, baseline: Manifest, candidate: Manifest
+) -> list[ProxyChange]:
     """Return what a budget says of what is counted, or of quality.
 
     Args:
@@ -120,16 +122,18 @@ def limits(artifact: str, budget: Budget, baseline: Manifest, candidate: Manifes
     if budget.max_regression is not None and metric in QUALITY:
         before, falls = quality(baseline).get(metric), metric not in LOSSES
         allowed = budget.max_regression
-        found.append(Change(artifact, metric, before, kept.get(metric), allowed, falls=falls))
+        found.append(ProxyChange(artifact, metric, before, kept.get(metric), allowed, falls=falls))
     return found
 
 
-def _limit(artifact: str, metric: str, both: tuple[float, float | None], *, falls: bool) -> Change:
+def _limit(
+    artifact: str, metric: str, both: tuple[float, float | None], *, falls: bool
+) -> ProxyChange:
     detail = "" if both[1] is not None else "the artifact does not say"
-    return Change(artifact, metric, *both, detail=detail, falls=falls, limited=True)
+    return ProxyChange(artifact, metric, *both, detail=detail, falls=falls, limited=True)
 
 
-def _fused(artifact: str, baseline: Manifest, candidate: Manifest) -> list[Change]:
+def _fused(artifact: str, baseline: Manifest, candidate: Manifest) -> list[ProxyChange]:
     before: Mapping[str, Any] = baseline.compiled.get("fusion", {})
     after: Mapping[str, Any] = candidate.compiled.get("fusion", {})
     if not candidate.compiled:
@@ -138,14 +142,14 @@ def _fused(artifact: str, baseline: Manifest, candidate: Manifest) -> list[Chang
         kind: (old["fused"], after.get(kind, {}).get("fused", 0)) for kind, old in before.items()
     }
     return [
-        Change(artifact, f"{FUSED} {kind}", old, new, falls=True)
+        ProxyChange(artifact, f"{FUSED} {kind}", old, new, falls=True)
         for kind, (old, new) in counts.items()
     ]
 
 
 def _operators(
     artifact: str, baseline: Manifest, candidate: Manifest, allowance: float
-) -> list[Change]:
+) -> list[ProxyChange]:
     """Return how many operators run, in all and of each layer that runs others than before."""
     before, after = _layers(baseline), _layers(candidate)
     whole = _added(before.values()), _added(after.values())
@@ -164,8 +168,8 @@ def _change(
     both: tuple[Counter[str], Counter[str]],
     allowance: float,
     detail: str,
-) -> Change:
-    return Change(artifact, metric, both[0].total(), both[1].total(), allowance, detail)
+) -> ProxyChange:
+    return ProxyChange(artifact, metric, both[0].total(), both[1].total(), allowance, detail)
 
 
 Modules = dict[str, Counter[str]]

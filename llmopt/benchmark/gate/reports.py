@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from llmopt.benchmark.gate.amounts import percent, shown
-from llmopt.benchmark.gate.decisions import PROCESSES, Answer
-from llmopt.benchmark.gate.proxies import Change
+from llmopt.benchmark.gate.decisions import PROCESSES, Evidence
+from llmopt.benchmark.gate.proxies import ProxyChange
 from llmopt.benchmark.gate.results import CheckResult, verdict_of
 
 MARKER: Final = "<!-- llmopt check -->"
@@ -43,7 +43,7 @@ _MOST: Final = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """A line of the table.
 
     Args:
@@ -59,23 +59,23 @@ class Row:
     detail: str = ""
 
 
-def rows(result: CheckResult) -> list[Row]:
+def rows(result: CheckResult) -> list[MetricRow]:
     """Return the table: what is gated, what is not, then counts that differ or are limited."""
     lines = [_measured(answer, verdict_of(answer)) for answer in result.answers]
     lines += [_measured(answer, "reported") for answer in result.informed]
     return lines + [_counted(change, result) for change in told(result)]
 
 
-def told(result: CheckResult) -> list[Change]:
+def told(result: CheckResult) -> list[ProxyChange]:
     """Return the counts worth telling: limits, and those that are others than before."""
     return [c for c in result.changes if c.limited or result.fails(c) or c.baseline != c.candidate]
 
 
-def shortened(result: CheckResult) -> list[Row]:
+def shortened(result: CheckResult) -> list[MetricRow]:
     """Return the table, of many layers that changed alike the first few."""
     every = rows(result)
     many = Counter(map(_likeness, every))
-    kept: list[Row] = []
+    kept: list[MetricRow] = []
     seen: Counter[tuple[str, ...]] = Counter()
     for row in every:
         like = _likeness(row)
@@ -84,11 +84,11 @@ def shortened(result: CheckResult) -> list[Row]:
             kept.append(row)
         elif seen[like] == _MOST + 1:
             cells = (f"… and {many[like] - _MOST} more like it", *[""] * (len(HEADER) - 2))
-            kept.append(Row(row.artifact, (*cells, row.verdict), row.verdict))
+            kept.append(MetricRow(row.artifact, (*cells, row.verdict), row.verdict))
     return kept
 
 
-def _likeness(row: Row) -> tuple[str, ...]:
+def _likeness(row: MetricRow) -> tuple[str, ...]:
     return (row.artifact, re.sub(r"\d+", "0", row.cells[0]), *row.cells[3:])
 
 
@@ -170,7 +170,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _measured(answer: Answer, verdict: str) -> Row:
+def _measured(answer: Evidence, verdict: str) -> MetricRow:
     question, metric = answer.question, answer.question.metric
     known = answer.interval
     cells = (
@@ -182,10 +182,10 @@ def _measured(answer: Answer, verdict: str) -> Row:
         "-" if verdict == "reported" else _allowed(question.allowance, question.most, metric),
         verdict,
     )
-    return Row(question.artifact, cells, verdict)
+    return MetricRow(question.artifact, cells, verdict)
 
 
-def _counted(change: Change, result: CheckResult) -> Row:
+def _counted(change: ProxyChange, result: CheckResult) -> MetricRow:
     name, _, where = change.metric.partition(" ")
     title = NAMES.get(name, name) + (f" of {where}" if where else "")
     verdict = (
@@ -204,14 +204,14 @@ def _counted(change: Change, result: CheckResult) -> Row:
         limit if change.limited else percent(change.allowance),
         verdict,
     )
-    return Row(change.artifact, cells, verdict, change.detail)
+    return MetricRow(change.artifact, cells, verdict, change.detail)
 
 
 def _allowed(allowance: float, most: float | None, metric: str) -> str:
     return percent(allowance) if most is None else f"at most {shown(metric, most)}"
 
 
-def _control(answer: Answer) -> str:
+def _control(answer: Evidence) -> str:
     assert answer.control is not None
     assert answer.detectable is not None
     name = NAMES.get(answer.question.metric, answer.question.metric)
@@ -223,7 +223,7 @@ def _control(answer: Answer) -> str:
     )
 
 
-def _marked(row: Row) -> list[str]:
+def _marked(row: MetricRow) -> list[str]:
     verdict = f"{_MARKS[row.verdict]} {row.cells[-1]}".rstrip()
     return [f"`{row.artifact}`", *row.cells[:-1], verdict]
 
@@ -240,7 +240,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def _case(row: Row) -> ET.Element:
+def _case(row: MetricRow) -> ET.Element:
     case = ET.Element("testcase", name=row.cells[0], classname=_printable(row.artifact))
     said = ", ".join(f"{k} {v}" for k, v in zip(HEADER[1:-1], row.cells[1:-1], strict=True) if v)
     text = _printable(f"{said}; {row.detail}" if row.detail else said)

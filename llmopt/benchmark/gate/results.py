@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from llmopt.benchmark.gate.decisions import Answer
-from llmopt.benchmark.gate.proxies import Change
+from llmopt.benchmark.gate.decisions import Evidence
+from llmopt.benchmark.gate.proxies import ProxyChange
 from llmopt.benchmark.gate.rounds import Measured
-from llmopt.benchmark.machine import Machine
+from llmopt.benchmark.machine import MachineFingerprint
 from llmopt.errors import LlmoptError
 
 SCHEMA: Final = 1
@@ -58,11 +58,11 @@ class CheckResult:
     """
 
     baseline: str
-    machine: Machine
+    machine: MachineFingerprint
     recorded: tuple[Recorded, ...]
-    answers: tuple[Answer, ...]
-    informed: tuple[Answer, ...]
-    changes: tuple[Change, ...]
+    answers: tuple[Evidence, ...]
+    informed: tuple[Evidence, ...]
+    changes: tuple[ProxyChange, ...]
     proxies: str = "gate"
     refusal: str = ""
     later: bool = False
@@ -82,7 +82,7 @@ class CheckResult:
         """What the command ends with."""
         return EXIT_CODES[self.verdict]
 
-    def fails(self, change: Change) -> bool:
+    def fails(self, change: ProxyChange) -> bool:
         """Whether a count fails the check: a limit that was set always may."""
         return change.failed and (change.limited or self.proxies != "report")
 
@@ -108,7 +108,7 @@ class CheckResult:
         """Return the text of it."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
-    def _worded(self, change: Change) -> str:
+    def _worded(self, change: ProxyChange) -> str:
         if self.fails(change):
             return "fail"
         return "reported" if self.proxies == "report" and not change.limited else "pass"
@@ -120,12 +120,12 @@ def failure(error: LlmoptError) -> dict[str, Any]:
     return {"schema": SCHEMA, "verdict": "error", "exit_code": code, "error": str(error)}
 
 
-def verdict_of(answer: Answer) -> str:
+def verdict_of(answer: Evidence) -> str:
     """Return the verdict on one question, in the words of the whole."""
     return "inconclusive" if answer.verdict == "open" else answer.verdict
 
 
-def _answer(answer: Answer, *, gated: bool) -> dict[str, Any]:
+def _answer(answer: Evidence, *, gated: bool) -> dict[str, Any]:
     question, control = answer.question, answer.control
     return {
         "artifact": question.artifact,

@@ -32,7 +32,7 @@ _LEAST: Final = 0.003
 
 
 @dataclass(frozen=True)
-class Estimate:
+class LogRatio:
     """A logarithm, and how sure it is.
 
     Args:
@@ -75,7 +75,7 @@ class Estimate:
         return gap / self.error
 
 
-def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> Estimate:
+def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> LogRatio:
     """Return the median of all blocks, its error found by drawing processes, then their blocks.
 
     Drawing on both levels counts what blocks of one process differ by twice: it is in what
@@ -97,17 +97,17 @@ def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> Es
     weights = np.ones_like(blocks) if weights is None else weights
     value, freedom = weighted_median(blocks, weights), len(blocks) - 1
     if freedom < 1:
-        return Estimate(value, math.inf, 0)
+        return LogRatio(value, math.inf, 0)
     both = float(resampled(blocks, weights, seed).var(ddof=1))
     within = float(resampled(blocks, weights, seed + 1, processes=False).var(ddof=1))
-    return Estimate(value, math.sqrt(max(both - within, both / 2)), freedom)
+    return LogRatio(value, math.sqrt(max(both - within, both / 2)), freedom)
 
 
-def difference(left: Matrix, right: Matrix, seed: int = 0) -> Estimate:
+def difference(left: Matrix, right: Matrix, seed: int = 0) -> LogRatio:
     """Return how far the median of ``left`` is above that of ``right``; they are not paired."""
     one, other = estimate(left, seed=seed), estimate(right, seed=seed + 1)
     error, freedom = math.hypot(one.error, other.error), min(one.freedom, other.freedom)
-    return Estimate(one.value - other.value, error, freedom)
+    return LogRatio(one.value - other.value, error, freedom)
 
 
 def quietness(left: Matrix, right: Matrix) -> Matrix:

@@ -21,10 +21,10 @@ import numpy as np
 from llmopt.benchmark.measuring import check_fits, random_tokens
 from llmopt.benchmark.probe import peak_rss_bytes
 from llmopt.benchmark.workload import Encode, Generate, Inputs, Workload, parse_workload
+from llmopt.interface.arrays import Array
 from llmopt.runtime import Runner, load
 from llmopt.runtime.generation import capacity_for
 from llmopt.runtime.npz import read_npz
-from llmopt.runtime.session import Array
 from llmopt.runtime.steps import Sequences
 
 _DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG, see prctl(2)

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmopt.ir import graph as g
-from llmopt.passes.experts.mixture import VIEWS, Experts, OtherFormError, choice, gated, unviewed
+from llmopt.passes.experts.mixture import (
+    VIEWS,
+    Experts,
+    OtherFormError,
+    choice,
+    gated,
+    unviewed,
+)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Final
 
 import onnx_ir as ir
 
-from llmopt.bundle.manifest import Port
+from llmopt.interface.signature import Port, Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Role
 from llmopt.passes.incremental.flow import BATCH, KEYS, TOKENS, Atom, Axis, refuse, special
 from llmopt.passes.incremental.padding import mask_padding
 from llmopt.passes.incremental.prelude import Prelude
-from llmopt.passes.incremental.reading import Fused, Reading, Site, Use
+from llmopt.passes.incremental.reading import CachedAttention, DecoderReading, Site, Use
 from llmopt.passes.raise_attention import unrepeated
 
 _ROLES: Final = {
@@ -46,7 +45,7 @@ class Cache:
         return heads, width
 
 
-def add_caches(reading: Reading, *, padded: bool) -> list[Cache]:
+def add_caches(reading: DecoderReading, *, padded: bool) -> list[Cache]:
     """Let the decoder remember, and return its caches: key and value, layer by layer.
 
     Args:
@@ -93,7 +92,7 @@ def _longer(prelude: Prelude, use: Use, *, padded: bool) -> ir.Value:
     return prelude.rows(value, use.rows)
 
 
-def _all_declared(reading: Reading) -> dict[tuple[int, str], Cache]:
+def _all_declared(reading: DecoderReading) -> dict[tuple[int, str], Cache]:
     """Return a cache for the keys and one for the values of every layer."""
     found: dict[tuple[int, str], Cache] = {}
     for fused in reading.fused:
@@ -157,7 +156,7 @@ def _declared(layer: int, part: str, like: ir.Value, sizes: tuple[int, int]) -> 
     )
 
 
-def _remembered(fused: Fused, pair: tuple[Cache, Cache]) -> Sequence[ir.Value]:
+def _remembered(fused: CachedAttention, pair: tuple[Cache, Cache]) -> Sequence[ir.Value]:
     """Give an Attention its past, and return what it presents."""
     node = fused.node
     attributes = {name: attr.value for name, attr in node.attributes.items()}
@@ -251,7 +250,7 @@ def _show(graph: ir.Graph, value: ir.Value, cache: Cache) -> None:
     graph.outputs.append(value)
 
 
-def _stretch(reading: Reading) -> None:
+def _stretch(reading: DecoderReading) -> None:
     """Write T where scores have all keys now."""
     for value, flow in reading.flows.items():
         if flow.holds(KEYS) and (dims := g.shape(value)) is not None:

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llmopt.errors import LlmoptError, NotIncrementalError
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.signature import Role
 from llmopt.ir.evaluator import Evaluator
-from llmopt.ir.feeds import Arrays, positions, resolve
-from llmopt.ir.program import Program, Role
+from llmopt.ir.feeds import positions, resolve
+from llmopt.ir.program import Program
 
 TOLERANCE: Final = 1e-4  # relative, float32: the same sums in another order
 _STEPS: Final = (4, 2, 1, 1)

@@ -21,7 +21,7 @@ from llmopt.passes.incremental.flow import (
     special,
     untouched,
 )
-from llmopt.passes.incremental.reading import Fused, Reading, Site
+from llmopt.passes.incremental.reading import CachedAttention, DecoderReading, Site
 
 _BATCH_LABELS: Final = "abcdefghij"
 
@@ -41,7 +41,7 @@ class _Product:
     out: str
 
 
-def matmul(reading: Reading, node: ir.Node) -> Flow:
+def matmul(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through a product of matrices."""
     left, right = (len(sizes(node, g.operand(node, index))) for index in (0, 1))
     if min(left, right) < 2 or max(left, right) > len(_BATCH_LABELS):
@@ -51,7 +51,7 @@ def matmul(reading: Reading, node: ir.Node) -> Flow:
     return _product(reading, _Product(node, labels, batch + "mn"))
 
 
-def einsum(reading: Reading, node: ir.Node) -> Flow:
+def einsum(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through an Einsum of two operands."""
     equation = str(g.attribute(node, "equation", "")).replace(" ", "")
     inputs, arrow, out = equation.partition("->")
@@ -62,7 +62,7 @@ def einsum(reading: Reading, node: ir.Node) -> Flow:
     return _product(reading, _Product(node, (labels[0], labels[1]), out))
 
 
-def _product(reading: Reading, of: _Product) -> Flow:
+def _product(reading: DecoderReading, of: _Product) -> Flow:
     moving = dict(reading.moving(of.node))
     axes = {i: dict(zip(of.labels[i], flow.axes, strict=True)) for i, flow in moving.items()}
     places = {i: _places(found) for i, found in axes.items()}
@@ -108,7 +108,9 @@ def _merged(of: _Product, axes: Mapping[int, Mapping[str, Axis]]) -> dict[str, A
     return merged
 
 
-def _beside(reading: Reading, of: _Product, index: int, merged: dict[str, Axis]) -> dict[str, Axis]:
+def _beside(
+    reading: DecoderReading, of: _Product, index: int, merged: dict[str, Axis]
+) -> dict[str, Axis]:
     """Return the axes with those of an operand that does not depend on tokens."""
     dims = sizes(of.node, g.operand(of.node, index))
     labels = of.labels[index]
@@ -124,7 +126,7 @@ def _beside(reading: Reading, of: _Product, index: int, merged: dict[str, Axis])
 
 
 def _met(
-    reading: Reading,
+    reading: DecoderReading,
     of: _Product,
     axes: Mapping[int, Mapping[str, Axis]],
     places: Mapping[int, Mapping[str, str]],
@@ -155,7 +157,7 @@ def _only_sum(of: _Product) -> str:
 
 
 def _weighed(
-    reading: Reading,
+    reading: DecoderReading,
     of: _Product,
     moving: Mapping[int, Flow],
     axes: Mapping[int, Mapping[str, Axis]],
@@ -181,7 +183,7 @@ def _weighed(
 
 
 def _add_site(
-    reading: Reading,
+    reading: DecoderReading,
     of: _Product,
     axes: Mapping[int, Mapping[str, Axis]],
     found: tuple[int, int, str, int],
@@ -194,7 +196,7 @@ def _add_site(
     reading.sites.append(Site(of.node, index, layer, part, held, depth))
 
 
-def attention(reading: Reading, node: ir.Node) -> Flow:
+def attention(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through Attention, whose keys and values get a past."""
     for index, part in enumerate(("Q", "K", "V")):
         flow = reading.flow(node.inputs[index])
@@ -207,7 +209,7 @@ def attention(reading: Reading, node: ir.Node) -> Flow:
         raise refuse(node, "gives more than its output to others")
     if not _is_masked(reading, node):
         raise refuse(node, "lets a token see later ones: nothing masks them")
-    reading.fused.append(Fused(node, reading.new_layer()))
+    reading.fused.append(CachedAttention(node, reading.new_layer()))
     return Flow(_attended(node, reading.flows[g.operand(node, 0)].axes))
 
 
@@ -225,7 +227,7 @@ def _attended(node: ir.Node, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     return (*axes[:-1], width)
 
 
-def _is_masked(reading: Reading, node: ir.Node) -> bool:
+def _is_masked(reading: DecoderReading, node: ir.Node) -> bool:
     """Whether no query sees a later key; what masks is shown to keep what it must."""
     causal = (
         bool(g.attribute(node, "is_causal", 0)) or g.attribute(node, "right_window_size", -1) == 0

@@ -10,13 +10,22 @@ import onnx_ir as ir
 
 from llmopt.ir import graph as g
 from llmopt.passes.fuse_attention import FORBIDDEN
-from llmopt.passes.incremental.flow import KEYS, TOKENS, Axis, Flow, refuse, sizes, special, tidy
-from llmopt.passes.incremental.reading import Reading
+from llmopt.passes.incremental.flow import (
+    KEYS,
+    TOKENS,
+    Axis,
+    Flow,
+    refuse,
+    sizes,
+    special,
+    tidy,
+)
+from llmopt.passes.incremental.reading import DecoderReading
 
 _COPIES: Final = ("Cast", "Identity", "Dropout")
 
 
-def elementwise(reading: Reading, node: ir.Node) -> Flow:
+def elementwise(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through an operator that broadcasts its operands."""
     moving = dict(reading.moving(node))
     rank = len(sizes(node, node.outputs[0]))
@@ -46,7 +55,7 @@ def _together(node: ir.Node, one: Axis, other: Axis) -> Axis:
     return one
 
 
-def _scores(reading: Reading, node: ir.Node, moving: dict[int, Flow], flow: Flow) -> Flow:
+def _scores(reading: DecoderReading, node: ir.Node, moving: dict[int, Flow], flow: Flow) -> Flow:
     """Say whether what comes out is masked, or still weights."""
     if any(each.weights for each in moving.values()):
         return replace(flow, weights=_still_weights(node, moving), causal=True)
@@ -90,7 +99,9 @@ def _zero(node: ir.Node) -> bool:
     return g.scalar(node.inputs[1]) == 0.0
 
 
-def _where(reading: Reading, node: ir.Node, moving: dict[int, Flow], axes: tuple[int, int]) -> bool:
+def _where(
+    reading: DecoderReading, node: ir.Node, moving: dict[int, Flow], axes: tuple[int, int]
+) -> bool:
     """Whether a choice between scores and a constant masks what is later."""
     for sense, mine, other in (("keep", 1, 2), ("drop", 2, 1)):
         if moving.keys() != {mine}:
@@ -101,7 +112,9 @@ def _where(reading: Reading, node: ir.Node, moving: dict[int, Flow], axes: tuple
     return False
 
 
-def _masks(reading: Reading, node: ir.Node, index: int, sense: str, axes: tuple[int, int]) -> bool:
+def _masks(
+    reading: DecoderReading, node: ir.Node, index: int, sense: str, axes: tuple[int, int]
+) -> bool:
     """Whether an operand of positions alone masks every key after its query."""
     value = g.operand(node, index)
     if not reading.proofs.varies(value):

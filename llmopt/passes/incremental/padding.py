@@ -12,11 +12,11 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.bundle.manifest import Port, Signature
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.incremental.flow import BATCH, KEYS, Flow
-from llmopt.passes.incremental.reading import Reading, Use
+from llmopt.passes.incremental.reading import DecoderReading, Use
 
 _PORTS: Final = (
     Port("attention_mask", Role.MASK, "int64", ("B", "T")),
@@ -24,7 +24,7 @@ _PORTS: Final = (
 )
 
 
-def can_be_padded(reading: Reading) -> bool:
+def can_be_padded(reading: DecoderReading) -> bool:
     """Whether the decoder, which takes tokens alone, can be told of padding.
 
     Raises:
@@ -43,7 +43,7 @@ def _is_square(flow: Flow) -> bool:
     return (BATCH,) in flow.axes and (KEYS,) in flow.axes
 
 
-def _can_move(reading: Reading, use: Use) -> bool:
+def _can_move(reading: DecoderReading, use: Use) -> bool:
     value = g.operand(use.node, use.index)
     if use.keys is not None:
         return reading.proofs.sliding(use.node, value, (use.rows, use.keys))
@@ -64,7 +64,7 @@ def add_padding(program: Program) -> None:
         program.signature = Signature(inputs, program.signature.outputs)
 
 
-def mask_padding(reading: Reading) -> None:
+def mask_padding(reading: DecoderReading) -> None:
     """Let no attention see a key of padding."""
     mask = reading.program.input(Role.MASK)
     assert mask is not None

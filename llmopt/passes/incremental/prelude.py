@@ -14,8 +14,9 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.incremental.flow import refuse
 from llmopt.passes.incremental.proofs import Proofs
 from llmopt.passes.incremental.reading import tokens_of

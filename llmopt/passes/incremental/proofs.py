@@ -8,20 +8,21 @@ its keys and values were cached then. That is evaluated at two lengths, as
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir.probe import Probe
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.fuse_attention import FORBIDDEN
 from llmopt.passes.incremental.flow import refuse
 from llmopt.passes.masks import lengths
 
-Array = npt.NDArray[Any]
 _SHORT: Final = 9
 _LONGEST_SQUARE: Final = 1100  # a mask of more queries takes too long to evaluate
 _BATCH: Final = 3

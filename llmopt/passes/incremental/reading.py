@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.incremental.flow import (
     BATCH,
     KEYS,
@@ -64,7 +65,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Fused:
+class CachedAttention:
     """An Attention whose keys and values get a past.
 
     Args:
@@ -77,7 +78,7 @@ class Fused:
 
 
 @dataclass
-class Reading:
+class DecoderReading:
     """What is known of a decoder while it is read.
 
     Args:
@@ -97,7 +98,7 @@ class Reading:
     flows: dict[ir.Value, Flow] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
-    fused: list[Fused] = field(default_factory=list)
+    fused: list[CachedAttention] = field(default_factory=list)
     stretched: list[ir.Node] = field(default_factory=list)
     softmaxes: list[ir.Node] = field(default_factory=list)
     layers: int = 0

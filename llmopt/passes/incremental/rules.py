@@ -26,12 +26,12 @@ from llmopt.passes.incremental.flow import (
     tidy,
     untouched,
 )
-from llmopt.passes.incremental.reading import Reading
+from llmopt.passes.incremental.reading import DecoderReading
 
-Rule = Callable[[Reading, ir.Node], Flow]
+Rule = Callable[[DecoderReading, ir.Node], Flow]
 
 
-def carry(reading: Reading, node: ir.Node) -> None:
+def carry(reading: DecoderReading, node: ir.Node) -> None:
     """Say where the tokens are in what ``node`` gives, if it reads any.
 
     Raises:
@@ -54,7 +54,7 @@ def _part(node: ir.Node, flow: Flow, out: ir.Value) -> Flow:
     return replace(flow, axes=(*flow.axes[:place], width, *flow.axes[place + 1 :]))
 
 
-def _reads_tokens(reading: Reading, node: ir.Node) -> bool:
+def _reads_tokens(reading: DecoderReading, node: ir.Node) -> bool:
     inner = (
         value
         for attr in node.attributes.values()
@@ -65,7 +65,7 @@ def _reads_tokens(reading: Reading, node: ir.Node) -> bool:
     return any(reading.flow(value) is not None for value in (*node.inputs, *inner))
 
 
-def only(reading: Reading, node: ir.Node) -> Flow:
+def only(reading: DecoderReading, node: ir.Node) -> Flow:
     """Return the first operand's flow; no other operand depends on tokens.
 
     Raises:
@@ -77,7 +77,7 @@ def only(reading: Reading, node: ir.Node) -> Flow:
     return moving[0][1]
 
 
-def _shaped(reading: Reading, node: ir.Node) -> Flow:
+def _shaped(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through a reshape of any kind."""
     flow = only(reading, node)
     after = sizes(node, node.outputs[0])
@@ -89,13 +89,13 @@ def _shaped(reading: Reading, node: ir.Node) -> Flow:
     return replace(flow, axes=axes)
 
 
-def _transpose(reading: Reading, node: ir.Node) -> Flow:
+def _transpose(reading: DecoderReading, node: ir.Node) -> Flow:
     flow = only(reading, node)
     order = g.attribute(node, "perm", None) or range(len(flow.axes))[::-1]
     return replace(flow, axes=tuple(flow.axes[axis] for axis in order))
 
 
-def _expand(reading: Reading, node: ir.Node) -> Flow:
+def _expand(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through a repetition of axes that hold none."""
     flow, after = only(reading, node), sizes(node, node.outputs[0])
     before = sizes(node, g.operand(node, 0))
@@ -114,7 +114,7 @@ def _repeated(node: ir.Node, axis: Axis, size: g.Dim) -> Axis:
     return plain(node, [size])[0]
 
 
-def _along(reading: Reading, node: ir.Node, axes: Sequence[int]) -> Flow:
+def _along(reading: DecoderReading, node: ir.Node, axes: Sequence[int]) -> Flow:
     """Carry tokens through an operator that runs along ``axes`` and keeps all axes."""
     flow, after = only(reading, node), sizes(node, node.outputs[0])
     places = [axis % len(flow.axes) for axis in axes]
@@ -135,7 +135,7 @@ def _along_attribute(default: int) -> Rule:
     return lambda reading, node: _along(reading, node, [g.attribute(node, "axis", default)])
 
 
-def _softmax(reading: Reading, node: ir.Node) -> Flow:
+def _softmax(reading: DecoderReading, node: ir.Node) -> Flow:
     flow = only(reading, node)
     axis = g.attribute(node, "axis", -1) % len(flow.axes)
     if flow.axes[axis] != (KEYS,):
@@ -146,14 +146,14 @@ def _softmax(reading: Reading, node: ir.Node) -> Flow:
     return replace(flow, weights=True)
 
 
-def _normalized(reading: Reading, node: ir.Node) -> Flow:
+def _normalized(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through a normalization over ``axis`` and what follows it."""
     flow = only(reading, node)
     first = g.attribute(node, "axis", -1) % len(flow.axes)
     return _along(reading, node, range(first, len(flow.axes)))
 
 
-def _cumulated(reading: Reading, node: ir.Node) -> Flow:
+def _cumulated(reading: DecoderReading, node: ir.Node) -> Flow:
     axis = g.scalar(g.operand(node, 1))
     if axis is None:
         raise refuse(node, "runs along an axis that is not known")
@@ -165,7 +165,7 @@ def _cumulated(reading: Reading, node: ir.Node) -> Flow:
     return flow
 
 
-def _reduced(reading: Reading, node: ir.Node) -> Flow:
+def _reduced(reading: DecoderReading, node: ir.Node) -> Flow:
     flow = only(reading, node)
     given = g.ints(g.optional(node, 1)) if len(node.inputs) > 1 else None
     if given is None and node.op_type in ("ArgMax", "ArgMin"):
@@ -179,7 +179,7 @@ def _reduced(reading: Reading, node: ir.Node) -> Flow:
     return Flow(tuple(axes), flow.layer)
 
 
-def _sliced(reading: Reading, node: ir.Node) -> Flow:
+def _sliced(reading: DecoderReading, node: ir.Node) -> Flow:
     axes = g.ints(g.optional(node, 3))
     starts = g.ints(node.inputs[1])
     if axes is None and starts is None:
@@ -187,7 +187,7 @@ def _sliced(reading: Reading, node: ir.Node) -> Flow:
     return _along(reading, node, range(len(starts or ())) if axes is None else axes)
 
 
-def _padded(reading: Reading, node: ir.Node) -> Flow:
+def _padded(reading: DecoderReading, node: ir.Node) -> Flow:
     flow, pads = only(reading, node), g.ints(node.inputs[1])
     count = len(flow.axes)
     axes = g.ints(g.optional(node, 3)) or list(range(count))
@@ -197,7 +197,7 @@ def _padded(reading: Reading, node: ir.Node) -> Flow:
     return _along(reading, node, places)
 
 
-def _concatenated(reading: Reading, node: ir.Node) -> Flow:
+def _concatenated(reading: DecoderReading, node: ir.Node) -> Flow:
     moving = dict(reading.moving(node))
     first = next(iter(moving.values()))
     place = g.attribute(node, "axis", 0) % len(first.axes)
@@ -214,7 +214,7 @@ def _concatenated(reading: Reading, node: ir.Node) -> Flow:
     return replace(first, axes=(*first.axes[:place], width, *first.axes[place + 1 :]))
 
 
-def _gathered(reading: Reading, node: ir.Node) -> Flow:
+def _gathered(reading: DecoderReading, node: ir.Node) -> Flow:
     data, index = g.operand(node, 0), g.operand(node, 1)
     flow, chosen = reading.flow(data), reading.flow(index)
     axis = g.attribute(node, "axis", 0)
@@ -234,7 +234,7 @@ def _gathered(reading: Reading, node: ir.Node) -> Flow:
     return replace(chosen, axes=(*before, *chosen.axes, *after))
 
 
-def _gathered_nd(reading: Reading, node: ir.Node) -> Flow:
+def _gathered_nd(reading: DecoderReading, node: ir.Node) -> Flow:
     chosen = reading.flow(node.inputs[1])
     dims, depth = sizes(node, g.operand(node, 0)), g.static(node.inputs[1], -1)
     if chosen is None or depth is None or g.attribute(node, "batch_dims", 0):
@@ -245,14 +245,14 @@ def _gathered_nd(reading: Reading, node: ir.Node) -> Flow:
     return replace(chosen, axes=(*chosen.axes[:-1], *plain(node, dims[depth:])))
 
 
-def _one_hot(reading: Reading, node: ir.Node) -> Flow:
+def _one_hot(reading: DecoderReading, node: ir.Node) -> Flow:
     flow = only(reading, node)
     axis = g.attribute(node, "axis", -1) % (len(flow.axes) + 1)
     width = plain(node, [sizes(node, node.outputs[0])[axis]])[0]
     return replace(flow, axes=(*flow.axes[:axis], width, *flow.axes[axis:]))
 
 
-def _rotated(reading: Reading, node: ir.Node) -> Flow:
+def _rotated(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through RotaryEmbedding, its tables beside them."""
     flow = only(reading, node)
     batch, tokens = flow.axes[0], flow.axes[-2]
@@ -265,7 +265,7 @@ def _rotated(reading: Reading, node: ir.Node) -> Flow:
     return flow
 
 
-def _convolved(reading: Reading, node: ir.Node) -> Flow:
+def _convolved(reading: DecoderReading, node: ir.Node) -> Flow:
     flow = only(reading, node)
     kernel = sizes(node, g.operand(node, 1))[2:]
     pads, strides = g.attribute(node, "pads", ()), g.attribute(node, "strides", ())
@@ -276,7 +276,7 @@ def _convolved(reading: Reading, node: ir.Node) -> Flow:
     return replace(flow, axes=(flow.axes[0], width, *flow.axes[2:]))
 
 
-def _batch_normalized(reading: Reading, node: ir.Node) -> Flow:
+def _batch_normalized(reading: DecoderReading, node: ir.Node) -> Flow:
     if g.attribute(node, "training_mode", 0):
         raise refuse(node, "mixes the sequences of a batch")
     flow = only(reading, node)

@@ -9,13 +9,13 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.bundle.manifest import Port, Signature
 from llmopt.errors import NotIncrementalError
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.incremental.caches import Cache
 from llmopt.passes.incremental.flow import BATCH, TOKENS, Flow
-from llmopt.passes.incremental.reading import Reading
+from llmopt.passes.incremental.reading import DecoderReading
 
 NAMES: Final = {
     Role.TOKENS: "input_ids",
@@ -50,7 +50,7 @@ def check_edge(program: Program) -> None:
         raise NotIncrementalError(odd, "a decoder with a cache gives logits, and nothing else")
 
 
-def check_logits(reading: Reading) -> None:
+def check_logits(reading: DecoderReading) -> None:
     """Refuse logits that are not [batch, tokens, vocabulary].
 
     Raises:
@@ -65,7 +65,7 @@ def check_logits(reading: Reading) -> None:
         )
 
 
-def keep_last(reading: Reading) -> None:
+def keep_last(reading: DecoderReading) -> None:
     """Let logits be those of the last ``logits_to_keep`` tokens, all for 0."""
     graph = reading.program.graph
     keep = g.add_initializer(graph, Role.LOGITS_TO_KEEP, ir.tensor(np.asarray(1, np.int64)))
@@ -88,7 +88,7 @@ def keep_last(reading: Reading) -> None:
         each.shape = ir.Shape([*dims[:1], "K", *dims[2:]])
 
 
-def _chain(reading: Reading, logits: ir.Value) -> list[ir.Node]:
+def _chain(reading: DecoderReading, logits: ir.Value) -> list[ir.Node]:
     """Return the nodes from the logits up to the last value of every token that else is read."""
     chain: list[ir.Node] = []
     value = logits
@@ -142,7 +142,7 @@ def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
     g.taken(graph).add(name)
 
 
-def learn(program: Program, reading: Reading, caches: Sequence[Cache]) -> None:
+def learn(program: Program, reading: DecoderReading, caches: Sequence[Cache]) -> None:
     """Note what a runner has to know of the caches."""
     groups, width = caches[0].sizes
     model = replace(
@@ -156,7 +156,7 @@ def learn(program: Program, reading: Reading, caches: Sequence[Cache]) -> None:
     program.learn(model=model)
 
 
-def _heads(reading: Reading) -> int:
+def _heads(reading: DecoderReading) -> int:
     """Return how many query heads the first attention has, if it says so."""
     if not reading.fused:
         return 0

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from llmopt.errors import BackendUnavailableError, LlmoptError
+from llmopt.interface.arrays import Array
 
 LIBRARY: Final = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-Array = npt.NDArray[Any]
 
 
 class Driver:

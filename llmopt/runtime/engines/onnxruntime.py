@@ -11,13 +11,14 @@ from typing import Any, Final
 import numpy as np
 from typing_extensions import override
 
-from llmopt.bundle.manifest import Manifest
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
-from llmopt.runtime.engines.onnxruntime_device import DeviceCache
+from llmopt.interface.arrays import Array
+from llmopt.runtime.engines.onnxruntime_device import OnnxRuntimeCache
 from llmopt.runtime.engines.onnxruntime_profile import read_profile
 from llmopt.runtime.engines.providers import CPU, place_of, start
-from llmopt.runtime.pages import large_pages
-from llmopt.runtime.session import Array, Session, TimedRun, aligned_zeros, zeros_together
+from llmopt.runtime.huge_pages import large_pages
+from llmopt.runtime.session import Session, TimedRun, aligned_zeros, zeros_together
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
 _INSTALL: Final = "it is not installed; pip install 'llmopt[runtime]'"
@@ -53,7 +54,7 @@ class OnnxRuntimeSession(Session):
             case "shared" if self.place.device == "cpu":
                 return SharedCache(self, batch, capacity)
             case "shared":
-                return DeviceCache(self, batch, capacity)
+                return OnnxRuntimeCache(self, batch, capacity)
             case "concat":
                 return ConcatCache(self, batch)
             case "none":

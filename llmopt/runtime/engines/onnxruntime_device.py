@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from llmopt.runtime.session import Array
+from llmopt.interface.arrays import Array
 from llmopt.runtime.steps import Step, cache_pairs, cache_shape
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _GRAPHS: Final[Iterator[int]] = itertools.count(1)
 """Numbers of captured graphs: ONNX Runtime keeps one for each, and 0 is its default."""
 
 
-class DeviceCache:
+class OnnxRuntimeCache:
     """Past and present are one buffer a layer, on the device.
 
     Where the session captures graphs, a step of one token runs with the same buffers and sizes each

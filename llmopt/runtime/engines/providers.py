@@ -28,7 +28,7 @@ _INSTALL: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Provider:
     """A provider and what it is told.
 
     Args:
@@ -51,7 +51,7 @@ class Place:
         return self.settings.get("enable_cuda_graph") == "1"
 
 
-def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Place:
+def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Provider:
     """Return where an artifact runs.
 
     Args:
@@ -67,17 +67,17 @@ def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Place:
     options = {key.strip(): value.strip() for key, _, value in pairs}
     if name == "onnxruntime-cuda":
         graph = "1" if options.get("graph") == "true" else "0"
-        return Place(CUDA, "cuda", {"enable_cuda_graph": graph})
+        return Provider(CUDA, "cuda", {"enable_cuda_graph": graph})
     match requires.get("ep", "cpu"):
         case "cpu":
-            return Place()
+            return Provider()
         case "openvino":
             return openvino(threads)
         case other:
             raise BackendUnavailableError(name, f"it needs the provider {other!r}; update llmopt")
 
 
-def openvino(threads: int, precision: str = "f32") -> Place:
+def openvino(threads: int, precision: str = "f32") -> Provider:
     """Return OpenVINO's processor.
 
     Args:
@@ -90,10 +90,10 @@ def openvino(threads: int, precision: str = "f32") -> Place:
         "NUM_STREAMS": "1",
     }
     settings = {"load_config": json.dumps({"CPU": told})}
-    return Place(OPENVINO, "cpu", settings, "onnxruntime_ep_openvino", whole=True)
+    return Provider(OPENVINO, "cpu", settings, "onnxruntime_ep_openvino", whole=True)
 
 
-def start(ort: Any, model: str | Path | bytes, options: Any, place: Place) -> Any:
+def start(ort: Any, model: str | Path | bytes, options: Any, place: Provider) -> Any:
     """Return a session of ``model`` that runs at ``place``.
 
     Args:
@@ -133,7 +133,7 @@ def left_behind(session: Any, provider: str) -> Counter[str]:
     )
 
 
-def _register(ort: Any, options: Any, place: Place) -> list[Any] | None:
+def _register(ort: Any, options: Any, place: Provider) -> list[Any] | None:
     """Make the provider known, and return the list of providers, None where options hold it."""
     if place.plugin:
         _load_plugin(ort, place)
@@ -149,7 +149,7 @@ def _register(ort: Any, options: Any, place: Place) -> list[Any] | None:
     return None
 
 
-def _load_plugin(ort: Any, place: Place) -> None:
+def _load_plugin(ort: Any, place: Provider) -> None:
     if any(device.ep_name == place.provider for device in ort.get_ep_devices()):
         return
     failure: type[Exception] = ort.capi.onnxruntime_pybind11_state.Fail

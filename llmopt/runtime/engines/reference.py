@@ -14,9 +14,10 @@ from typing import Any, Final
 import numpy as np
 from typing_extensions import override
 
-from llmopt.bundle.manifest import Manifest
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import BackendUnavailableError
-from llmopt.runtime.session import Array, Session
+from llmopt.interface.arrays import Array
+from llmopt.runtime.session import Session
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
 _EVALUATOR: Final = "llmopt.ir.evaluator"

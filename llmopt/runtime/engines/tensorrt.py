@@ -15,8 +15,10 @@ from typing import Any, Final
 import numpy as np
 from typing_extensions import override
 
-from llmopt.bundle.manifest import Manifest, Port
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Port
 from llmopt.runtime.engines.cuda_driver import Driver, Memory
 from llmopt.runtime.engines.tensorrt_build import import_tensorrt
 from llmopt.runtime.engines.tensorrt_cache import cached_engine
@@ -24,11 +26,11 @@ from llmopt.runtime.engines.tensorrt_recipe import (
     GOLDEN,
     RECIPE,
     WRITE_INDICES,
+    EngineRecipe,
     Profile,
-    Recipe,
     engine_file,
 )
-from llmopt.runtime.session import Array, Session
+from llmopt.runtime.session import Session
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,7 +52,7 @@ class TensorRtSession(Session):
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
-        self.recipe = Recipe.load(folder / RECIPE)
+        self.recipe = EngineRecipe.load(folder / RECIPE)
         target = manifest.target.partition("{")[0]
         trt = import_tensorrt(self.recipe.package, target)
         _check_version(manifest, self.recipe.package, str(trt.__version__))
@@ -72,7 +74,7 @@ class TensorRtSession(Session):
     def stepper(self, batch: int, capacity: int) -> Stepper:
         if self.manifest.model.cache == "none":
             return NoCache(self)
-        return DeviceCache(self, batch, capacity)
+        return TensorRtCache(self, batch, capacity)
 
     @override
     def run(
@@ -211,7 +213,7 @@ class TensorRtSession(Session):
         return {self.need("logits").name: self.stepper(batch, length).run(step)}
 
 
-class DeviceCache:
+class TensorRtCache:
     """Keys and values of past tokens, kept on the device and written in place.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
-from llmopt.runtime.engines.tensorrt_recipe import Profile, Recipe
+from llmopt.runtime.engines.tensorrt_recipe import EngineRecipe, Profile
 
 MODULES: Final[dict[str, tuple[str, ...]]] = {
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
@@ -56,7 +56,7 @@ def import_tensorrt(package: str, backend: str) -> Any:
     raise BackendUnavailableError(backend, f"{package} is not installed; {INSTALL[package]}")
 
 
-def build_engine(trt: Any, network: Path, recipe: Recipe, capability: str | None) -> Built:
+def build_engine(trt: Any, network: Path, recipe: EngineRecipe, capability: str | None) -> Built:
     """Return the engine of a typed network.
 
     Args:

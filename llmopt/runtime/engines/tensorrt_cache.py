@@ -8,17 +8,17 @@ import secrets
 from pathlib import Path
 from typing import Any, Final
 
-from llmopt.bundle.manifest import Manifest
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import LlmoptError
 from llmopt.runtime.engines.cuda_driver import Driver
 from llmopt.runtime.engines.tensorrt_build import build_engine
-from llmopt.runtime.engines.tensorrt_recipe import Recipe
+from llmopt.runtime.engines.tensorrt_recipe import EngineRecipe
 
 VARIABLE: Final = "LLMOPT_CACHE"
 
 
 def cached_engine(
-    folder: Path, manifest: Manifest, recipe: Recipe, trt: Any, driver: Driver
+    folder: Path, manifest: Manifest, recipe: EngineRecipe, trt: Any, driver: Driver
 ) -> tuple[bytes, bool]:
     """Return the engine of an artifact for this GPU, and whether it was built just now.
 
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "llmopt" / "engines"
 
 
-def key(manifest: Manifest, recipe: Recipe, version: str, driver: Driver) -> str:
+def key(manifest: Manifest, recipe: EngineRecipe, version: str, driver: Driver) -> str:
     """Return what an engine depends on, digested: network, sizes, GPU, driver and TensorRT."""
     files = sorted((file.path, file.sha256) for file in manifest.files)
     facts = (driver.name, driver.capability, driver.version, version, recipe.to_json(), files)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from llmopt.bundle.fields import Fields
+from llmopt.artifact.fields import Fields
 from llmopt.errors import ArtifactError
 
 NETWORK: Final = "network.onnx"
@@ -27,7 +27,7 @@ Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Bounds:
+class InputRange:
     """The sizes that an input may have.
 
     Args:
@@ -68,21 +68,21 @@ class Profile:
     """
 
     name: str
-    shapes: Mapping[str, Bounds] = field(default_factory=dict)
-    values: Mapping[str, Bounds] = field(default_factory=dict)
+    shapes: Mapping[str, InputRange] = field(default_factory=dict)
+    values: Mapping[str, InputRange] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: Fields) -> Self:
         """Return the profile written as ``data``."""
         parts = {
-            key: {name: Bounds.read(data.child(key).child(name)) for name in data.mapping(key)}
+            key: {name: InputRange.read(data.child(key).child(name)) for name in data.mapping(key)}
             for key in ("shapes", "values")
         }
         return cls(data.text("name"), parts["shapes"], parts["values"])
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EngineRecipe:
     """How to build the engine of an artifact.
 
     Args:

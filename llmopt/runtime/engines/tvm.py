@@ -22,13 +22,16 @@ from typing import Any, Final
 import numpy as np
 from typing_extensions import override
 
-from llmopt.bundle.fields import Fields
-from llmopt.bundle.manifest import Manifest, Port, Signature
+from llmopt.artifact.fields import Fields
+from llmopt.artifact.manifest import Manifest
+from llmopt.artifact.signature import read_signature
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError, UsageError
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Port, Role
 from llmopt.runtime.cores import usable_cores
+from llmopt.runtime.cpu_features import processor_features, tiles_allowed
 from llmopt.runtime.engines.tvm_profile import Stopwatch
-from llmopt.runtime.processor import processor_features, tiles_allowed
-from llmopt.runtime.session import Array, Session, TimedRun, aligned_zeros, zeros_together
+from llmopt.runtime.session import Session, TimedRun, aligned_zeros, zeros_together
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_shape
 
 INDEX: Final = "model.json"
@@ -52,7 +55,7 @@ class Limits:
     tokens: int
 
 
-class Library:
+class TvmLibrary:
     """Compiled functions and the weights they take.
 
     Args:
@@ -67,7 +70,7 @@ class Library:
     def __init__(self, entry: Path, threads: int | None = None) -> None:
         self._ffi = _runtime(threads or usable_cores())
         index = _read_index(entry.parent / INDEX)
-        self.signature = Signature.read(index)
+        self.signature = read_signature(index)
         self.limits = Limits(index.number("batch"), index.number("tokens"))
         described = index.mapping("functions")
         self.functions = frozenset(str(name) for name in described)
@@ -158,7 +161,7 @@ def _read_index(path: Path) -> Fields:
         raise ArtifactError(path, f"cannot be read ({_last_line(error)})") from error
 
 
-def run_once(library: Library, feeds: Mapping[str, Array], prefix: str = "") -> dict[str, Array]:
+def run_once(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str = "") -> dict[str, Array]:
     """Return every output for inputs by name, however many sequences there are.
 
     A past is copied into caches with room for the new tokens; what comes out as present is those.
@@ -183,7 +186,7 @@ def _rows(feeds: Mapping[str, Array], part: slice) -> dict[str, Array]:
     return {name: array[part] if array.ndim else array for name, array in feeds.items()}
 
 
-def _run_part(library: Library, feeds: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+def _run_part(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     signature = library.signature
     if signature.has_cache:
         return _run_cached(library, feeds, prefix)
@@ -194,18 +197,18 @@ def _run_part(library: Library, feeds: Mapping[str, Array], prefix: str) -> dict
     return {port.name: x for port, x in zip(signature.outputs, found, strict=True)}
 
 
-def _run_cached(library: Library, feeds: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+def _run_cached(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     by_role = {port.role: feeds.get(port.name) for port in library.signature.inputs}
-    tokens = by_role["tokens"]
+    tokens = by_role[Role.TOKENS]
     assert tokens is not None
     pasts = [p for p in library.signature.inputs if p.role in ("past_key", "past_value")]
     before = feeds[pasts[0].name].shape[2]
     total = before + tokens.shape[1]
-    caches = Caches(library, len(tokens), total)
+    caches = TvmCaches(library, len(tokens), total)
     for port in pasts:
         caches.arrays[port.name][:, :, :before] = feeds[port.name]
-    mask, keep = by_role.get("mask"), by_role.get("logits_to_keep")
-    positions = by_role.get("positions")
+    mask, keep = by_role.get(Role.MASK), by_role.get(Role.LOGITS_TO_KEEP)
+    positions = by_role.get(Role.POSITIONS)
     if mask is None:
         mask = np.ones((len(tokens), total), np.int64)
     if positions is None:
@@ -226,7 +229,7 @@ def _in_order(pasts: Sequence[Port], presents: Sequence[Port]) -> list[Port]:
     return [known[port.role.removeprefix("present_"), port.layer] for port in presents]
 
 
-class Caches:
+class TvmCaches:
     """Keys and values of past tokens, which functions write in place.
 
     Args:
@@ -235,7 +238,7 @@ class Caches:
         capacity: Most tokens a row can come to.
     """
 
-    def __init__(self, library: Library, batch: int, capacity: int) -> None:
+    def __init__(self, library: TvmLibrary, batch: int, capacity: int) -> None:
         self._library = library
         self.ports = [p for p in library.signature.inputs if p.role in ("past_key", "past_value")]
         shapes = [cache_shape(port, batch, capacity) for port in self.ports]
@@ -279,7 +282,7 @@ class Caches:
                 yield self._tensors[port.name]
             elif port.role in by_role:
                 yield library.copied(by_role[port.role], port.dtype)
-        if library.signature.find("mask") is None:
+        if library.signature.find(Role.MASK) is None:
             yield library.copied(step.mask, "int64")
 
 
@@ -299,7 +302,7 @@ class TvmSession(Session):
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
         check_processor(manifest.target, manifest.requires)
-        self._library = Library(folder / manifest.entry, self.threads)
+        self._library = TvmLibrary(folder / manifest.entry, self.threads)
 
     @property
     @override
@@ -327,7 +330,7 @@ class TvmSession(Session):
                 f"{batch} sequences at once, and the artifact was built for {most}: "
                 f"compile it with --batch {batch}"
             )
-        return Caches(self._library, batch, capacity)
+        return TvmCaches(self._library, batch, capacity)
 
 
 def check_processor(target: str, requires: Mapping[str, Any]) -> None:

@@ -21,11 +21,14 @@ from typing import Any, Final
 import numpy as np
 from typing_extensions import override
 
-from llmopt.bundle.fields import Fields
-from llmopt.bundle.manifest import Manifest, Port, Signature
+from llmopt.artifact.fields import Fields
+from llmopt.artifact.manifest import Manifest
+from llmopt.artifact.signature import read_signature
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
+from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Port, Role
 from llmopt.runtime.engines.tvm import INDEX, WEIGHTS, another_path
-from llmopt.runtime.session import Array, Session
+from llmopt.runtime.session import Session
 from llmopt.runtime.steps import NoCache, Step, Stepper, cache_shape
 
 KERNELS: Final = "kernels.fatbin"
@@ -65,7 +68,7 @@ class DeviceLibrary:
         self._tvm = _import_tvm()
         self._device = _device(self._tvm, device)
         index = _read_index(entry.parent / INDEX)
-        self.signature = Signature.read(index)
+        self.signature = read_signature(index)
         self.functions = frozenset(index.mapping("functions"))
         if device == "cuda":
             _register(index.text("kernels_of"), entry.parent / KERNELS)
@@ -100,11 +103,11 @@ class DeviceLibrary:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs as arrays; a ``logits_to_keep`` says how many tokens have logits."""
-        port = self.signature.find("logits_to_keep")
+        port = self.signature.find(Role.LOGITS_TO_KEEP)
         keep = 1 if port is None else int(feeds.get(port.name, np.asarray(1)))
         found = self.call(feeds, every=port is None or keep != 1)
         arrays = {name: x.numpy() for name, x in found.items()}
-        logits = self.signature.find("logits")
+        logits = self.signature.find(Role.LOGITS)
         if logits is not None and port is not None and keep > 1:
             arrays[logits.name] = arrays[logits.name][:, -keep:]
         return arrays
@@ -112,7 +115,7 @@ class DeviceLibrary:
     def _function(self, feeds: Mapping[str, Any], *, every: bool) -> str:
         if not self.signature.has_cache:
             return "main"
-        tokens = self.signature.find("tokens")
+        tokens = self.signature.find(Role.TOKENS)
         assert tokens is not None
         if feeds[tokens.name].shape[1] == 1:
             return "decode"
@@ -126,12 +129,12 @@ class DeviceLibrary:
                 raise LlmoptError(f"input {port.name!r} is missing")
             given = feeds[port.name]
             yield self.tensor(given, port.dtype) if isinstance(given, np.ndarray) else given
-        if self.signature.has_cache and self.signature.find("mask") is None:
+        if self.signature.has_cache and self.signature.find(Role.MASK) is None:
             yield self.tensor(np.ones(self._whole(feeds)), "int64")
 
     def _whole(self, feeds: Mapping[str, Any]) -> tuple[int, int]:
         """Return how many sequences there are, and how many tokens, past and new."""
-        tokens, past = self.signature.find("tokens"), self.signature.find("past_key")
+        tokens, past = self.signature.find(Role.TOKENS), self.signature.find(Role.PAST_KEY)
         assert tokens is not None
         assert past is not None
         batch, new = feeds[tokens.name].shape

@@ -23,7 +23,7 @@ _PREPARING: Final = ("vm.builtin.", "shape_func")
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _KernelCall:
     """A kernel's call as it was seen, in seconds.
 
     Args:
@@ -65,7 +65,7 @@ class Stopwatch:
         self.off = False
         self._callers = callers
         self._function = ""
-        self._found: list[_Seen] = []
+        self._found: list[_KernelCall] = []
         self._calls: Counter[str] = Counter()
         self._costs: list[float] = []
         self._before = 0
@@ -109,6 +109,6 @@ class Stopwatch:
         first = self._end is None
         since = self._start if self._end is None else self._end
         told = 0.0 if first else 2 * sum(self._costs[self._before :])
-        seen = _Seen(module, kernel, end - self._start, end - since, told, first)
+        seen = _KernelCall(module, kernel, end - self._start, end - since, told, first)
         self._found.append(seen)
         self._end, self._before = end, len(self._costs)

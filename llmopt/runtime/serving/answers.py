@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from llmopt.interface.arrays import Array
 from llmopt.runtime.serving.work import Rows, Text
-from llmopt.runtime.session import Array
 
 DONE: Final = b"data: [DONE]\n\n"
 

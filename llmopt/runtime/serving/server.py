@@ -32,7 +32,7 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
-class Place:
+class ListenOptions:
     """Where a server listens, and how many may wait.
 
     Args:
@@ -53,7 +53,7 @@ class Place:
             raise UsageError(f"queue {self.queue} is below 0")
 
 
-def serve(artifact: Path, name: str, place: Place, threads: int | None = None) -> int:
+def serve(artifact: Path, name: str, place: ListenOptions, threads: int | None = None) -> int:
     """Answer requests until SIGINT or SIGTERM, and return the exit code.
 
     What is being generated then may end within `GRACE_S` seconds; who waits is sent away.
@@ -141,7 +141,7 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-def listen(place: Place) -> socket.socket:
+def listen(place: ListenOptions) -> socket.socket:
     """Return a socket that listens there.
 
     Raises:

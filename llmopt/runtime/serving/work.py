@@ -9,13 +9,19 @@ from typing import Final
 import numpy as np
 
 from llmopt.errors import UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime.embedding import check_embeds, embed_rows
-from llmopt.runtime.generation import Generation, Request, TextRow, check_prompts, check_tokens
+from llmopt.runtime.generation import (
+    Generation,
+    Request,
+    TextRow,
+    check_prompts,
+    check_tokens,
+)
 from llmopt.runtime.prompts import render_chat
 from llmopt.runtime.runner import Runner
 from llmopt.runtime.serving.refusals import RefusedError
 from llmopt.runtime.serving.requests import Ask, EmbedAsk, Tokens
-from llmopt.runtime.session import Array
 
 Rows = tuple[Tokens, ...]
 BATCH: Final = 16

@@ -9,23 +9,30 @@ from typing import Final
 import numpy as np
 import onnx
 import pytest
-from programs import apply, error_rel, inputs, operators, program, run
-from tiny_decoder import TEXT, VOCABULARY, tiny_decoder
-from tiny_sources import bigram_file, llama_folder
+from support.programs import apply, error_rel, inputs, operators, program, run
+from support.tiny_decoder import TEXT, VOCABULARY, tiny_decoder
+from support.tiny_sources import bigram_file, llama_folder
 
 import llmopt
+from llmopt.artifact.manifest import Manifest
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand
 from llmopt.backends.onnxruntime import ENTRY, finish
 from llmopt.backends.onnxruntime.compact_rows import CompactRows
 from llmopt.backends.onnxruntime.cuda import OnnxRuntimeCuda
-from llmopt.backends.onnxruntime.kernels import CUDA, Kernel, KernelTable, cuda_kernels, since
+from llmopt.backends.onnxruntime.kernels import (
+    CUDA,
+    KernelDef,
+    KernelTable,
+    cuda_kernels,
+    since,
+)
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
-from llmopt.bundle.manifest import Manifest
 from llmopt.errors import BackendUnavailableError, UnsupportedModelError, UsageError
+from llmopt.interface.signature import Role
 from llmopt.ir.dialect import verify
 from llmopt.ir.feeds import Case
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime import load
 
@@ -166,16 +173,16 @@ def test_the_table_says_where_it_is_from() -> None:
 @pytest.mark.parametrize(
     ("kernel", "version", "letters", "fits"),
     [
-        (Kernel(13, None, {"T": frozenset({"float"})}), 13, {"T": "float"}, True),
-        (Kernel(13, None, {}), 14, {}, False),  # a later version may mean something else
-        (Kernel(9, 13, {}), 13, {}, True),
-        (Kernel(9, 12, {}), 13, {}, False),
-        (Kernel(13, None, {"T": frozenset({"float"})}), 13, {"T": "int8"}, False),
-        (Kernel(13, None, {}), 13, {"U": "int8"}, True),
+        (KernelDef(13, None, {"T": frozenset({"float"})}), 13, {"T": "float"}, True),
+        (KernelDef(13, None, {}), 14, {}, False),  # a later version may mean something else
+        (KernelDef(9, 13, {}), 13, {}, True),
+        (KernelDef(9, 12, {}), 13, {}, False),
+        (KernelDef(13, None, {"T": frozenset({"float"})}), 13, {"T": "int8"}, False),
+        (KernelDef(13, None, {}), 13, {"U": "int8"}, True),
     ],
 )
 def test_a_kernel_is_for_versions_and_types(
-    kernel: Kernel, version: int, letters: dict[str, str], fits: bool
+    kernel: KernelDef, version: int, letters: dict[str, str], fits: bool
 ) -> None:
     assert kernel.fits(version, letters) is fits
 
@@ -288,7 +295,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 
     table = KernelTable.read(tmp_path / "table.json")
 
-    assert table.kernels["", "Erf"] == [Kernel(13, None, {"T": frozenset({"float"})})]
+    assert table.kernels["", "Erf"] == [KernelDef(13, None, {"T": frozenset({"float"})})]
     formals = table.formals["com.microsoft", "Two"]
     assert (formals.input(5), formals.output(1)) == ("T", "tensor(int64)")
     made = program("main (float16[B] x) => (float16[B] y) { [odd] y = Erf (x) }")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import pytest
-from programs import error_rel, inputs, operators, program, run
+from support.programs import error_rel, inputs, operators, program, run
 
 from llmopt.backends.onnxruntime import finish
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention

@@ -7,8 +7,8 @@ from typing import Final
 
 import onnx_ir as ir
 import pytest
-from mixtures import EXPERTS, SHARES, WEIGHED, every_expert, mixture, tokens
-from programs import error_rel, evaluate, only, operators, reasons, run
+from support.mixtures import EXPERTS, SHARES, WEIGHED, every_expert, mixture, tokens
+from support.programs import error_rel, evaluate, only, operators, reasons, run
 
 from llmopt.backends import find_backend
 from llmopt.backends.onnxruntime import finish

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from programs import apply, bound, error_rel, evaluate, inputs, open_session, operators, run
+from support.programs import apply, bound, error_rel, evaluate, inputs, open_session, operators, run
 
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand

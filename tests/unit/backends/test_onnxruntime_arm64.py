@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from programs import program
-from tiny_decoder import tiny_decoder
+from support.programs import program
+from support.tiny_decoder import tiny_decoder
 
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand

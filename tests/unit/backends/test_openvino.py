@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 import pytest
-from programs import program
-from tiny_artifacts import TinyEncoder, rewrite_manifest
-from tiny_decoder import tiny_decoder
+from support.programs import program
+from support.tiny_artifacts import TinyEncoder, rewrite_manifest
+from support.tiny_decoder import tiny_decoder
 
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand
@@ -23,7 +23,14 @@ from llmopt.errors import BackendUnavailableError, UnknownNameError, Unsupported
 from llmopt.ir.program import Program
 from llmopt.runtime import load
 from llmopt.runtime.engines import providers
-from llmopt.runtime.engines.providers import CUDA, OPENVINO, Place, left_behind, place_of, start
+from llmopt.runtime.engines.providers import (
+    CUDA,
+    OPENVINO,
+    Provider,
+    left_behind,
+    place_of,
+    start,
+)
 
 ENCODER: Final = """main (float[B,S,8] x) => (float[B,S,8] y) <float[8] w = {1,2,3,4,5,6,7,8}>
 {
@@ -90,9 +97,11 @@ def test_auto_falls_to_the_processor_and_says_why(
 def test_auto_takes_the_faster_and_opens_that(
     seconds: float, ep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[Place] = []
+    opened: list[Provider] = []
 
-    def open_session(_: Path, *, place: Place, **__: object) -> Callable[[Mapping[str, Any]], Any]:
+    def open_session(
+        _: Path, *, place: Provider, **__: object
+    ) -> Callable[[Mapping[str, Any]], Any]:
         opened.append(place)
         return lambda _: {"took": seconds if place.provider == OPENVINO else 1.0}
 
@@ -114,8 +123,8 @@ def test_time_is_taken_of_a_run() -> None:
 
 
 def test_an_artifact_says_where_it_runs() -> None:
-    assert place_of("onnxruntime-cpu", {}, 1) == Place()
-    assert place_of("onnxruntime-cpu{ep=auto}", {"ep": "cpu"}, 1) == Place()
+    assert place_of("onnxruntime-cpu", {}, 1) == Provider()
+    assert place_of("onnxruntime-cpu{ep=auto}", {"ep": "cpu"}, 1) == Provider()
     found = place_of("onnxruntime-cpu{ep=auto}", {"ep": "openvino"}, 3)
     assert (found.provider, found.whole) == (OPENVINO, True)
     assert '"INFERENCE_NUM_THREADS": "3"' in found.settings["load_config"]
@@ -190,7 +199,7 @@ def test_a_provider_that_does_not_start_says_what_it_needs() -> None:
     fake = FakeRuntime("CPUExecutionProvider", {}, known=CUDA)
 
     with pytest.raises(BackendUnavailableError, match="did not start: pip uninstall onnxruntime"):
-        start(fake, b"", fake.SessionOptions(), Place(CUDA, "cuda"))
+        start(fake, b"", fake.SessionOptions(), Provider(CUDA, "cuda"))
     assert fake.loaded == ["cuda"]
 
 

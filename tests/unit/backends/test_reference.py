@@ -12,16 +12,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny_sources
-from programs import program
-from tiny_decoder import VOCABULARY, tiny_decoder
-from traced import Traced
+from support import tiny_sources
+from support.programs import program
+from support.tiny_decoder import VOCABULARY, tiny_decoder
+from support.traced import Traced
 
 import llmopt
+from llmopt.artifact.manifest import Manifest
 from llmopt.backends import find_backend, reference
 from llmopt.backends.base import Availability, Demand
-from llmopt.backends.reference import Reference
-from llmopt.bundle.manifest import Manifest
+from llmopt.backends.reference import ReferenceBackend
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.ir.dialect import invariants, verify
 from llmopt.ir.evaluator import Evaluator
@@ -184,8 +184,8 @@ def test_an_operator_without_an_evaluator_is_refused_before_any_work() -> None:
     made = program("main (float[B,4] x) => (float[B,4] y) { [odd] y = Relu (x) }")
     next(iter(made.graph)).op_type = "NoSuchOperator"
 
-    assert Reference().check(made) == ["onnx's evaluator has no NoSuchOperator ('odd')"]
-    assert Reference().check(tiny_decoder()) == []
+    assert ReferenceBackend().check(made) == ["onnx's evaluator has no NoSuchOperator ('odd')"]
+    assert ReferenceBackend().check(tiny_decoder()) == []
 
 
 def test_missing_packages_are_told_with_the_line_to_install_them(
@@ -194,10 +194,10 @@ def test_missing_packages_are_told_with_the_line_to_install_them(
     def absent(name: str) -> Any:
         raise ImportError(name)
 
-    assert Reference().available() == Availability()
+    assert ReferenceBackend().available() == Availability()
     monkeypatch.setattr(importlib, "import_module", absent)
     monkeypatch.setattr(reference, "find_spec", lambda _: None)
-    assert Reference().available() == Availability(INSTALL, INSTALL)
+    assert ReferenceBackend().available() == Availability(INSTALL, INSTALL)
     manifest = Manifest.read(copy)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'llmopt\[compile\]'") as caught:
         ReferenceSession(copy, manifest)

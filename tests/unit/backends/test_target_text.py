@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from programs import program
+from support.programs import program
 
 from llmopt.backends import ALIASES, BACKENDS, find_backend, known_backends
-from llmopt.backends.base import Bounds, split_target
+from llmopt.backends.base import ExampleBounds, split_target
 from llmopt.backends.onnxruntime import OnnxRuntimeCpu, finish, installed
 from llmopt.errors import UnknownNameError, UsageError
 
@@ -79,14 +79,14 @@ def test_an_absent_package_has_no_version() -> None:
 @pytest.mark.parametrize(
     ("target", "scheme", "bounds"),
     [
-        ("onnxruntime-cpu", None, Bounds(1e-3)),
-        ("tvm-cpu", "w8", Bounds(5e-2, 0.95)),
-        ("onnxruntime-arm64", "w4{block=16}", Bounds(1e-1, 0.95)),
-        ("onnxruntime-cuda", "fp16", Bounds(5e-2, 0.95)),
+        ("onnxruntime-cpu", None, ExampleBounds(1e-3)),
+        ("tvm-cpu", "w8", ExampleBounds(5e-2, 0.95)),
+        ("onnxruntime-arm64", "w4{block=16}", ExampleBounds(1e-1, 0.95)),
+        ("onnxruntime-cuda", "fp16", ExampleBounds(5e-2, 0.95)),
         ("tensorrt-rtx", "fp16", None),  # no engine runs where it is built
     ],
 )
 def test_what_a_device_may_be_off_follows_from_what_kernels_round(
-    target: str, scheme: str | None, bounds: Bounds | None
+    target: str, scheme: str | None, bounds: ExampleBounds | None
 ) -> None:
     assert find_backend(target).example_bounds(scheme) == bounds

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from programs import bound, program
+from support.programs import bound, program
 
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand
@@ -27,7 +27,12 @@ from llmopt.errors import (
 from llmopt.passes.convert_float import ConvertFloat
 from llmopt.runtime.engines import tensorrt_build
 from llmopt.runtime.engines.tensorrt_build import build_engine, import_tensorrt
-from llmopt.runtime.engines.tensorrt_recipe import NETWORK, Bounds, Profile, Recipe
+from llmopt.runtime.engines.tensorrt_recipe import (
+    NETWORK,
+    EngineRecipe,
+    InputRange,
+    Profile,
+)
 
 ATTENTION: Final = """main (float[B,S,64] x, float[64,64] wq) => (float[B,S,64] y)
 { q = MatMul (x, wq)
@@ -96,7 +101,7 @@ def test_an_engine_that_cannot_be_built_says_what_tensorrt_said(trt: Any, tmp_pa
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", 4]) for n in "xy"]
     graph = helper.make_graph([node], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 25)]), tmp_path / "m")
-    recipe = Recipe("tensorrt_rtx", ("8.9",), (Profile("all"),))  # no bounds for B
+    recipe = EngineRecipe("tensorrt_rtx", ("8.9",), (Profile("all"),))  # no bounds for B
 
     with pytest.raises(LlmoptError, match="could not build the engine"):
         build_engine(trt, tmp_path / "m", recipe, "8.9")
@@ -181,13 +186,13 @@ def test_what_a_machine_lacks_is_listed() -> None:
 
 def test_a_recipe_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
     profile = Profile(
-        "all", {"x": Bounds((1, 1), (1, 8), (2, 16))}, {"n": Bounds((1,), (1,), (4,))}
+        "all", {"x": InputRange((1, 1), (1, 8), (2, 16))}, {"n": InputRange((1,), (1,), (4,))}
     )
-    recipe = Recipe("tensorrt", (), (profile,), tolerance=0.02)
+    recipe = EngineRecipe("tensorrt", (), (profile,), tolerance=0.02)
     path = tmp_path / "build.json"
     path.write_text(recipe.to_json())
 
-    assert Recipe.load(path) == recipe
+    assert EngineRecipe.load(path) == recipe
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"package": "tensorrt", "profiles": [{}]}'])
@@ -197,7 +202,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> N
         path.write_text(text)
 
     with pytest.raises(ArtifactError):
-        Recipe.load(path)
+        EngineRecipe.load(path)
 
 
 @pytest.mark.usefixtures("trt")

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from programs import bound, error_rel, evaluate, inputs, operators, program, run
+from support.programs import bound, error_rel, evaluate, inputs, operators, program, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmopt.backends import find_backend
@@ -21,9 +21,10 @@ from llmopt.backends.tensorrt.legalize_operators import LegalizeOperators
 from llmopt.backends.tensorrt.network import problems_of, profiles_of
 from llmopt.backends.tensorrt.quantize_static import QuantizeStatic
 from llmopt.backends.tensorrt.typed_run import open_typed
-from llmopt.bundle.manifest import ModelFacts
 from llmopt.errors import LlmoptError, UsageError
-from llmopt.ir.feeds import Arrays, Case
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.facts import ModelFacts
+from llmopt.ir.feeds import Case
 from llmopt.ir.program import Program
 from llmopt.passes.convert_float import ConvertFloat
 from llmopt.passes.quantize_weights import QuantizeWeights

@@ -10,13 +10,19 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from emulated_tiles import EmulatedTiles
-from kernel_calls import AVX2, Array, call, error, floats, host, narrow
+from support.emulated_tiles import EmulatedTiles
+from support.kernel_calls import AVX2, Array, call, error, floats, host, narrow
 
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels import amx
-from llmopt.backends.tvm.kernels.attention import Attention, Turning, append, attention, decode
-from llmopt.runtime.processor import tiles_allowed
+from llmopt.backends.tvm.kernels.attention.selection import (
+    AttentionForm,
+    Turning,
+    append,
+    attention,
+    decode,
+)
+from llmopt.runtime.cpu_features import tiles_allowed
 
 CLOSE = 3e-6
 """Of the largest magnitude; the most that was seen is 1.4e-6."""
@@ -27,7 +33,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(3)
 
 
-def attended(q: Array, k: Array, v: Array, mask: Array, form: Attention) -> Array:
+def attended(q: Array, k: Array, v: Array, mask: Array, form: AttentionForm) -> Array:
     """Return attention of q [B, S, H, D] to k, v [B, T, G, D], in float64."""
     k, v = (np.repeat(x.astype(np.float64), form.ratio, 2) for x in (k, v))
     scores = np.einsum("bshd,bthd->bhst", q.astype(np.float64), k)
@@ -40,7 +46,7 @@ def attended(q: Array, k: Array, v: Array, mask: Array, form: Attention) -> Arra
     return out
 
 
-def seen(length: int, mask: Array, form: Attention) -> Array:
+def seen(length: int, mask: Array, form: AttentionForm) -> Array:
     """Return which keys each query sees, [B, 1, S, T]."""
     keys = mask.shape[1]
     ahead = np.arange(keys)[None] - (keys - length + np.arange(length)[:, None])
@@ -63,27 +69,27 @@ def padded(batch: int, keys: int) -> Array:
 
 
 def test_packed_heads_attend(rng: np.random.Generator) -> None:
-    check_packed(Attention(6, 6, 32, packed=True), (2, 70), rng)
+    check_packed(AttentionForm(6, 6, 32, packed=True), (2, 70), rng)
 
 
 @pytest.mark.parametrize(
     ("form", "sizes"),
     [
-        (Attention(6, 2, 64, causal=True), (2, 133)),
-        (Attention(6, 3, 24, causal=True, left=5, softcap=2.0), (3, 17)),
-        (Attention(4, 4, 20, left=6, right=9, scale=0.3, masked=False), (1, 77)),
-        (Attention(5, 1, 7), (2, 1)),
+        (AttentionForm(6, 2, 64, causal=True), (2, 133)),
+        (AttentionForm(6, 3, 24, causal=True, left=5, softcap=2.0), (3, 17)),
+        (AttentionForm(4, 4, 20, left=6, right=9, scale=0.3, masked=False), (1, 77)),
+        (AttentionForm(5, 1, 7), (2, 1)),
     ],
-    ids=lambda x: x.label if isinstance(x, Attention) else "x".join(map(str, x)),
+    ids=lambda x: x.label if isinstance(x, AttentionForm) else "x".join(map(str, x)),
 )
 def test_queries_see_what_they_may(
-    form: Attention, sizes: tuple[int, int], rng: np.random.Generator
+    form: AttentionForm, sizes: tuple[int, int], rng: np.random.Generator
 ) -> None:
     check_packed(replace(form, packed=True), sizes, rng)
 
 
 def test_packed_heads_attend_with_avx2_alone(rng: np.random.Generator) -> None:
-    check_packed(Attention(6, 2, 40, causal=True, packed=True), (2, 45), rng, (narrow(), AVX2))
+    check_packed(AttentionForm(6, 2, 40, causal=True, packed=True), (2, 45), rng, (narrow(), AVX2))
 
 
 ROUNDED = 1e-2
@@ -92,20 +98,20 @@ ROUNDED = 1e-2
 
 @pytest.mark.parametrize("width", [32, 48, 24], ids=["d32", "d48", "d24-in-float32"])
 def test_rounded_products_are_close(width: int, rng: np.random.Generator) -> None:
-    form = Attention(4, 2, width, causal=True, packed=True, rounded=True)
+    form = AttentionForm(4, 2, width, causal=True, packed=True, rounded=True)
     check_packed(form, (2, 75), rng, close=ROUNDED)
 
 
 @pytest.mark.parametrize(
     ("form", "sizes"),
     [
-        (Attention(6, 2, 64, causal=True, packed=True, rounded=True), (2, 133)),
-        (Attention(4, 4, 32, left=40, softcap=2.0, packed=True, rounded=True), (1, 77)),
+        (AttentionForm(6, 2, 64, causal=True, packed=True, rounded=True), (2, 133)),
+        (AttentionForm(4, 4, 32, left=40, softcap=2.0, packed=True, rounded=True), (1, 77)),
     ],
     ids=["causal", "window-and-softcap"],
 )
 def test_tiles_multiply_what_is_rounded(
-    form: Attention,
+    form: AttentionForm,
     sizes: tuple[int, int],
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,12 +127,12 @@ def test_tiles_of_amx_multiply_what_is_rounded(rng: np.random.Generator) -> None
     if not host().amx_bf16:
         pytest.skip("this processor has no amx_bf16")
     assert tiles_allowed()
-    form = Attention(4, 2, 64, causal=True, packed=True, rounded=True)
+    form = AttentionForm(4, 2, 64, causal=True, packed=True, rounded=True)
     check_packed(form, (2, 75), rng, close=ROUNDED)
 
 
 def check_packed(
-    form: Attention,
+    form: AttentionForm,
     sizes: tuple[int, int],
     rng: np.random.Generator,
     on: tuple[Features, str] | None = None,
@@ -144,13 +150,13 @@ def check_packed(
     assert error(out.reshape(q.shape), attended(q, k, v, mask, form)) < close
 
 
-def filled(rng: np.random.Generator, rows: Array, form: Attention) -> Array:
+def filled(rng: np.random.Generator, rows: Array, form: AttentionForm) -> Array:
     """Return what an output holds before: any numbers."""
     return floats(rng, len(rows), form.heads * form.width)
 
 
 def test_keys_of_another_length(rng: np.random.Generator) -> None:
-    form = Attention(4, 2, 16)
+    form = AttentionForm(4, 2, 16)
     q, k, v = floats(rng, 3 * 5, 64), floats(rng, 3 * 39, 32), floats(rng, 3 * 39, 32)
     given = {"q": q, "k": k, "v": v, "mask": padded(3, 39)}
     out = call(attention(form, host()), given, {"y": filled(rng, q, form)})["y"]
@@ -159,7 +165,7 @@ def test_keys_of_another_length(rng: np.random.Generator) -> None:
 
 
 def test_a_row_that_sees_nothing_is_zero_and_others_are_right(rng: np.random.Generator) -> None:
-    form = Attention(2, 1, 8, packed=True)
+    form = AttentionForm(2, 1, 8, packed=True)
     qkv, mask = floats(rng, 2 * 9, 32), np.ones((2, 9), np.int64)
     mask[1] = 0
     out = call(attention(form, host()), {"qkv": qkv, "mask": mask}, {"y": filled(rng, qkv, form)})
@@ -182,7 +188,7 @@ class Step:
     batch: int
     past: int
     new: int
-    form: Attention
+    form: AttentionForm
     turning: Turning
 
     @property
@@ -241,22 +247,22 @@ class Step:
         return np.concatenate(turned, axis=-1)
 
 
-SMOLLM = Step(2, 60, 9, Attention(6, 2, 64, causal=True, cached=True), Turning(64, 64))
+SMOLLM = Step(2, 60, 9, AttentionForm(6, 2, 64, causal=True, cached=True), Turning(64, 64))
 GEMMA = Step(
     3,
     7,
     4,
-    Attention(8, 1, 24, causal=True, cached=True, left=5, softcap=3.0),
+    AttentionForm(8, 1, 24, causal=True, cached=True, left=5, softcap=3.0),
     Turning(24, 12, 1e-6),
 )
 GPT = Step(
     2,
     0,
     37,
-    Attention(4, 4, 16, causal=True, cached=True, masked=False, left=20),
+    AttentionForm(4, 4, 16, causal=True, cached=True, masked=False, left=20),
     Turning(16),
 )
-ODD = Step(1, 5, 3, Attention(3, 1, 7, causal=True, cached=True), Turning(7, 6))
+ODD = Step(1, 5, 3, AttentionForm(3, 1, 7, causal=True, cached=True), Turning(7, 6))
 
 
 @pytest.mark.parametrize("step", [SMOLLM, GEMMA, GPT, ODD], ids=["smollm", "gemma", "gpt", "odd"])
@@ -289,7 +295,7 @@ DECODING = {
     "odd": replace(ODD, new=1),
     "first": replace(SMOLLM, past=0, new=1, batch=1),
     "half a head is no whole vectors": Step(
-        2, 9, 1, Attention(4, 2, 80, causal=True, cached=True), Turning(80, 80)
+        2, 9, 1, AttentionForm(4, 2, 80, causal=True, cached=True), Turning(80, 80)
     ),
 }
 

@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_sources
 import tvm_ffi
-from programs import bound, defined, error_rel, inputs, program
-from tiny_artifacts import rewrite_manifest
-from tiny_decoder import TEXT, VOCABULARY, tiny_decoder
+from support import tiny_sources
+from support.programs import bound, defined, error_rel, inputs, program
+from support.tiny_artifacts import rewrite_manifest
+from support.tiny_decoder import TEXT, VOCABULARY, tiny_decoder
 
 import llmopt
+from llmopt.artifact.manifest import Manifest
 from llmopt.backends import find_backend
 from llmopt.backends.base import TOLERANCE, Availability, Demand
 from llmopt.backends.tvm import api, cuda, cuda_build
 from llmopt.backends.tvm.cuda import TvmCuda, Unscheduled
 from llmopt.backends.tvm.cuda_module import CudaModule
-from llmopt.backends.tvm.entries import Bounds
-from llmopt.bundle.manifest import Manifest
+from llmopt.backends.tvm.entries import Capacity
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError, UsageError
 from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Case
@@ -87,7 +87,7 @@ MODELS: dict[str, Callable[[], Program]] = {
     ["encoder", *(pytest.param(n, marks=pytest.mark.thorough) for n in MODELS if n != "encoder")],
 )
 def test_every_kernel_is_scheduled_for_a_gpu(name: str) -> None:
-    module = CudaModule(MODELS[name](), Bounds(8, 64)).convert()
+    module = CudaModule(MODELS[name](), Capacity(8, 64)).convert()
 
     kernels = api.kernels(api.fused(module, TARGET))
 
@@ -98,7 +98,7 @@ def test_every_kernel_is_scheduled_for_a_gpu(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["encoder fp16"])
 def test_cuda_source_is_generated_without_a_gpu(name: str) -> None:
-    module = CudaModule(MODELS[name](), Bounds(8, 64)).convert()
+    module = CudaModule(MODELS[name](), Capacity(8, 64)).convert()
 
     source = api.device_source(api.compiled(module, TARGET))
 
@@ -261,7 +261,7 @@ def test_tiny_models_of_families_are_scheduled_and_right(family: str, tmp_path: 
         config |= {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
     made = Pipeline.parse("default").run(defined(config))
 
-    module = CudaModule(made.clone(), Bounds(8, 64)).convert()
+    module = CudaModule(made.clone(), Capacity(8, 64)).convert()
     kernels = api.kernels(api.fused(module, TARGET))
     library, reference = written(made, tmp_path), Evaluator(made.model)
 

@@ -12,22 +12,29 @@ import numpy.typing as npt
 import pytest
 
 from llmopt.backends.tvm.features import Features, Processor, find_processor
-from llmopt.backends.tvm.kernels.linear import Linear, LinearKernels, Packing, choose, pack
-from llmopt.backends.tvm.kernels.linear_storage import Storage, tiles
+from llmopt.backends.tvm.kernels.linear.selection import (
+    Linear,
+    LinearKernels,
+    Packing,
+    choose,
+    pack,
+)
+from llmopt.backends.tvm.kernels.linear.storage import Storage, tiles
 from llmopt.errors import UnsupportedModelError
 from llmopt.quantization import packing
 from llmopt.quantization.dynamic import Columns, quantize_columns
 from llmopt.quantization.numerics import Quantized, dequantize, quantize_blockwise
 from llmopt.quantization.schemes import Blockwise, Cast, DynamicInt8
-from llmopt.runtime.processor import tiles_allowed
+from llmopt.runtime.cpu_features import tiles_allowed
 
 tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
-from emulated_tiles import EmulatedTiles  # noqa: E402 - needs TVM
+from support.emulated_tiles import EmulatedTiles  # noqa: E402 - needs TVM
 
-from llmopt.backends.tvm.kernels import amx, linear_products  # noqa: E402 - needs TVM
-from llmopt.backends.tvm.kernels.linear_panel import Form  # noqa: E402 - needs TVM
-from llmopt.backends.tvm.kernels.linear_script import cast  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels import amx  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.linear import products as linear_products  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.linear.panel import PanelSizes  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.linear.script import cast  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.rows import gather_packed  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.vectors import shuffled  # noqa: E402 - needs TVM
 
@@ -373,7 +380,7 @@ def test_weights_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(10).standard_normal((200, 32)).astype(np.float32)
     packed = choose(Linear(200, 32, Blockwise(4, 32))).packing
     whole = pack(values, packed)
-    monkeypatch.setattr("llmopt.backends.tvm.kernels.linear_pack._CHUNK", 1)
+    monkeypatch.setattr("llmopt.backends.tvm.kernels.linear.pack._CHUNK", 1)
     for name, array in pack(values, packed).items():
         np.testing.assert_array_equal(array, whole[name])
 
@@ -489,7 +496,7 @@ def test_weights_of_4_bits_get_one_scale_a_row_on_tiles(
     weight = quantize_blockwise(values.astype(np.float32), scheme)
     wanted = Linear(n, k, scheme, "many", (), SAPPHIRE_RAPIDS)
     assert isinstance(wanted.storage, Storage)
-    form = Form.of(wanted.storage)
+    form = PanelSizes.of(wanted.storage)
     x = rng.standard_normal((m, k)).astype(np.float32)
     found = Product(wanted, "avx512vnni", weight)(x)
     close(found, tiled_product(x, weight, form.columns), 1e-5)
@@ -543,7 +550,7 @@ def test_panels_are_as_even_as_can_be() -> None:
     def sizes(k: int, scheme: Blockwise | None = None) -> tuple[int, int]:
         wanted = Linear(32, k, scheme or Blockwise(4, 32), features=SAPPHIRE_RAPIDS)
         assert isinstance(wanted.storage, Storage)
-        form = Form.of(wanted.storage)
+        form = PanelSizes.of(wanted.storage)
         return form.columns, form.count
 
     assert [sizes(k) for k in (32, 576, 1536, 2048, 8192)] == [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from programs import only, operators, program, reasons
+from support.programs import only, operators, program, reasons
 
 from llmopt.backends.tvm.linear import key_of
-from llmopt.backends.tvm.lower_attention import LowerAttention
+from llmopt.backends.tvm.lower_attention import LowerPackedAttention
 from llmopt.backends.tvm.lower_linear import LowerLinear
 from llmopt.backends.tvm.sizes import bounds, evaluate, known
 from llmopt.ir import graph as g
@@ -48,7 +48,7 @@ NORMED = """
 def test_rotation_and_cache_become_one_operator() -> None:
     made = program(CACHED + "{" + ROTATED + ATTENTION + "}")
 
-    assert LowerAttention().run(made).applied == 1
+    assert LowerPackedAttention().run(made).applied == 1
     node = only(made, "CachedAttention")
     assert operators(made) == ["CachedAttention"]
     assert [v.name if v else None for v in node.inputs][:6] == [
@@ -61,7 +61,7 @@ def test_rotation_and_cache_become_one_operator() -> None:
 def test_norms_of_heads_go_into_it_whichever_way_heads_lie() -> None:
     made = program(CACHED + "{" + NORMED + ATTENTION + "}")
 
-    assert LowerAttention().run(made).applied == 1
+    assert LowerPackedAttention().run(made).applied == 1
     assert operators(made) == ["CachedAttention"]
     assert g.attribute(only(made, "CachedAttention"), "epsilon", 0.0) == pytest.approx(1e-6)
 
@@ -72,14 +72,14 @@ def test_parts_of_several_values_are_put_together() -> None:
     ordered = [lines[0], lines[-1], *lines[1:-1]]
     made = program(CACHED + "{" + "\n".join(ordered) + ATTENTION + "}")
 
-    assert LowerAttention().run(made).applied == 1
+    assert LowerPackedAttention().run(made).applied == 1
     assert operators(made) == ["Split", "Neg", "Concat", "CachedAttention"]
 
 
 def test_what_the_kernels_do_not_compute_is_left() -> None:
     text = CACHED + "{" + ROTATED.replace("(k0, cos, sin", "(k0, sin, sin") + ATTENTION + "}"
     made = program(text)
-    outcome = LowerAttention().run(made)
+    outcome = LowerPackedAttention().run(made)
 
     assert (outcome.applied, "Attention" in operators(made)) == (0, True)
     assert "Q and K are turned in different ways" in reasons(outcome)
@@ -88,7 +88,7 @@ def test_what_the_kernels_do_not_compute_is_left() -> None:
    y = Attention <q_num_heads = 2, kv_num_heads = 2> (x, x, x, m)
 }"""
     )
-    assert "its mask is more than padding" in reasons(LowerAttention().run(other))
+    assert "its mask is more than padding" in reasons(LowerPackedAttention().run(other))
 
 
 EPILOGUE = """main (float[B,S,4] x, float[B,S,6] r) => (float[B,S,6] y)

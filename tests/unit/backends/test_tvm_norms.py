@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from kernel_calls import AVX2, Array, call, error, floats, host, narrow
+from support.kernel_calls import AVX2, Array, call, error, floats, host, narrow
 
 from llmopt.backends.tvm.kernels.gather import gather
 from llmopt.backends.tvm.kernels.heads import Turning

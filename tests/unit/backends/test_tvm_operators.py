@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from programs import evaluate, program
+from support.programs import evaluate, program
 
 from llmopt.backends.base import Demand
 from llmopt.backends.tvm import TvmCpu

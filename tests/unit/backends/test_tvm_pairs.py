@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 import onnx_ir as ir
-from programs import evaluate, inputs, only, program
+from support.programs import evaluate, inputs, only, program
 
 from llmopt.backends.tvm.separate_pairs import SeparatePairs
 from llmopt.ir import graph as g

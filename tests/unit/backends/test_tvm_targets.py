@@ -14,11 +14,11 @@ from typing import Any
 import bert
 import numpy as np
 import pytest
-import tiny_sources
-from bare_device import TVM, on_device
-from programs import program
-from tiny_artifacts import rewrite_manifest
-from traced import Traced
+from support import tiny_sources
+from support.bare_device import TVM, on_device
+from support.programs import program
+from support.tiny_artifacts import rewrite_manifest
+from support.traced import Traced
 
 import llmopt
 from llmopt.backends.base import Demand
@@ -26,9 +26,14 @@ from llmopt.backends.tvm import TvmArm64, TvmCpu
 from llmopt.backends.tvm.features import Features
 from llmopt.benchmark import Generate
 from llmopt.benchmark.profiling import profile
-from llmopt.errors import ArtifactError, BackendUnavailableError, UnknownNameError, UsageError
+from llmopt.errors import (
+    ArtifactError,
+    BackendUnavailableError,
+    UnknownNameError,
+    UsageError,
+)
+from llmopt.runtime.cpu_features import processor_features
 from llmopt.runtime.engines import tvm as engine
-from llmopt.runtime.processor import processor_features
 
 pytestmark = pytest.mark.xdist_group("traced")  # once in one process
 
@@ -230,7 +235,7 @@ def test_another_artifact_in_the_same_place_is_opened_anew(copy: Path, tmp_path:
 def test_weights_cut_short_are_an_error(copy: Path) -> None:
     (copy / engine.WEIGHTS).write_bytes(bytes(64))
     with pytest.raises(ArtifactError, match=engine.WEIGHTS):
-        engine.Library(copy / "model.so")
+        engine.TvmLibrary(copy / "model.so")
 
 
 def test_operators_without_a_kernel_are_listed_together() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_artifacts import TinyDecoder, TinyEncoder
+from support.tiny_artifacts import TinyDecoder, TinyEncoder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmopt.benchmark import Encode, Generate, Plan, measure, probe
+from llmopt.benchmark import Encode, Generate, MeasurePlan, measure, probe
 from llmopt.errors import ArtifactError, LlmoptError, UsageError
 from llmopt.runtime import Runner, load
 
@@ -17,7 +17,7 @@ PROBED = ["load_s", "peak_rss_bytes"]
 
 def test_a_decoder_is_measured_from_loading_to_the_last_token(artifacts: Path) -> None:
     told: list[str] = []
-    plan = Plan(Generate(8, 4), threads=1, repetitions=3, warmups=1, processes=1)
+    plan = MeasurePlan(Generate(8, 4), threads=1, repetitions=3, warmups=1, processes=1)
     result = measure([artifacts / "shared"], plan, told.append)
     (artifact,) = result.artifacts
     assert [(m.name, len(m.samples)) for m in artifact.metrics] == [
@@ -40,7 +40,7 @@ def test_a_decoder_is_measured_from_loading_to_the_last_token(artifacts: Path) -
 
 
 def test_rates_follow_from_times(artifacts: Path) -> None:
-    plan = Plan(Generate(8, 4, batch=2), threads=1, repetitions=1, warmups=0, processes=0)
+    plan = MeasurePlan(Generate(8, 4, batch=2), threads=1, repetitions=1, warmups=0, processes=0)
     (artifact,) = measure([artifacts / "concat"], plan).artifacts
     found = {metric.name: metric.samples[0] for metric in artifact.metrics}
     assert found["prefill_tokens_per_s"] == pytest.approx(16 / found["ttft_s"])
@@ -48,13 +48,13 @@ def test_rates_follow_from_times(artifacts: Path) -> None:
 
 
 def test_one_new_token_has_no_decode_rate(artifacts: Path) -> None:
-    plan = Plan(Generate(8, 1), threads=1, repetitions=1, warmups=0, processes=0)
+    plan = MeasurePlan(Generate(8, 1), threads=1, repetitions=1, warmups=0, processes=0)
     (artifact,) = measure([artifacts / "shared"], plan).artifacts
     assert [m.name for m in artifact.metrics] == ["ttft_s", "prefill_tokens_per_s"]
 
 
 def test_an_encoder_is_measured(artifacts: Path) -> None:
-    plan = Plan(Encode(2, 8), threads=1, repetitions=2, warmups=0, processes=0)
+    plan = MeasurePlan(Encode(2, 8), threads=1, repetitions=2, warmups=0, processes=0)
     (artifact,) = measure([artifacts / "encoder"], plan).artifacts
     names = [(m.name, len(m.samples)) for m in artifact.metrics]
     assert names == [("encode_latency_s", 2), ("encode_tokens_per_s", 2)]
@@ -70,7 +70,7 @@ def test_artifacts_take_turns_with_the_same_fresh_tokens(
         return {"ttft_s": [1.0]}
 
     monkeypatch.setattr("llmopt.benchmark.measuring.run_once", run_once)
-    plan = Plan(Generate(2, 2), threads=1, repetitions=3, warmups=0, processes=0)
+    plan = MeasurePlan(Generate(2, 2), threads=1, repetitions=3, warmups=0, processes=0)
     measure([artifacts / "shared", artifacts / "concat"], plan)
     names = [name for name, _ in seen]
     assert sorted(names[:2]) == sorted(names[2:4]) == ["concat", "shared"]
@@ -83,15 +83,15 @@ def test_artifacts_take_turns_with_the_same_fresh_tokens(
 def test_what_does_not_fit_is_refused_before_measuring(artifacts: Path) -> None:
     for name, workload in (("encoder", Generate(2, 2)), ("shared", Encode(2, 2))):
         with pytest.raises(UsageError, match=rf"cannot run {workload}"):
-            measure([artifacts / name], Plan(workload, threads=1))
+            measure([artifacts / name], MeasurePlan(workload, threads=1))
     with pytest.raises(UsageError, match="takes 48 tokens, prefill=40,decode=9 needs 49"):
-        measure([artifacts / "shared"], Plan(Generate(40, 9), threads=1))
+        measure([artifacts / "shared"], MeasurePlan(Generate(40, 9), threads=1))
     with pytest.raises(UsageError, match="no artifact"):
-        measure([], Plan(Generate(2, 2)))
+        measure([], MeasurePlan(Generate(2, 2)))
     with pytest.raises(UsageError, match="repetitions"):
-        Plan(Generate(2, 2), repetitions=0)
+        MeasurePlan(Generate(2, 2), repetitions=0)
     with pytest.raises(ArtifactError, match="not found"):
-        measure([artifacts / "nothing"], Plan(Generate(2, 2)))
+        measure([artifacts / "nothing"], MeasurePlan(Generate(2, 2)))
 
 
 def test_the_probe_prints_one_object(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,7 @@ def test_the_probe_prints_one_object(artifacts: Path, capsys: pytest.CaptureFixt
 
 def test_a_probe_that_fails_says_why(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmopt.benchmark.measuring._PROBE", "llmopt.benchmark.nothing")
-    plan = Plan(Generate(2, 2), threads=1, processes=1)
+    plan = MeasurePlan(Generate(2, 2), threads=1, processes=1)
     with pytest.raises(LlmoptError, match=r"a fresh process could not run .*nothing"):
         measure([artifacts / "shared"], plan)
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt.benchmark.machine import Machine, this_machine
+from llmopt.benchmark.machine import MachineFingerprint, this_machine
 from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
 from llmopt.benchmark.statistics import median, median_interval, percentile
 from llmopt.benchmark.workload import Encode, Generate, default_workload, parse_workload
 from llmopt.errors import UsageError
 
-MACHINE = Machine("a chip", "x86_64", 2, ("avx2",), 10**9, "Linux 6", {"python": "3.11"})
+MACHINE = MachineFingerprint("a chip", "x86_64", 2, ("avx2",), 10**9, "Linux 6", {"python": "3.11"})
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from gate_samples import measured
+from support.gate_samples import measured
 
-from llmopt.benchmark.gate.decisions import Answer, Look, Question, ask, decide
+from llmopt.benchmark.gate.decisions import Evidence, Look, Question, ask, decide
 from llmopt.benchmark.gate.rounds import CANDIDATE, Measured, logarithms, metrics_of
-from llmopt.benchmark.gate.statistics import Estimate
+from llmopt.benchmark.gate.statistics import LogRatio
 from llmopt.errors import LlmoptError
 
 STEP = "time_per_output_token_s"
@@ -74,12 +74,12 @@ def test_a_machine_whose_twins_differ_as_much_raises_no_alarm() -> None:
 def test_several_questions_share_the_level() -> None:
     """What fails alone by a hair does not fail beside nineteen others that ask the same."""
     chance = 0.003  # of a value this high; the level is 0.005
-    sure = Estimate(0.05, 0.0, 7)
+    sure = LogRatio(0.05, 0.0, 7)
     while sure.above(0.0) < chance:
         sure = dataclasses.replace(sure, error=sure.error + 1e-4)
     question = Question("a", STEP, 0.0)
-    one = Answer(question, sure, None, 1.0, 1.05, processes=16)
-    calm = dataclasses.replace(one, found=Estimate(-1.0, 0.001, 7))
+    one = Evidence(question, sure, None, 1.0, 1.05, processes=16)
+    calm = dataclasses.replace(one, found=LogRatio(-1.0, 0.001, 7))
     assert [a.verdict for a in decide([one], LAST)] == ["fail"]
     assert [a.verdict for a in decide([one, *[calm] * 19], LAST)] == ["open", *["pass"] * 19]
 
@@ -134,7 +134,7 @@ def test_metrics_are_those_that_every_process_has() -> None:
 
 
 def test_answers_of_other_machines_are_refused() -> None:
-    answer = Answer.refused(Question("a", STEP))
+    answer = Evidence.refused(Question("a", STEP))
     assert answer.verdict == "refused"
     assert answer.interval is None
     assert answer.detectable is None

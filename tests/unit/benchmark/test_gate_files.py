@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gate_samples import measured
+from support.gate_samples import measured
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.benchmark.gate.amounts import amount
 from llmopt.benchmark.gate.baselines import (
     Baseline,
-    Stored,
+    BaselineArtifact,
     comparable,
     differences,
     read_baseline,
 )
 from llmopt.benchmark.gate.budgets import budgets_for, read_budgets
 from llmopt.benchmark.machine import this_machine
-from llmopt.bundle.manifest import Manifest
 from llmopt.errors import (
     LlmoptError,
     SourceError,
@@ -33,7 +33,9 @@ from llmopt.errors import (
 def file(tmp_path: Path) -> Path:
     """A baseline's file."""
     manifest = Manifest("onnxruntime-cpu", "model.onnx", "generate", work={"other_bytes": 1})
-    stored = Stored("prefill=4,decode=4", 1, manifest, tuple(measured(2, sides=["baseline"])))
+    stored = BaselineArtifact(
+        "prefill=4,decode=4", 1, manifest, tuple(measured(2, sides=["baseline"]))
+    )
     path = tmp_path / "baseline.json"
     path.write_text(Baseline(comparable(this_machine()), {"model": stored}).to_json())
     return path

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_artifacts import rewrite_manifest
+from support.tiny_artifacts import rewrite_manifest
 
 from llmopt.benchmark.gate import worker
 from llmopt.benchmark.gate.process import Task, WorkerProcess, started

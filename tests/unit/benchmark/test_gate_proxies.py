@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_decoder import TEXT, tiny_decoder
+from support.tiny_decoder import TEXT, tiny_decoder
 
+from llmopt.artifact.manifest import FileRecord, Manifest
 from llmopt.backends.onnxruntime import OnnxRuntimeCpu
 from llmopt.benchmark.gate.budgets import Budget
-from llmopt.benchmark.gate.proxies import Change, compare, limits, totals
-from llmopt.bundle.manifest import FileRecord, Manifest
+from llmopt.benchmark.gate.proxies import ProxyChange, compare, limits, totals
 from llmopt.compiler.activations import activation_bytes
 from llmopt.compiler.proxies import count_work
 from llmopt.passes.pipeline import Pipeline
@@ -40,7 +40,7 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest("onnxruntime-cpu", "m", "generate", **facts | changes)
 
 
-def failed(candidate: Manifest, **allowed: float) -> dict[str, Change]:
+def failed(candidate: Manifest, **allowed: float) -> dict[str, ProxyChange]:
     found = compare("a", manifest(), candidate, allowed)
     return {change.metric: change for change in found if change.failed}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmopt.benchmark.machine import Machine
+from llmopt.benchmark.machine import MachineFingerprint
 from llmopt.benchmark.page import figure, page, rounded
 from llmopt.benchmark.profiling import phase_of
 from llmopt.benchmark.results import ArtifactResult, BenchmarkResult, Metric
@@ -56,7 +56,9 @@ def result(path: str = "a/model", **changes: Any) -> BenchmarkResult:
         (reached,),
         (phase,),
     )
-    machine = Machine("a chip", "x86_64", 2, ("avx2",), 10**10, "Linux 6", {"python": "3.11"})
+    machine = MachineFingerprint(
+        "a chip", "x86_64", 2, ("avx2",), 10**10, "Linux 6", {"python": "3.11"}
+    )
     ceilings = {"read_bytes_per_s": 1.4e6, "macs_per_s": {"int8": 2.5e7, "float32": 1.1e7}}
     ceilings |= {"by": {"int8": "onnxruntime", "float32": "numpy"}, "threads": 2}
     made: dict[str, Any] = {"steady": False, "load_average": 3.5, "ceilings": ceilings} | changes

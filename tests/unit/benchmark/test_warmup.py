@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt.benchmark import Generate, Plan, measure
+from llmopt.benchmark import Generate, MeasurePlan, measure
 from llmopt.benchmark.statistics import outliers
 from llmopt.benchmark.warmup import NEEDED, warmups_in
 
@@ -46,7 +46,7 @@ def _measured(
     monkeypatch.setattr(
         "llmopt.benchmark.measuring.run_once", lambda *_: {"ttft_s": [next(rounds)]}
     )
-    plan = Plan(Generate(2, 2), threads=1, repetitions=repetitions, processes=0)
+    plan = MeasurePlan(Generate(2, 2), threads=1, repetitions=repetitions, processes=0)
     return measure([artifact], plan)
 
 

@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 from backports.zstd import CompressionParameter, ZstdCompressor, compress
-from bundles import Member, forged, members_of, recorded, sealed, small_bundle, with_contents
+from support.bundles import (
+    Member,
+    forged,
+    members_of,
+    recorded,
+    sealed,
+    small_bundle,
+    with_contents,
+)
 
-from llmopt.bundle.archive import Entry, write_archive
+from llmopt.bundle.archive import ArchiveMember, write_archive
 from llmopt.bundle.opened import open_bundle
 from llmopt.errors import BundleError, LlmoptError, StorageError
 
@@ -254,7 +262,7 @@ def test_an_edited_body_does_not_have_the_digest_at_its_end(bundle: Path, tmp_pa
 
 def test_a_file_that_changes_while_it_is_bundled_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    entry = replace(Entry.of("a", b"abd"), source=tmp_path / "a")
+    entry = replace(ArchiveMember.of("a", b"abd"), source=tmp_path / "a")
     with pytest.raises(LlmoptError, match="changed while it was read"):
         write_archive(io.BytesIO(), [entry])
 

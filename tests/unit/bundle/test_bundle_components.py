@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmopt.bundle.manifest import Component, Manifest, ModelFacts, Port, Signature, handed_over
+from llmopt.artifact.manifest import Component, Manifest
+from llmopt.interface.facts import ModelFacts
+from llmopt.interface.signature import Port, Role, Signature, forwarded
 
 ENCODER = Signature(
     (
-        Port("input_ids", "tokens", "int64", ("B", "S")),
-        Port("attention_mask", "mask", "int64", ("B", "S")),
+        Port("input_ids", Role.TOKENS, "int64", ("B", "S")),
+        Port("attention_mask", Role.MASK, "int64", ("B", "S")),
     ),
     (
-        Port("last_hidden_state", "hidden", "float32", ("B", "S", 8)),
-        Port("present.0.encoder.key", "source_key", "float32", ("B", 2, "S", 4), 0),
-        Port("present.1.encoder.key", "source_key", "float32", ("B", 2, "S", 4), 1),
+        Port("last_hidden_state", Role.HIDDEN, "float32", ("B", "S", 8)),
+        Port("present.0.encoder.key", Role.SOURCE_KEY, "float32", ("B", 2, "S", 4), 0),
+        Port("present.1.encoder.key", Role.SOURCE_KEY, "float32", ("B", 2, "S", 4), 1),
     ),
 )
 DECODER = Signature(
     (
-        Port("input_ids", "tokens", "int64", ("B", "S")),
-        Port("attention_mask", "mask", "int64", ("B", "T")),
-        Port("encoder_attention_mask", "source_mask", "int64", ("B", "C")),
-        Port("past_key_values.1.encoder.key", "source_key", "float32", ("B", 2, "C", 4), 1),
-        Port("past_key_values.0.encoder.key", "source_key", "float32", ("B", 2, "C", 4), 0),
+        Port("input_ids", Role.TOKENS, "int64", ("B", "S")),
+        Port("attention_mask", Role.MASK, "int64", ("B", "T")),
+        Port("encoder_attention_mask", Role.SOURCE_MASK, "int64", ("B", "C")),
+        Port("past_key_values.1.encoder.key", Role.SOURCE_KEY, "float32", ("B", 2, "C", 4), 1),
+        Port("past_key_values.0.encoder.key", Role.SOURCE_KEY, "float32", ("B", 2, "C", 4), 0),
     ),
-    (Port("logits", "logits", "float32", ("B", "K", 9)),),
+    (Port("logits", Role.LOGITS, "float32", ("B", "K", 9)),),
 )
 
 
 def test_what_is_handed_over_goes_by_meaning_and_layer() -> None:
-    assert handed_over(ENCODER, DECODER) == {
+    assert forwarded(ENCODER, DECODER) == {
         "encoder_attention_mask": "attention_mask",
         "past_key_values.1.encoder.key": "present.1.encoder.key",
         "past_key_values.0.encoder.key": "present.0.encoder.key",

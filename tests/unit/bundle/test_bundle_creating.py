@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import VERSION, write_artifact
+from support.bundles import VERSION, write_artifact
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.bundle.bom import bill_of_materials
 from llmopt.bundle.contents import BOM, Contents, Runtime, Variant
 from llmopt.bundle.creating import Licensing, create
-from llmopt.bundle.manifest import Manifest, ModelFacts, Port, Signature, SourceRecord
 from llmopt.bundle.needs import needs_of
 from llmopt.bundle.opened import open_bundle
 from llmopt.errors import ArtifactError, OutputExistsError, StorageError, UsageError
+from llmopt.interface.facts import ModelFacts, SourceRecord
+from llmopt.interface.signature import Port, Role, Signature
 
 FULL = Manifest(
     target="tvm-cpu{mcpu=znver4}",
@@ -32,8 +34,8 @@ FULL = Manifest(
     source=SourceRecord("SmolLM2", "gguf", "ab" * 32),
     precision={"weights": "w4"},
     signature=Signature(
-        (Port("input_ids", "tokens", "int64", ("B", "S")),),
-        (Port("logits", "logits", "float32", ("B", "K", "V")),),
+        (Port("input_ids", Role.TOKENS, "int64", ("B", "S")),),
+        (Port("logits", Role.LOGITS, "float32", ("B", "K", "V")),),
     ),
     model=ModelFacts("llama", 2),
     verification={"status": "passed", "worst_error_rel": 1e-6, "cases": 9},

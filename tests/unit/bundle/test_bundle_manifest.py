@@ -8,17 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmopt.bundle.manifest import (
-    FileRecord,
-    Manifest,
-    ModelFacts,
-    Port,
-    Signature,
-    SourceRecord,
-    record_files,
-    sha256,
-)
+from llmopt.artifact.manifest import FileRecord, Manifest, record_files, sha256
 from llmopt.errors import ArtifactError
+from llmopt.interface.facts import ModelFacts, SourceRecord
+from llmopt.interface.signature import Port, Role, Signature
 
 FULL = Manifest(
     target="onnxruntime-cpu",
@@ -30,10 +23,10 @@ FULL = Manifest(
     precision={"scheme": "w4", "é": [1, None]},
     signature=Signature(
         (
-            Port("input_ids", "tokens", "int64", ("B", "S")),
-            Port("past_key_values.1.key", "past_key", "float32", ("B", 3, "P", 64), 1),
+            Port("input_ids", Role.TOKENS, "int64", ("B", "S")),
+            Port("past_key_values.1.key", Role.PAST_KEY, "float32", ("B", 3, "P", 64), 1),
         ),
-        (Port("logits", "logits", "float32", ("B", "K", "V")),),
+        (Port("logits", Role.LOGITS, "float32", ("B", "K", "V")),),
     ),
     model=ModelFacts("llama", 2, 9, 3, 64, 576, 49152, 8192, 1, (2, 3), None, "shared", None),
     files=(FileRecord("golden/a.npz", 3, "0" * 64),),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import forged, members_of, small_bundle, with_contents
-from signers import Signer, signer
+from support.bundles import forged, members_of, small_bundle, with_contents
+from support.signers import Signer, signer
 
 from llmopt.bundle import opened, signing
 from llmopt.bundle.opened import open_bundle

@@ -15,8 +15,8 @@ from typing import Never
 
 import pytest
 
-from llmopt.bundle.manifest import Manifest
-from llmopt.bundle.writer import check_destination, staged_file, staged_folder
+from llmopt.artifact.manifest import Manifest
+from llmopt.artifact.writer import check_destination, staged_file, staged_folder
 from llmopt.errors import OutputExistsError, StorageError, UsageError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_artifacts import TinyDecoder, TinyEncoder
-from tiny_sources import bigram_file
+from support.tiny_artifacts import TinyDecoder, TinyEncoder
+from support.tiny_sources import bigram_file
 
 from llmopt.cli import app
 

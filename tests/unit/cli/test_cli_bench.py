@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_artifacts import rewrite_manifest
+from support.tiny_artifacts import rewrite_manifest
 
 from llmopt.benchmark.ceilings import Ceilings
 from llmopt.benchmark.results import Metric

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from signers import Signer, signer
-from tiny_artifacts import TinyDecoder, rewrite_manifest
+from support.signers import Signer, signer
+from support.tiny_artifacts import TinyDecoder, rewrite_manifest
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gate_samples import measured
-from tiny_artifacts import rewrite_manifest
+from support.gate_samples import measured
+from support.tiny_artifacts import rewrite_manifest
 
 from llmopt.benchmark.gate.rounds import BASELINE, Rounds
 from llmopt.errors import LlmoptError
@@ -300,7 +300,7 @@ def test_twice_as_slow_is_found_in_fresh_processes(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is made up here: sixteen processes of each, one side's steps slowed to a third."""
-    from llmopt.benchmark.gate import Request, check
+    from llmopt.benchmark.gate import CheckRequest, check
 
     monkeypatch.setattr("llmopt.benchmark.gate.rounds._TURN_S", 0.1)
     slow = [
@@ -308,7 +308,7 @@ def test_twice_as_slow_is_found_in_fresh_processes(
         str(Path(__file__).parents[3] / "bench" / "gate" / "slow_worker.py"),
         "2",
     ]
-    request = Request(
+    request = CheckRequest(
         (made / "shared",),
         made / "shared",
         {"": 0.5},

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from llmopt.bundle.manifest import Manifest, ModelFacts
+from llmopt.artifact.manifest import Manifest
 from llmopt.cli import app
 from llmopt.cli.progress import Progress
 from llmopt.cli.summary import quality, summary, verification
 from llmopt.compiler import Artifact, CompileOptions
 from llmopt.errors import AccuracyError
-from llmopt.frontend.source import SourceOptions
-from llmopt.fusion import Fused
+from llmopt.frontend.base import SourceOptions
+from llmopt.fusion import FusionCount
+from llmopt.interface.facts import ModelFacts
 from llmopt.passes.base import Miss
 from llmopt.passes.pipeline import Ran
 
@@ -55,7 +56,11 @@ def artifact(path: Path, **changes: Any) -> Artifact:
         quality={"kl_mean": 0.00173, "kl_mean_error": 0.00012, "top1": 0.974, "top1_error": 0.006},
     )
     missed = tuple(f"layer{i}: no mask" for i in range(7))
-    fusion = {"attention": Fused(2, 1, missed), "norm": Fused(5, 5), "activation": Fused(None, 2)}
+    fusion = {
+        "attention": FusionCount(2, 1, missed),
+        "norm": FusionCount(5, 5),
+        "activation": FusionCount(None, 2),
+    }
     ran = (Ran("fuse-attention", 1, (Miss("layer1", "no mask", "attention"),), 0.1),)
     values = {"passes": ran, "fusion": fusion, "notes": ("no chat template",)} | changes
     return Artifact(path, manifest, **values)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_artifacts import TinyDecoder, TinyEncoder
+from support.tiny_artifacts import TinyDecoder, TinyEncoder
 
 from llmopt.errors import UsageError
 from llmopt.evaluation import Similarity, evaluate, runner_results

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_sources import LAYERS, VOCABULARY, gguf_file, llama_folder
+from support.tiny_sources import LAYERS, VOCABULARY, gguf_file, llama_folder
 
 from llmopt.cli.inspect import _count
 

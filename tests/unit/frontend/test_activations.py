@@ -5,14 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_sources import llama_folder
+from support.tiny_sources import llama_folder
 from torch import Tensor, nn
 
 from llmopt.compiler import calibration
 from llmopt.compiler.calibration import measure_activations
 from llmopt.frontend.activations import LEAST, mean_squares
-from llmopt.frontend.reference import Arrays, ModuleReference
-from llmopt.frontend.source import Source, SourceOptions, open_source
+from llmopt.frontend.base import Source, SourceOptions
+from llmopt.frontend.reference import ModuleReference
+from llmopt.frontend.source import open_source
+from llmopt.interface.arrays import Arrays
 from llmopt.ir import weights
 from llmopt.ir.feeds import Case
 from llmopt.passes.pipeline import Pipeline

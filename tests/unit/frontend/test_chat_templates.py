@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt.frontend.chat import compile_chat
+from llmopt.frontend.huggingface.chat import compile_chat
 from llmopt.runtime import chat
 from llmopt.runtime.chat import ChatFormat, Join
 

@@ -20,12 +20,13 @@ from llmopt.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from llmopt.frontend import loading
+from llmopt.frontend.base import SourceOptions
 from llmopt.frontend.census import census
-from llmopt.frontend.source import SourceOptions, open_source
+from llmopt.frontend.huggingface import loading
+from llmopt.frontend.source import open_source
+from llmopt.interface.signature import Role
 from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Case, feeds
-from llmopt.ir.program import Role
 from llmopt.passes.pipeline import Pipeline
 from llmopt.verification import verify
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
-from gguf_files import (
+from support.gguf_files import (
     FEED,
     GROUPS,
     HEAD_WIDTH,
@@ -24,12 +24,12 @@ from gguf_files import (
 )
 
 from llmopt.errors import SourceError, UnsupportedModelError
-from llmopt.frontend import gguf as reader
-from llmopt.frontend.checkpoint import open_checkpoint
-from llmopt.frontend.gguf import GgufCheckpoint, read_tensor
-from llmopt.frontend.gguf_config import gguf_config, gguf_pooling
-from llmopt.frontend.gguf_file import read_gguf
-from llmopt.frontend.gguf_rope import llama3_divisors
+from llmopt.frontend.gguf import checkpoint as reader
+from llmopt.frontend.gguf.checkpoint import GgufCheckpoint, read_tensor
+from llmopt.frontend.gguf.config import gguf_config, gguf_pooling
+from llmopt.frontend.gguf.file import read_gguf
+from llmopt.frontend.gguf.rope import llama3_divisors
+from llmopt.frontend.huggingface.checkpoint import open_checkpoint
 
 KINDS = [kind.name for kind in GGMLQuantizationType if kind in quants._type_traits]
 ROWS, WIDTH = 12, 512

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_files import (
+from support.gguf_files import (
     FEED,
     GROUPS,
     HEAD_WIDTH,
@@ -24,8 +24,8 @@ from gguf_files import (
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from llmopt.frontend.gguf import GgufCheckpoint
-from llmopt.frontend.gguf_config import gguf_config
+from llmopt.frontend.gguf.checkpoint import GgufCheckpoint
+from llmopt.frontend.gguf.config import gguf_config
 
 DECODER = {
     "vocab_size": VOCABULARY,

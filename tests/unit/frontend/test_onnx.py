@@ -12,8 +12,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from llmopt.errors import BackendUnavailableError, SourceError, UnsupportedModelError
-from llmopt.frontend.onnx_reference import OnnxReference
-from llmopt.frontend.source import Source, SourceOptions, open_source
+from llmopt.frontend.base import Source, SourceOptions
+from llmopt.frontend.onnx.reference import OnnxReference
+from llmopt.frontend.source import open_source
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.weights import Leaf
 
@@ -198,7 +199,7 @@ def test_what_onnxruntime_refuses_is_damage(
     reference = OnnxReference(path, ["ids"], ["out"], {})
     with pytest.raises(SourceError, match="onnxruntime refuses it"):
         list(reference.run([{"ids": np.zeros((1, 1), np.int64)}]))
-    monkeypatch.setattr("llmopt.frontend.onnx_reference.find_spec", lambda _: None)
+    monkeypatch.setattr("llmopt.frontend.onnx.reference.find_spec", lambda _: None)
     with pytest.raises(BackendUnavailableError, match="pip install"):
         list(reference.run([]))
     assert "onnxruntime" in sys.modules

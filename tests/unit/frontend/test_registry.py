@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmopt.frontend import registry
-from llmopt.frontend.registry import kept_registry
-from llmopt.frontend.trace import quiet
+from llmopt.frontend.torch import registry
+from llmopt.frontend.torch.registry import kept_registry
+from llmopt.frontend.torch.trace import quiet
 from llmopt.ir.dialect import OPSET
 
 

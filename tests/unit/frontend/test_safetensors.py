@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llmopt.errors import SourceError, SourceNotFoundError
-from llmopt.frontend.checkpoint import digest, open_checkpoint
-from llmopt.frontend.safetensors import SafetensorsCheckpoint
+from llmopt.frontend.huggingface.checkpoint import digest, open_checkpoint
+from llmopt.frontend.huggingface.safetensors import SafetensorsCheckpoint
 
 RANDOM = np.random.default_rng(7)
 
@@ -253,7 +253,7 @@ def test_numbers_are_widened_part_by_part(tmp_path: Path, monkeypatch: pytest.Mo
     import torch
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("llmopt.frontend.safetensors._PART", 5)
+    monkeypatch.setattr("llmopt.frontend.huggingface.safetensors._PART", 5)
     made = {"narrow": torch.randn(3, 7).bfloat16(), "wide": torch.randn(4), "none": torch.empty(0)}
     save_file(made, tmp_path / "model.safetensors")
     opened = open_checkpoint(tmp_path / "model.safetensors")

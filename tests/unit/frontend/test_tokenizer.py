@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_files import sizes, smollm2, write
+from support.gguf_files import sizes, smollm2, write
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from llmopt.errors import SourceError, UnsupportedModelError
-from llmopt.frontend.gguf_file import read_gguf
-from llmopt.frontend.gguf_tokenizer import byte_alphabet, gguf_tokenizer
-from llmopt.frontend.tokenizer import (
+from llmopt.frontend.gguf.file import read_gguf
+from llmopt.frontend.gguf.tokenizer import byte_alphabet, gguf_tokenizer
+from llmopt.frontend.huggingface.tokenizer import (
     chat_template,
     folder_tokenizer,
     special_tokens,

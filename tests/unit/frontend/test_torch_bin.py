@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llmopt.errors import PickleRefusedError, SourceError
-from llmopt.frontend import torch_bin
-from llmopt.frontend.checkpoint import open_checkpoint
+from llmopt.frontend.huggingface import torch_bin
+from llmopt.frontend.huggingface.checkpoint import open_checkpoint
 
 OLD = {"_use_new_zipfile_serialization": False}
 

@@ -15,10 +15,11 @@ import torch
 from typing_extensions import override
 
 from llmopt.errors import PickleRefusedError, SourceError, UnsupportedModelError, UsageError
-from llmopt.frontend.module import load_factory
-from llmopt.frontend.pt2 import harmless
-from llmopt.frontend.source import SourceOptions, open_source
-from llmopt.frontend.trace import quiet
+from llmopt.frontend.base import SourceOptions
+from llmopt.frontend.source import open_source
+from llmopt.frontend.torch.module import load_factory
+from llmopt.frontend.torch.pt2 import harmless
+from llmopt.frontend.torch.trace import quiet
 
 MODEL = """
 import torch

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from llmopt.errors import UnsupportedModelError
-from llmopt.frontend.vision_parts import Connected, Tower, parts_of, sees
+from llmopt.frontend.huggingface.vision_parts import Connected, Tower, parts_of, sees
 
 
 class Whole(nn.Module):

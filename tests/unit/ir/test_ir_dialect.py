@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from programs import only, program
+from support.programs import only, program
 
 from llmopt.ir import dialect
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from programs import program
+from support.programs import program
 
 from llmopt.errors import ArtifactError, LlmoptError
 from llmopt.ir.evaluator import Evaluator, lacking, open_model

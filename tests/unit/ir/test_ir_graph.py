@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from programs import evaluate, inputs, only, program
+from support.programs import evaluate, inputs, only, program
 
 from llmopt.ir import dialect
 from llmopt.ir import graph as g

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from llmopt.bundle.manifest import ModelFacts, Port, Signature
+from llmopt.interface.facts import ModelFacts
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir.images import illustrated
-from llmopt.ir.program import Facts, Program, Role
+from llmopt.ir.program import Facts, Program
 
 IMAGE, LENGTH = 7, 3
 

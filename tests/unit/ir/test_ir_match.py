@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from programs import program
+from support.programs import program
 
 from llmopt.ir.match import Pattern, const, either, match, matches, op
 

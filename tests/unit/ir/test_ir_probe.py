@@ -6,13 +6,13 @@ import doctest
 
 import numpy as np
 import pytest
-from programs import program
+from support.programs import program
 
-from llmopt.bundle.manifest import Port, Signature
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import feeds
 from llmopt.ir.feeds import Case, known, positions, resolve
 from llmopt.ir.probe import Probe
-from llmopt.ir.program import Facts, Program, Role
+from llmopt.ir.program import Facts, Program
 
 SIZES = {"B": 2, "S": 3, "P": 4, "T": 7}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmopt.errors import UnsupportedModelError
-from llmopt.models import DecoderConfig, Definition, EncoderConfig, Recipe, define
+from llmopt.models import DecoderConfig, Definition, EncoderConfig, ParameterRecipe, define
 from llmopt.models.buckets import distance_buckets
 from llmopt.models.definition import FAMILIES, build
 from llmopt.models.encoder import Encoder
@@ -83,10 +83,10 @@ def test_every_parameter_has_a_recipe_and_every_tensor_is_used() -> None:
 
 def test_names_without_the_prefix_are_found() -> None:
     bare = frozenset(name.removeprefix("model.") for name in NAMES)
-    assert llama(bare).recipes()["norm.weight"] == Recipe(("norm.weight",))
+    assert llama(bare).recipes()["norm.weight"] == ParameterRecipe(("norm.weight",))
     wrapped = frozenset(f"0.auto_model.{name}" for name in BERT_NAMES)
     source = define(BERT, wrapped).recipes()["embed_norm.bias"]
-    assert source == Recipe(("0.auto_model.embeddings.LayerNorm.bias",))
+    assert source == ParameterRecipe(("0.auto_model.embeddings.LayerNorm.bias",))
 
 
 def test_first_year_names_of_norms_are_found() -> None:
@@ -95,7 +95,7 @@ def test_first_year_names_of_norms_are_found() -> None:
         for name in BERT_NAMES
     )
     recipes = define(BERT, old).recipes()
-    assert recipes["embed_norm.weight"] == Recipe(("embeddings.LayerNorm.gamma",))
+    assert recipes["embed_norm.weight"] == ParameterRecipe(("embeddings.LayerNorm.gamma",))
     assert recipes["layers.1.feed_forward_norm.bias"].sources[0].endswith("LayerNorm.beta")
 
 

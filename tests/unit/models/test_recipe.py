@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmopt.models import Recipe
+from llmopt.models import ParameterRecipe
 
 STORED = np.arange(12, dtype=np.float16).reshape(4, 3)
 
@@ -21,13 +21,15 @@ def read(name: str) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize(
     ("recipe", "want"),
     [
-        pytest.param(Recipe(("stored",)), STORED, id="copy"),
-        pytest.param(Recipe(("stored",), rows=(1, 3)), STORED[1:3], id="rows"),
-        pytest.param(Recipe(("stored",), "transpose"), STORED.T, id="transpose"),
-        pytest.param(Recipe(("stored",), "transpose", (0, 2)), STORED.T[:2], id="rows of it"),
+        pytest.param(ParameterRecipe(("stored",)), STORED, id="copy"),
+        pytest.param(ParameterRecipe(("stored",), rows=(1, 3)), STORED[1:3], id="rows"),
+        pytest.param(ParameterRecipe(("stored",), "transpose"), STORED.T, id="transpose"),
+        pytest.param(
+            ParameterRecipe(("stored",), "transpose", (0, 2)), STORED.T[:2], id="rows of it"
+        ),
     ],
 )
-def test_the_numbers_shape_and_dtype(recipe: Recipe, want: np.ndarray[Any, Any]) -> None:
+def test_the_numbers_shape_and_dtype(recipe: ParameterRecipe, want: np.ndarray[Any, Any]) -> None:
     made = recipe.apply(read)
 
     np.testing.assert_array_equal(made, want)
@@ -38,16 +40,16 @@ def test_the_numbers_shape_and_dtype(recipe: Recipe, want: np.ndarray[Any, Any])
 def test_one_is_added_in_float32_where_bfloat16_would_round_it_away() -> None:
     stored = np.array([2.0**-9, -0.5], dtype=ml_dtypes.bfloat16)
 
-    made = Recipe(("w",), "add-one").apply(lambda _: stored)
+    made = ParameterRecipe(("w",), "add-one").apply(lambda _: stored)
 
     assert made.dtype == np.float32
     assert made.tolist() == [1 + 2.0**-9, 0.5]
 
 
 def test_rows_past_the_end_show_in_the_shape() -> None:
-    assert Recipe(("w",), rows=(2, 9)).shape(lambda _: (4, 3)) == (2, 3)
-    assert Recipe(("w",), rows=(6, 9)).shape(lambda _: (4, 3)) == (0, 3)
+    assert ParameterRecipe(("w",), rows=(2, 9)).shape(lambda _: (4, 3)) == (2, 3)
+    assert ParameterRecipe(("w",), rows=(6, 9)).shape(lambda _: (4, 3)) == (0, 3)
 
 
 def test_a_scalar_has_no_rows() -> None:
-    assert Recipe(("w",), rows=(0, 2)).shape(lambda _: ()) == ()
+    assert ParameterRecipe(("w",), rows=(0, 2)).shape(lambda _: ()) == ()

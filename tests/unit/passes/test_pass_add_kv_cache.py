@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
-from onnx_decoder import COUNT, HIDDEN, VOCABULARY, decoder
-from programs import apply, evaluate, operators
+from support.onnx_decoder import COUNT, HIDDEN, VOCABULARY, decoder
+from support.programs import apply, evaluate, operators
 
-from llmopt.bundle.manifest import Port, Signature
 from llmopt.errors import NotIncrementalError
+from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir.feeds import positions
-from llmopt.ir.program import Program, Role
+from llmopt.ir.program import Program
 from llmopt.verification import decode, relative_error
 
 Ints = npt.NDArray[np.int64]

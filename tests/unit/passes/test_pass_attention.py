@@ -7,8 +7,18 @@ from typing import Final
 
 import onnx_ir as ir
 import pytest
-from programs import apply, error_rel, evaluate, inputs, only, operators, program, reasons, run
-from spellings import HEADS, LOWS, MASKINGS, SCALES, WIDTH, Spelling, text
+from support.programs import (
+    apply,
+    error_rel,
+    evaluate,
+    inputs,
+    only,
+    operators,
+    program,
+    reasons,
+    run,
+)
+from support.spellings import HEADS, LOWS, MASKINGS, SCALES, WIDTH, Spelling, text
 
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
 from llmopt.ir import graph as g

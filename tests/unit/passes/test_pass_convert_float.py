@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from programs import apply, bound, evaluate, inputs, only, operators, program, reasons
-from tiny_decoder import tiny_decoder
+from support.programs import apply, bound, evaluate, inputs, only, operators, program, reasons
+from support.tiny_decoder import tiny_decoder
 
 from llmopt.errors import UnsupportedModelError, UsageError
 from llmopt.ir import weights

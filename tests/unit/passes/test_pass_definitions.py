@@ -9,14 +9,15 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from programs import defined, error_rel, inputs, operators, run
+from support.programs import defined, error_rel, inputs, operators, run
 
 from llmopt.backends import find_backend
 from llmopt.backends.onnxruntime import finish
 from llmopt.backends.onnxruntime.lower_norms import LowerActivations
+from llmopt.interface.arrays import Arrays
 from llmopt.ir import dialect
 from llmopt.ir import graph as g
-from llmopt.ir.feeds import Arrays, Case
+from llmopt.ir.feeds import Case
 from llmopt.ir.program import Program
 from llmopt.passes import DEFAULT, PASSES
 from llmopt.passes.pipeline import Pipeline, Ran

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 import pytest
-from mixtures import (
+from support.mixtures import (
     EXPERTS,
     INNER,
     SHARES,
@@ -18,7 +18,7 @@ from mixtures import (
     random_weights,
     tokens,
 )
-from programs import apply, error_rel, evaluate, only, operators, reasons
+from support.programs import apply, error_rel, evaluate, only, operators, reasons
 
 from llmopt.ir import graph as g
 from llmopt.passes.experts import Experts, find_experts, routers

@@ -9,11 +9,12 @@ from typing import Final
 
 import pytest
 from layouts import BLOCKS
-from programs import error_rel, evaluate, inputs, operators
+from support.programs import error_rel, evaluate, inputs, operators
 
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand
-from llmopt.frontend.source import SourceOptions, open_source
+from llmopt.frontend.base import SourceOptions
+from llmopt.frontend.source import open_source
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Case
 from llmopt.ir.program import Program

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 import pytest
-from programs import program
+from support.programs import program
 
 from llmopt.ir.feeds import Case
 from llmopt.ir.program import Program

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 import pytest
-from programs import operators, program
+from support.programs import operators, program
 from typing_extensions import override
 
 from llmopt.errors import PassError, UnknownNameError, UsageError

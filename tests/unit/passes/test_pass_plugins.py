@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 from click.testing import CliRunner, Result
-from programs import operators, program
-from tiny_sources import bigram_file
+from support.programs import operators, program
+from support.tiny_sources import bigram_file
 from typing_extensions import override
 
 from llmopt import compile as compile_

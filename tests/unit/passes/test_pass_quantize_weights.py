@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from tiny_sources import llama_folder
+from support.tiny_sources import llama_folder
 
 from llmopt.backends.tensorrt import TensorRt
 from llmopt.errors import UsageError
-from llmopt.frontend.source import Source, SourceOptions, open_source
+from llmopt.frontend.base import Source, SourceOptions
+from llmopt.frontend.source import open_source
 from llmopt.ir import weights
 from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Pipeline

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import pytest
-from programs import apply, error_rel, inputs, only, operators, program, reasons, run
+from support.programs import apply, error_rel, inputs, only, operators, program, reasons, run
 
 from llmopt.ir import dialect
 from llmopt.ir import graph as g

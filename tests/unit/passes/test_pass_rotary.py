@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 import pytest
-from programs import apply, error_rel, evaluate, inputs, only, operators, program, reasons
+from support.programs import apply, error_rel, evaluate, inputs, only, operators, program, reasons
 
 from llmopt.ir.feeds import Case
 from llmopt.ir.graph import attribute, static

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import pytest
-from programs import apply, error_rel, evaluate, inputs, only, operators, program
+from support.programs import apply, error_rel, evaluate, inputs, only, operators, program
 
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Case

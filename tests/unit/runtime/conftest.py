@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_artifacts import TinyDecoder, TinyEncoder
+from support.tiny_artifacts import TinyDecoder, TinyEncoder
 
 from llmopt.runtime import Runner, load
 

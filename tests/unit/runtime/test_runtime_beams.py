@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_encoder_decoders import EOS, START, VOCABULARY, tiny_model
+from support.tiny_encoder_decoders import EOS, START, VOCABULARY, tiny_model
 
 from llmopt.errors import ArtifactError, UsageError
-from llmopt.runtime.beams import Beams, Search, log_softmax
-from llmopt.runtime.rules import Rules, unheeded
+from llmopt.runtime.beam_search import Beams, Search, log_softmax
+from llmopt.runtime.logits_processors import Rules, unheeded
 
 NEW = 11
 LIMIT = NEW + 1

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_artifacts import EOS, GROUPS, MAX_LENGTH, VOCABULARY, WIDTH, TinyDecoder
+from support.tiny_artifacts import EOS, GROUPS, MAX_LENGTH, VOCABULARY, WIDTH, TinyDecoder
 
 from llmopt.errors import LlmoptError, UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime import Runner, load
 from llmopt.runtime.engines.onnxruntime import OnnxRuntimeSession, SharedCache
 from llmopt.runtime.generation import capacity_for, padding_token
-from llmopt.runtime.session import Array, aligned_zeros
+from llmopt.runtime.session import aligned_zeros
 from llmopt.runtime.steps import Sequences
 
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100]]

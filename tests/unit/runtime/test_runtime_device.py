@@ -8,21 +8,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_decoder import VOCABULARY, tiny_decoder
+from support.tiny_decoder import VOCABULARY, tiny_decoder
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.backends.onnxruntime.artifact import write_model
 from llmopt.backends.onnxruntime.compact_rows import CompactRows
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
-from llmopt.bundle.manifest import Manifest
+from llmopt.interface.arrays import Array
 from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime import load
 from llmopt.runtime.engines.onnxruntime import OnnxRuntimeSession, SharedCache
-from llmopt.runtime.engines.onnxruntime_device import DeviceCache
-from llmopt.runtime.engines.providers import Place
-from llmopt.runtime.session import Array
+from llmopt.runtime.engines.onnxruntime_device import OnnxRuntimeCache
+from llmopt.runtime.engines.providers import Provider
 from llmopt.runtime.steps import Sequences, Stepper
 
-CAPTURED = Place(settings={"enable_cuda_graph": "1"})  # of the processor, which ignores it
+CAPTURED = Provider(settings={"enable_cuda_graph": "1"})  # of the processor, which ignores it
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,13 @@ def decode(session: OnnxRuntimeSession, stepper: Stepper) -> list[Array]:
     return found
 
 
-@pytest.mark.parametrize("place", [Place(), CAPTURED], ids=["plain", "captured"])
-def test_the_steps_are_those_of_the_cache_on_the_host(artifact: Path, place: Place) -> None:
+@pytest.mark.parametrize("place", [Provider(), CAPTURED], ids=["plain", "captured"])
+def test_the_steps_are_those_of_the_cache_on_the_host(artifact: Path, place: Provider) -> None:
     session = opened(artifact)
     wanted = decode(session, SharedCache(session, 3, 12))
     session.place = place
 
-    found = decode(session, DeviceCache(session, 3, 12))
+    found = decode(session, OnnxRuntimeCache(session, 3, 12))
 
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.shape == theirs.shape
@@ -77,7 +77,7 @@ def test_the_steps_are_those_of_the_cache_on_the_host(artifact: Path, place: Pla
 def test_buffers_of_a_captured_step_stay_where_they_are(artifact: Path) -> None:
     session = opened(artifact)
     session.place = CAPTURED
-    cache = DeviceCache(session, 3, 12)
+    cache = OnnxRuntimeCache(session, 3, 12)
 
     decode(session, cache)
 
@@ -102,7 +102,7 @@ def test_a_session_for_a_device_keeps_its_cache_there(
     session.place = replace(session.place, device="cuda")
     monkeypatch.setattr(session, "buffer", buffer)
 
-    assert isinstance(session.stepper(1, 8), DeviceCache)
+    assert isinstance(session.stepper(1, 8), OnnxRuntimeCache)
     assert asked == ["cuda", "cuda"]
 
 
@@ -116,7 +116,7 @@ def test_a_captured_graph_is_released_with_its_buffers(artifact: Path) -> None:
         run_with_iobinding=inner.run_with_iobinding,
         release_captured_graph=released.append,
     )
-    cache = DeviceCache(session, 3, 12)
+    cache = OnnxRuntimeCache(session, 3, 12)
     decode(session, cache)
 
     cache._fixed = None

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_artifacts import HIDDEN, TinyEncoder
+from support.tiny_artifacts import HIDDEN, TinyEncoder
 
 from llmopt.errors import UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime import Runner, load
 from llmopt.runtime.embedding import batches
-from llmopt.runtime.session import Array
 
 TEXTS = ["a", "three words here", "é", "twice", "sixteen letters.", "mid text"]
 POOLED = {

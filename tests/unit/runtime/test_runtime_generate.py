@@ -9,15 +9,15 @@ from string import ascii_letters
 from typing import Any
 
 import pytest
-from tiny_artifacts import EOS, PAD, TinyDecoder
+from support.tiny_artifacts import EOS, PAD, TinyDecoder
 from tokenizers import Tokenizer, decoders, processors
 
-from llmopt.bundle.manifest import Manifest
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime import Runner, load
 from llmopt.runtime.chat import ChatFormat, Join
 from llmopt.runtime.generation import Request
-from llmopt.runtime.session import Array
 from llmopt.runtime.steps import Sequences
 
 REFERENCE = TinyDecoder()

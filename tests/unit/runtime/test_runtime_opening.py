@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import forged, members_of
-from signers import Signer, signer
-from tiny_artifacts import TinyDecoder
+from support.bundles import forged, members_of
+from support.signers import Signer, signer
+from support.tiny_artifacts import TinyDecoder
 
 import llmopt
 from llmopt.bundle.creating import create
 from llmopt.bundle.opened import Bundle
 from llmopt.bundle.signing import Trust, sign, signature_of
-from llmopt.errors import BundleError, NoVariantError, SignatureError, StorageError, UsageError
+from llmopt.errors import (
+    BundleError,
+    NoVariantError,
+    SignatureError,
+    StorageError,
+    UsageError,
+)
 from llmopt.runtime import opening
 from llmopt.runtime.opening import artifact_of, cache_folder
 from llmopt.runtime.variants import Machine

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmopt.runtime import pages
-from llmopt.runtime.session import Array, zeros_together
+from llmopt.interface.arrays import Array
+from llmopt.runtime import huge_pages as pages
+from llmopt.runtime.session import zeros_together
 
 MIB = 1 << 20
 needs_large_pages = pytest.mark.skipif(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmopt.runtime import processor
+from llmopt.runtime import cpu_features as processor
 
 
 def test_x86_lists_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

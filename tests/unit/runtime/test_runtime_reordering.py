@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_artifacts import TinyDecoder
+from support.tiny_artifacts import TinyDecoder
 
-from llmopt.bundle.manifest import CacheKind
 from llmopt.errors import UsageError
+from llmopt.interface.facts import CacheKind
 from llmopt.runtime import load
 from llmopt.runtime.steps import Sequences
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.errors import LlmoptError, UsageError
+from llmopt.interface.arrays import Array
 from llmopt.runtime.sampling import Sampler, Sampling, draw, shortlist, softmax
-from llmopt.runtime.session import Array
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bare_device import ONNXRUNTIME, on_device
-from tiny_artifacts import TinyDecoder, TinyEncoder, rewrite_manifest
+from support.bare_device import ONNXRUNTIME, on_device
+from support.tiny_artifacts import TinyDecoder, TinyEncoder, rewrite_manifest
 
-from llmopt.bundle.manifest import Manifest
+from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError
 from llmopt.runtime import load
 from llmopt.runtime import selftest as module

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import PATIENCE_S, Gate, Reply, Served, served
-from tiny_artifacts import HIDDEN, MAX_LENGTH, TinyDecoder, TinyEncoder
+from support.served import PATIENCE_S, Gate, Reply, Served, served
+from support.tiny_artifacts import HIDDEN, MAX_LENGTH, TinyDecoder, TinyEncoder
 
 from llmopt.errors import BackendUnavailableError, LlmoptError, UsageError
 from llmopt.runtime import Runner, load
@@ -28,7 +28,7 @@ from llmopt.runtime import serving as package
 from llmopt.runtime.chat import ChatFormat, Join
 from llmopt.runtime.serving import application as app
 from llmopt.runtime.serving import server as serving
-from llmopt.runtime.serving.server import Place, serve
+from llmopt.runtime.serving.server import ListenOptions, serve
 
 CHAT = ChatFormat(
     (
@@ -543,7 +543,7 @@ def test_a_signal_ends_the_server_cleanly(
     asking = threading.Thread(target=client)
     asking.start()
 
-    assert serve(chatty, "tiny", Place(port=port), threads=1) == 0
+    assert serve(chatty, "tiny", ListenOptions(port=port), threads=1) == 0
 
     asking.join()
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
@@ -555,18 +555,18 @@ def test_a_place_that_cannot_be_had_says_so(chatty: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"cannot listen at 127.0.0.1:{port}.*--port"):
-            serve(chatty, "tiny", Place(port=port))
+            serve(chatty, "tiny", ListenOptions(port=port))
     with pytest.raises(UsageError, match=r"cannot listen at no\.such\.host"):
-        serve(chatty, "tiny", Place("no.such.host.invalid", 0))
+        serve(chatty, "tiny", ListenOptions("no.such.host.invalid", 0))
     with pytest.raises(UsageError, match="port 70000"):
-        Place(port=70000)
+        ListenOptions(port=70000)
     with pytest.raises(UsageError, match="queue -1"):
-        Place(queue=-1)
+        ListenOptions(queue=-1)
 
 
 def test_an_artifact_that_cannot_be_opened_ends_the_start(tmp_path: Path) -> None:
     with pytest.raises(LlmoptError, match="not found"):
-        serve(tmp_path / "none", "none", Place(port=0))
+        serve(tmp_path / "none", "none", ListenOptions(port=0))
 
 
 def test_without_the_library_that_serves_it_says_what_to_install(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from tiny_artifacts import (
+from support.tiny_artifacts import (
     GROUPS,
     LAYERS,
     VOCABULARY,

@@ -18,19 +18,20 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from programs import bound
+from support.programs import bound
 
+from llmopt.artifact.manifest import Manifest
 from llmopt.backends import find_backend
 from llmopt.backends.base import Demand
 from llmopt.backends.tensorrt.legalize_attention import LegalizeAttention
-from llmopt.bundle.manifest import Manifest, ModelFacts
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
+from llmopt.interface.facts import ModelFacts
 from llmopt.ir.program import Program
 from llmopt.runtime.engines import tensorrt, tensorrt_cache
 from llmopt.runtime.engines.cuda_driver import LIBRARY, Driver
 from llmopt.runtime.engines.tensorrt import TensorRtSession
 from llmopt.runtime.engines.tensorrt_build import Built
-from llmopt.runtime.engines.tensorrt_recipe import GOLDEN, NETWORK, RECIPE, Recipe
+from llmopt.runtime.engines.tensorrt_recipe import GOLDEN, NETWORK, RECIPE, EngineRecipe
 from llmopt.runtime.session import open_session
 from llmopt.runtime.steps import Sequences
 
@@ -145,7 +146,7 @@ class FakeEngine:
     """A typed network that calls itself an engine."""
 
     def __init__(self, folder: Path) -> None:
-        self.recipe = Recipe.load(folder / RECIPE)
+        self.recipe = EngineRecipe.load(folder / RECIPE)
         self.session = ort.InferenceSession(folder / NETWORK)
         proto = onnx.load(folder / NETWORK)
         self.inputs = [value.name for value in proto.graph.input]
@@ -213,7 +214,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LegalizeAttention().run(made)
     backend = find_backend("tensorrt{chunk=4}")
     lowered = backend.write(made, folder, Demand(3, defer_engine=True))
-    recipe = dataclasses.replace(Recipe.load(folder / RECIPE), capabilities=("8.9",))
+    recipe = dataclasses.replace(EngineRecipe.load(folder / RECIPE), capabilities=("8.9",))
     (folder / RECIPE).write_text(recipe.to_json())
     (folder / "model.sm89.engine").write_bytes(b"engine")
     manifest = Manifest(
@@ -343,7 +344,7 @@ def test_a_deferred_engine_is_built_checked_and_kept(
     folder = changed(artifact, tmp_path, capabilities=[])
     builds: list[Path] = []
 
-    def build(_trt: Any, network: Path, _recipe: Recipe, capability: str | None) -> Built:
+    def build(_trt: Any, network: Path, _recipe: EngineRecipe, capability: str | None) -> Built:
         assert capability is None
         builds.append(network)
         return Built(b"engine", ())

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_artifacts import write_tokenizer
+from support.tiny_artifacts import write_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from llmopt.errors import ArtifactError, UsageError
-from llmopt.runtime.text import Detokenizer, StopText
-from llmopt.runtime.tokens import Tokenizer, pad
+from llmopt.runtime.detokenizer import Detokenizer, StopText
+from llmopt.runtime.tokenizer import Tokenizer, pad
 
 
 def decode_bytes(tokens: list[int]) -> str:

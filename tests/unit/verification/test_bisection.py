@@ -13,15 +13,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
-from programs import open_session
-from seeded import BUGS, Rounds, Seeded, decoder, encoder, source_of
-from tiny_sources import llama_folder
+from support.programs import open_session
+from support.seeded import BUGS, Rounds, Seeded, decoder, encoder, source_of
+from support.tiny_sources import llama_folder
 from typing_extensions import override
 
 from llmopt.cli import app
 from llmopt.errors import SourceError
-from llmopt.frontend.saved import KEY, save_program
-from llmopt.frontend.source import Source, SourceOptions, open_source
+from llmopt.frontend.base import Source, SourceOptions
+from llmopt.frontend.onnx.saved import KEY, save_program
+from llmopt.frontend.source import open_source
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.passes import PASSES

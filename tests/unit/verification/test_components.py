@@ -11,14 +11,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
-from seeded import Rounds, Seeded, wrong_scale
-from tiny_encoder_decoders import tiny_folder
-from two_components import encoder_decoder, source_of_both
+from support.seeded import Rounds, Seeded, wrong_scale
+from support.tiny_encoder_decoders import tiny_folder
+from support.two_components import encoder_decoder, source_of_both
 from typing_extensions import override
 
 from llmopt.cli import app
 from llmopt.errors import UsageError
-from llmopt.frontend.source import SourceOptions, open_source
+from llmopt.frontend.base import SourceOptions
+from llmopt.frontend.source import open_source
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.passes import PASSES

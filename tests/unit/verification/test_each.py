@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 import pytest
-from seeded import BUGS, Rounds, Seeded, decoder, encoder, source_of
+from support.seeded import BUGS, Rounds, Seeded, decoder, encoder, source_of
 from typing_extensions import override
 
 import llmopt
 from llmopt.cli.summary import checks_table, summary
 from llmopt.compiler import CompileOptions, compile_source
 from llmopt.errors import AccuracyError, PassError, UsageError
-from llmopt.frontend.saved import save_program
-from llmopt.frontend.source import SourceOptions
+from llmopt.frontend.base import SourceOptions
+from llmopt.frontend.onnx.saved import save_program
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass

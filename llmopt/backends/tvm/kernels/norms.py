@@ -66,14 +66,14 @@ def norm(wanted: Norm, features: Features) -> Kernel:
         with LOOPS[wanted.rows](buffers["x"].ty.shape[0]) as m:
             source = (buffers["x"], (m, 0))
             weights = (buffers["weight"], buffers.get("bias"))
-            _normalize(Row(wanted, lanes, source, *weights), buffers["y"], (m, 0))
+            _normalize(NormRow(wanted, lanes, source, *weights), buffers["y"], (m, 0))
 
     name = f"norm_{wanted.label}_{features.label}"
     return kernel(name, inputs, [Argument("y", row)], body)
 
 
 @dataclass(frozen=True)
-class Row:
+class NormRow:
     """One row of a norm.
 
     Args:
@@ -131,7 +131,7 @@ def _sum(lanes: int, width: int, term: Callable[[Any], Any]) -> Any:
     return (four.get(0, 0) + four.get(1, 0)) + (four.get(2, 0) + four.get(3, 0))
 
 
-def _normalize(row: Row, y: Any, place: tuple[Any, Any]) -> None:
+def _normalize(row: NormRow, y: Any, place: tuple[Any, Any]) -> None:
     """Write the norm of a row."""
     lanes, width = row.lanes, row.norm.width
     mean = splat(0.0, lanes)

@@ -13,8 +13,8 @@ from typing import Any
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.kernels.kernel import Kernel
-from llmopt.backends.tvm.kernels.linear import Packing
-from llmopt.backends.tvm.kernels.linear_storage import TILE, Halves, Storage
+from llmopt.backends.tvm.kernels.linear.selection import Packing
+from llmopt.backends.tvm.kernels.linear.storage import TILE, Halves, Storage
 from llmopt.backends.tvm.kernels.signature import Argument, kernel
 
 

@@ -1,0 +1,1 @@
+"""The format of an artifact: its manifest, its digests and how it is written atomically."""

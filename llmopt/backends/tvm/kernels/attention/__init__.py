@@ -1,0 +1,1 @@
+"""Attention, rotary embedding and the KV cache."""

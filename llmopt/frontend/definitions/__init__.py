@@ -1,0 +1,1 @@
+"""Definitions from ``models/``, traced layer by layer and assembled."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: config, weights, tokenizer, chat template, and the module behind them."""

@@ -1,0 +1,244 @@
+"""A decoder of transformers and its cache become a Program: keys and values in, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmopt.errors import UnsupportedModelError
+from llmopt.frontend.dims import name_dims
+from llmopt.frontend.torch.trace import Traced, trace_module
+from llmopt.interface.signature import Port, Role, Signature
+from llmopt.ir import graph as g
+from llmopt.ir.program import Facts, Program
+
+# Sizes to trace with: all different, so that no two dimensions are taken for one.
+SIZES: Final[Mapping[str, int]] = {"B": 2, "S": 5, "P": 3, "T": 8, "K": 4}
+_DYNAMIC: Final = torch.export.Dim.DYNAMIC
+_INPUTS: Final[Mapping[str, tuple[Role, tuple[str, str]]]] = {
+    "input_ids": (Role.TOKENS, ("B", "S")),
+    "attention_mask": (Role.MASK, ("B", "T")),
+    "position_ids": (Role.POSITIONS, ("B", "S")),
+}
+_KEEP: Final = "logits_to_keep"
+Dims = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class DecoderCache:
+    """What a decoder keeps of the past.
+
+    Args:
+        shapes: Keys and values of each layer, in turn: dimensions of each, ``("B", 2, "P", 16)``.
+    """
+
+    shapes: tuple[Dims, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """What the inputs are called."""
+        return [f"past_key_values.{n // 2}.{_PARTS[n % 2]}" for n in range(len(self.shapes))]
+
+    @property
+    def presents(self) -> list[str]:
+        """What the outputs are called."""
+        return [f"present.{n // 2}.{_PARTS[n % 2]}" for n in range(len(self.shapes))]
+
+
+_PARTS: Final = ("key", "value")
+
+
+class Decoding(nn.Module):
+    """A decoder that takes and gives its cache as tensors.
+
+    Args:
+        model: A causal language model of transformers.
+        names: Those of ``_INPUTS`` that it takes.
+        keeps: Whether it can be told which tokens get logits.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, keeps: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._names = tuple(names)
+        self._keeps = keeps
+
+    @override
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return logits, and the keys and values of every layer."""
+        from transformers import DynamicCache
+
+        given = dict(zip(self._names, tensors, strict=False))
+        rest = list(tensors[len(self._names) :])
+        kept = {_KEEP: rest.pop(0)} if self._keeps else {}
+        # without the config every layer keeps all: a window is the mask's business
+        cache = DynamicCache(tuple(zip(rest[::2], rest[1::2], strict=True)))
+        found = self.model(**given, **kept, past_key_values=cache, use_cache=True)
+        presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        return (found.logits, *presents)
+
+
+def find_caches(model: nn.Module, inputs: Mapping[str, Tensor]) -> DecoderCache | str:
+    """Return what ``model`` keeps of the past, or why that is not keys and values alone."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    try:
+        with torch.no_grad():
+            found = model(**inputs, past_key_values=cache, use_cache=True)
+    except Exception as error:  # noqa: BLE001 - a module may raise anything
+        return f"it does not run with a cache: {type(error).__name__}: {error}"
+    layers: list[Any] = cache.layers
+    if getattr(found, "past_key_values", None) is not cache or not layers:
+        return "it does not fill a cache of keys and values"
+    batch, tokens = inputs["input_ids"].shape
+    shapes: list[Dims] = []
+    for layer in layers:
+        for tensor in (layer.keys, layer.values):
+            if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+                return "a layer keeps something other than keys and values"
+            if (tensor.shape[0], tensor.shape[2]) != (batch, tokens):
+                return f"a layer keeps {list(tensor.shape)}, not [batch, heads, tokens, width]"
+            shapes.append(("B", tensor.shape[1], "P", tensor.shape[3]))
+    return DecoderCache(tuple(shapes))
+
+
+def trace_cached(
+    model: nn.Module, names: Sequence[str], caches: DecoderCache, *, keeps: bool
+) -> tuple[Traced, Signature]:
+    """Return the graph of a decoder with its cache, and what its inputs and outputs mean.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+        names: What it takes of ``input_ids``, ``attention_mask`` and ``position_ids``.
+        caches: What it keeps.
+        keeps: Whether it can be told which tokens get logits.
+
+    Raises:
+        UnsupportedModelError: torch cannot export it like this.
+    """
+    dims: dict[str, Dims] = {name: _INPUTS[name][1] for name in names}
+    dims |= {_KEEP: ("K",)} if keeps else {}
+    dims |= dict(zip(caches.names, caches.shapes, strict=True))
+    examples = [_example(name, shape) for name, shape in dims.items()]
+    dynamic = tuple(
+        {axis: _DYNAMIC for axis, dim in enumerate(shape) if isinstance(dim, str)}
+        for shape in dims.values()
+    )
+    wrapped = Decoding(model, names, keeps=keeps).eval()
+    traced = trace_module(wrapped, examples, (dynamic,))
+    graph = traced.model.graph
+    if len(graph.inputs) != len(dims):
+        raise UnsupportedModelError(
+            type(model).__name__, ["an input is not read"], "it is traced without its cache"
+        )
+    for value, name in zip(graph.inputs, dims, strict=True):
+        value.name = name
+    name_dims(graph, dims)
+    return traced, _signature(graph, names, caches, keeps=keeps)
+
+
+def _example(name: str, dims: Dims) -> Tensor:
+    shape = [SIZES[dim] if isinstance(dim, str) else dim for dim in dims]
+    if name == "position_ids":
+        return torch.arange(SIZES["P"], SIZES["T"]).repeat(shape[0], 1)
+    if name == _KEEP:
+        return torch.arange(shape[0])
+    whole = name in _INPUTS
+    return torch.ones(shape, dtype=torch.int64 if whole else torch.float32)
+
+
+def _signature(
+    graph: ir.Graph, names: Sequence[str], caches: DecoderCache, *, keeps: bool
+) -> Signature:
+    ports = [Port(name, _INPUTS[name][0], "int64", _INPUTS[name][1]) for name in names]
+    for number, (name, shape) in enumerate(zip(caches.names, caches.shapes, strict=True)):
+        role = Role.PAST_VALUE if number % 2 else Role.PAST_KEY
+        ports.append(Port(name, role, "float32", shape, number // 2))
+    if keeps:
+        _keep_tokens(graph)
+    else:
+        _keep_logits(graph)
+    ports.append(Port(_KEEP, Role.LOGITS_TO_KEEP, "int64", ()))
+    logits = graph.outputs[0]
+    width = g.static(logits, -1) or 0
+    logits.shape = ir.Shape(["B", "K", width])
+    outputs = [Port("logits", Role.LOGITS, "float32", ("B", "K", width))]
+    for number, (name, shape) in enumerate(zip(caches.presents, caches.shapes, strict=True)):
+        role = Role.PRESENT_VALUE if number % 2 else Role.PRESENT_KEY
+        whole = (shape[0], shape[1], "T", shape[3])
+        graph.outputs[number + 1].shape = ir.Shape(whole)
+        outputs.append(Port(name, role, "float32", whole, number // 2))
+    for value, port in zip(graph.outputs, outputs, strict=True):
+        value.name = port.name
+    return Signature(tuple(ports), tuple(outputs))
+
+
+def _keep_tokens(graph: ir.Graph) -> None:
+    """Compute which tokens get logits: the last ``logits_to_keep`` ones, all for 0."""
+    asked = next(value for value in graph.inputs if value.name == _KEEP)
+    graph.inputs.remove(asked)
+    asked.name = g.unused(graph, "kept")
+    build = g.Builder(graph[0])
+    tokens = next(value for value in graph.inputs if value.name == "input_ids")
+    count = build.op("Squeeze", [build.op("Shape", [tokens], {"start": 1, "end": 2})])
+    zero, one = build.constant(0, "int64"), build.constant(1, "int64")
+    keep = _number(graph)
+    start = build.op(
+        "Where", [build.op("Equal", [keep, zero]), zero, build.op("Sub", [count, keep])]
+    )
+    start = build.op("Max", [start, zero])
+    kept = build.op("Range", [start, count, one], name="logits_to_keep/Range")
+    kept.shape, kept.type = ir.Shape(["K"]), ir.TensorType(ir.DataType.INT64)
+    ir.convenience.replace_all_uses_with(asked, kept)
+
+
+def _keep_logits(graph: ir.Graph) -> None:
+    """Slice the logits of the last ``logits_to_keep`` tokens, all for 0."""
+    logits = graph.outputs[0]
+    build = g.Builder(graph)
+    keep = _number(graph)
+    start = build.op("Neg", [build.op("Reshape", [keep, build.constant([1], "int64")])])
+    end = build.constant([np.iinfo(np.int64).max], "int64")
+    axis = build.constant([1], "int64")
+    last = build.op("Slice", [logits, start, end, axis], name="logits_to_keep/Slice")
+    last.type, last.shape = logits.type, ir.Shape(["B", "K", g.static(logits, -1) or 0])
+    graph.outputs[0] = last
+
+
+def _number(graph: ir.Graph) -> ir.Value:
+    """Return the overridable initializer that says how many tokens get logits."""
+    keep = g.add_initializer(graph, _KEEP, ir.tensor(np.asarray(1, np.int64)))
+    graph.inputs.append(keep)
+    return keep
+
+
+def cached_program(traced: Traced, signature: Signature, facts: Facts) -> Program:
+    """Return the Program of a decoder that was traced with its cache."""
+    g.name_nodes(traced.model.graph)
+    return Program(traced.model, signature, facts)
+
+
+class FullPass(nn.Module):
+    """A decoder called on whole sequences, as a reference is.
+
+    Args:
+        model: It.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @override
+    def forward(self, **tensors: Any) -> Tensor:
+        """Return the logits of every token."""
+        logits: Tensor = self.model(**tensors, use_cache=False).logits
+        return logits

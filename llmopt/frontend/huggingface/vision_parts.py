@@ -1,0 +1,165 @@
+"""What a model of transformers that sees images is made of, told by what its parts are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmopt.errors import UnsupportedModelError
+from llmopt.frontend.torch.trace import Read, to_numpy
+from llmopt.models import Definition, define
+from llmopt.models.config import DecoderConfig
+from llmopt.models.decoder_families import DECODERS
+
+HINT: Final = "pass a module of its vision or of its text as file.py:factory"
+_TEXTS: Final = ("language_model", "text_model")
+_WAYS: Final = (
+    "vision_tower and multi_modal_projector, with vision_feature_layer and "
+    "vision_feature_select_strategy in the config; vision_model and connector"
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model that puts features of images among the embeddings of tokens.
+
+    Args:
+        vision: ``pixel_values`` [I, channels, height, width] to features [I, N, E].
+        nested: Whether the model takes images by row, [B, images, channels, height, width].
+        text: What goes on from the embeddings, without its head.
+        head: What makes logits of the last hidden states.
+        image_token: The token that stands for one feature.
+    """
+
+    vision: nn.Module
+    nested: bool
+    text: nn.Module
+    head: nn.Module
+    image_token: int
+
+
+def sees(module: Any) -> bool:
+    """Whether a model puts images among the tokens of a text that it goes on with."""
+    config = module.config
+    marked = getattr(config, "image_token_id", None) is not None
+    if not marked or getattr(config, "is_encoder_decoder", False):
+        return False
+    return hasattr(module, "get_image_features") and module.get_output_embeddings() is not None
+
+
+def parts_of(module: Any, label: str) -> Parts:
+    """Return what a model is made of.
+
+    Args:
+        module: It; ``sees`` is true of it.
+        label: What to call it in messages.
+
+    Raises:
+        UnsupportedModelError: Its images are not made into features in a way that is known.
+    """
+    base = getattr(module, "model", module)
+    text = next((getattr(base, name) for name in _TEXTS if hasattr(base, name)), None)
+    names = {name for name, _ in base.named_children()}
+    vision: nn.Module
+    if {"vision_tower", "multi_modal_projector"} <= names and _chooses(module.config):
+        vision, nested = Tower(base, module.config), False
+    elif {"vision_model", "connector"} <= names:
+        vision, nested = Connected(base), True
+    else:
+        found = ", ".join(sorted(names))
+        problem = f"images become features in a way that is not known: it has {found}"
+        raise UnsupportedModelError(label, [f"{problem} (known: {_WAYS})"], HINT)
+    if text is None:
+        raise UnsupportedModelError(label, [f"it has no {' or '.join(_TEXTS)}"], HINT)
+    head, token = module.get_output_embeddings(), int(module.config.image_token_id)
+    return Parts(vision.eval(), nested, text, head, token)
+
+
+def _chooses(config: Any) -> bool:
+    return hasattr(config, "vision_feature_layer") and hasattr(
+        config, "vision_feature_select_strategy"
+    )
+
+
+class Tower(nn.Module):
+    """Hidden states of one layer of a tower or of several, projected.
+
+    Args:
+        base: What holds the tower and its projector.
+        config: It says which layers, and whether their first token is left out.
+    """
+
+    def __init__(self, base: Any, config: Any) -> None:
+        super().__init__()
+        self.tower = base.vision_tower
+        self.projector = base.multi_modal_projector
+        layers = config.vision_feature_layer
+        self._layers: Sequence[int] = [layers] if isinstance(layers, int) else list(layers)
+        self._first = 1 if config.vision_feature_select_strategy == "default" else 0
+
+    @override
+    def forward(self, pixel_values: Tensor) -> Any:
+        """Return the features [I, N, E] of images [I, channels, height, width]."""
+        states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        chosen = [states[layer][:, self._first :] for layer in self._layers]
+        return self.projector(chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1))
+
+
+class Connected(nn.Module):
+    """Last hidden states, brought together by what connects them to the text.
+
+    Args:
+        base: What holds both.
+    """
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.tower = base.vision_model
+        self.connector = base.connector
+
+    @override
+    def forward(self, pixel_values: Tensor) -> Any:
+        """Return the features [I, N, E] of images [I, channels, height, width]."""
+        return self.connector(self.tower(pixel_values).last_hidden_state)
+
+
+def text_of(parts: Parts, label: str) -> tuple[Definition, DecoderConfig, Read]:
+    """Return the definition of a model's text, its config, and what reads its parameters.
+
+    Raises:
+        UnsupportedModelError: llmopt does not define such a text model.
+    """
+    text: Any = parts.text
+    config = {**text.config.to_dict(), "architectures": [], "tie_word_embeddings": True}
+    if config["model_type"] not in DECODERS:
+        problem = f"its text model {config['model_type']!r} has no definition here"
+        raise UnsupportedModelError(label, [f"{problem} (known: {', '.join(DECODERS)})"], HINT)
+    tensors = {f"model.{name}": tensor for name, tensor in text.state_dict().items()}
+    head: Any = parts.head.weight
+    if head.data_ptr() != text.get_input_embeddings().weight.data_ptr():
+        config["tie_word_embeddings"] = False
+        tensors["lm_head.weight"] = head
+    definition = define(config, tensors.keys())
+    ours = definition.config
+    assert isinstance(ours, DecoderConfig)
+    if ours.embedding_multiplier != 1.0:
+        problem = (
+            f"embeddings of its text model {config['model_type']!r} are multiplied by a number"
+        )
+        why = "of images' features nothing says whether they are, too"
+        raise UnsupportedModelError(label, [f"{problem}, and {why}"], HINT)
+    return definition, ours, _read(definition, tensors)
+
+
+def _read(definition: Definition, tensors: Mapping[str, Tensor]) -> Read:
+    recipes = definition.recipes()
+
+    def read(name: str) -> Any:
+        return recipes[name].apply(lambda source: to_numpy(tensors[source]))
+
+    return read

@@ -1,0 +1,111 @@
+"""A Program in an ONNX file that says what its inputs and outputs mean, and read as it is.
+
+Other ONNX files are raised to the dialect when they are read; of this one nothing is changed, so
+that what a pass does to it is what it did to the Program that was saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from llmopt.artifact.fields import Fields
+from llmopt.artifact.signature import read_facts, read_signature
+from llmopt.errors import ArtifactError, SourceError
+from llmopt.frontend.base import Source
+from llmopt.frontend.reference import Transform
+from llmopt.interface.arrays import Arrays
+from llmopt.interface.facts import SourceRecord
+from llmopt.ir.evaluator import Evaluator
+from llmopt.ir.feeds import resolve
+from llmopt.ir.program import Facts, Program
+from llmopt.ir.saving import save_with_data
+from llmopt.ir.weights import Leaf
+
+KEY: Final = "llmopt.program"
+"""The entry of the model's metadata that holds the signature and the facts, as JSON."""
+
+
+def save_program(program: Program, path: Path) -> None:
+    """Write a Program to ``path``, its weights to a file beside it.
+
+    Raises:
+        OSError: The disk is full, or another reason of the system's.
+    """
+    model = program.model.clone()
+    told = {
+        "signature": dataclasses.asdict(program.signature),
+        "model": dataclasses.asdict(program.facts.model),
+        "task": program.facts.task,
+    }
+    model.metadata_props[KEY] = json.dumps(told, sort_keys=True)
+    save_with_data(model, path, f"{path.name}.data")
+
+
+def open_saved(path: Path, model: ir.Model) -> Source:
+    """Return the source of a model that ``save_program`` wrote: itself, run by the evaluator.
+
+    Raises:
+        SourceError: What it says of itself is damaged.
+    """
+    try:
+        told = Fields(json.loads(model.metadata_props.pop(KEY)), path)
+        signature = read_signature(told.child("signature"))
+        known = read_facts(told.child("model"))
+        task = told.text("task")
+    except (ValueError, ArtifactError) as error:
+        problem = f"its metadata {KEY!r} cannot be read ({error})"
+        raise SourceError(path, problem, "write it again with `llmopt bisect`") from error
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.size > 1 and not value.is_graph_input():
+            value.const_value = Leaf(name, tensor.numpy, tensor.dtype, tensor.shape.numpy())
+    record = SourceRecord(path.stem, "onnx")
+    program = Program(model, signature, Facts(task=task, model=known, source=record))
+    return Source(path.stem, program, SavedReference(program.clone()))
+
+
+class SavedReference:
+    """A saved Program, run by the evaluator, its caches empty where none are given.
+
+    Args:
+        program: It.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+
+    def run(
+        self, batches: Sequence[Arrays], transform: Transform | None = None
+    ) -> Iterator[Arrays]:
+        """Yield the outputs of each batch."""
+        program = self._program if transform is None else self._changed(transform)
+        evaluator = Evaluator(program.model)
+        ports = program.signature.outputs
+        names = [port.name for port in ports if not port.role.startswith("present_")]
+        for batch in batches:
+            yield evaluator.run({**self._empty(batch), **batch}, names)
+
+    def _changed(self, transform: Transform) -> Program:
+        """Return the Program with its weights as ``transform`` gives them."""
+        changed = self._program.clone()
+        for name, value in changed.graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, Leaf):
+                value.const_value = ir.tensor(transform(name, tensor.numpy()), tensor.dtype)
+        return changed
+
+    def _empty(self, batch: Arrays) -> Arrays:
+        """Return caches of no tokens for those that ``batch`` has none for."""
+        sizes = {"B": len(next(iter(batch.values()))), "P": 0} if batch else {}
+        return {
+            port.name: np.zeros([resolve(dim, sizes) for dim in port.shape], port.dtype)
+            for port in self._program.signature.inputs
+            if port.role.startswith("past_") and port.name not in batch
+        }

@@ -1,0 +1,1 @@
+"""PyTorch modules, live, exported, scripted or pickled, become Programs."""
