@@ -101,7 +101,7 @@ class Bench:
 
 def reading(bench: Bench) -> Callable[[], None]:
     """Return a loop that reads `COLD` bytes."""
-    from llmopt.backends.tvm.kernels.linear.script import (
+    from llmopt.backends.tvm.kernels.script import (
         Register,
         T,
         load,
@@ -139,7 +139,7 @@ def reading(bench: Bench) -> Callable[[], None]:
 def multiplying(bench: Bench, threads: int, *, integers: bool) -> tuple[Callable[[], None], float]:
     """Return a loop of products in registers, and how many operations it does."""
     from llmopt.backends.tvm.kernels.linear.products import products
-    from llmopt.backends.tvm.kernels.linear.script import (
+    from llmopt.backends.tvm.kernels.script import (
         Register,
         T,
         bind,

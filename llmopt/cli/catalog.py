@@ -107,10 +107,10 @@ def _summary(cls: type[Pass]) -> dict[str, Any]:
 
 
 def _describe(cls: type[Pass], *, as_json: bool) -> None:
+    from llmopt.origin import defined_at, is_ours
     from llmopt.passes.options import MISSING, options_of, spell_value
-    from llmopt.passes.plugins import is_ours, place_of
 
-    place = "llmopt" if is_ours(cls) else place_of(cls)
+    place = "llmopt" if is_ours(cls) else defined_at(cls)
     text = _ARGS.sub("\n", inspect.getdoc(cls) or "")
     options: list[dict[str, Any]] = [
         {

@@ -16,9 +16,9 @@ from llmopt.errors import UnknownNameError, UnsupportedModelError, UsageError
 from llmopt.frontend.base import Source, SourceOptions
 from llmopt.frontend.causality import is_causal
 from llmopt.frontend.dims import name_dims
+from llmopt.frontend.input_names import role_of
 from llmopt.frontend.reference import Reference
 from llmopt.frontend.tables import longest
-from llmopt.frontend.torch.examples import role_of
 from llmopt.interface.facts import ModelFacts, SourceRecord
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g

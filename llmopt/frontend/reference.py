@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from llmopt.frontend.torch.trace import Read, to_numpy
+from llmopt.frontend.tensors import Read, to_numpy
 from llmopt.interface.arrays import Arrays
 from llmopt.models import Definition
 from llmopt.models.decoder import Decoder

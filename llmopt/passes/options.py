@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from llmopt.errors import PluginError, UnknownNameError, UsageError
+from llmopt.origin import defined_at
 from llmopt.passes.base import Pass
 
 MISSING: Final[Any] = dataclasses.MISSING
@@ -160,9 +161,7 @@ def _kinds(cls: type[Pass]) -> dict[str, Any]:
 
 
 def _label(cls: type[Pass]) -> str:
-    from llmopt.passes.plugins import place_of
-
-    return f"{place_of(cls)}: pass {cls.name!r}"
+    return f"{defined_at(cls)}: pass {cls.name!r}"
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -17,10 +17,11 @@ from llmopt.errors import UnknownNameError, UsageError
 from llmopt.ir import dialect
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
+from llmopt.origin import is_ours
 from llmopt.passes import options
 from llmopt.passes.base import Miss, Outcome, Pass
 from llmopt.passes.options import spell
-from llmopt.passes.plugins import Plugin, invalid, is_ours, passes_with, run_guarded
+from llmopt.passes.plugins import Plugin, invalid, passes_with, run_guarded
 
 _ITEM: Final = re.compile(r"(?P<minus>-?)(?P<name>[A-Za-z0-9_-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 _SPLIT: Final = re.compile(r",(?![^{}]*\})")

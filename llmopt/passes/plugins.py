@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
@@ -24,14 +23,13 @@ from typing import Any, Final
 
 from llmopt.errors import LlmoptError, PassError, PassFailedError, PluginError
 from llmopt.ir.program import Program
+from llmopt.origin import PACKAGE, defined_at, is_ours, one_line, raised_at, source_of
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.options import options_of
 
 Plugin = str | type[Pass]
 logger = logging.getLogger("llmopt")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\Z")
-_PACKAGE: Final = "llmopt"
-_IMPORTING: Final = ("<frozen importlib", os.sep + "importlib" + os.sep, __file__)
 
 
 def passes_with(plugins: Iterable[Plugin]) -> dict[str, type[Pass]]:
@@ -50,9 +48,9 @@ def passes_with(plugins: Iterable[Plugin]) -> dict[str, type[Pass]]:
         for name, cls in load_plugin(plugin).items():
             other = known.get(name, cls)
             if other is not cls:
-                whose = "llmopt's own" if name in PASSES else f"that of {place_of(other)}"
+                whose = "llmopt's own" if name in PASSES else f"that of {defined_at(other)}"
                 raise PluginError(
-                    place_of(cls), f"its pass {name!r} has the name of {whose}", "rename it"
+                    defined_at(cls), f"its pass {name!r} has the name of {whose}", "rename it"
                 )
             known[name] = cls
     return known
@@ -76,15 +74,17 @@ def load_plugin(plugin: Plugin) -> dict[str, type[Pass]]:
     ]
     named = [cls for cls in classes if hasattr(cls, "name") and not _is_base(cls, classes)]
     if not named:
-        at = "".join(f"; {cls.__name__} ({place_of(cls)}) has no name" for cls in classes[:1])
+        at = "".join(f"; {cls.__name__} ({defined_at(cls)}) has no name" for cls in classes[:1])
         problem = f"it defines no subclass of llmopt.Pass with a name{at}"
         raise PluginError(os.fspath(plugin), problem, "docs/custom-passes.md shows one")
     found: dict[str, type[Pass]] = {}
     for cls in named:
         if found.setdefault(checked(cls).name, cls) is not cls:
-            where = place_of(found[cls.name])
+            where = defined_at(found[cls.name])
             raise PluginError(
-                place_of(cls), f"its pass {cls.name!r} has the name of that of {where}", "rename it"
+                defined_at(cls),
+                f"its pass {cls.name!r} has the name of that of {where}",
+                "rename it",
             )
     return found
 
@@ -102,10 +102,10 @@ def checked(cls: Any) -> type[Pass]:
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not _NAME.match(name) or name == "default":
         problem = f"{cls.__name__} has the name {name!r}"
-        raise PluginError(place_of(cls), problem, "name it in letters, digits and hyphens")
+        raise PluginError(defined_at(cls), problem, "name it in letters, digits and hyphens")
     if inspect.isabstract(cls):
         problem = f"{cls.__name__} has no method run(self, program)"
-        raise PluginError(place_of(cls), problem, "define it, and return an llmopt.Outcome")
+        raise PluginError(defined_at(cls), problem, "define it, and return an llmopt.Outcome")
     options_of(cls)
     return cls
 
@@ -172,53 +172,14 @@ def run_guarded(item: Pass, program: Program) -> Outcome:
         raise PassFailedError(item.name, one_line(error), where) from error
     if not isinstance(outcome, Outcome):
         problem = f"run returned {type(outcome).__name__}, not llmopt.Outcome"
-        raise PassFailedError(item.name, problem, place_of(type(item)))
+        raise PassFailedError(item.name, problem, defined_at(type(item)))
     return outcome
 
 
 def invalid(item: Pass, problem: str) -> PassError:
     """Return the error of a pass that left the Program invalid, saying where it is not ours."""
     cls = type(item)
-    return PassError(item.name, problem, "" if is_ours(cls) else place_of(cls))
-
-
-def is_ours(cls: type[Any]) -> bool:
-    """Whether a class is part of llmopt."""
-    return cls.__module__.partition(".")[0] == _PACKAGE
-
-
-def place_of(cls: type[Any]) -> str:
-    """Return the file and line where a class is defined, or its module where there is no file."""
-    try:
-        return f"{_shown(source_of(cls))}:{inspect.findsource(cls)[1] + 1}"
-    except (OSError, TypeError, KeyError):  # KeyError: where TVM has put its own getfile
-        return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def source_of(cls: type[Any]) -> str:
-    """Return the file that a class is defined in; empty where there is none."""
-    return str(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
-
-
-def raised_at(error: BaseException, preferred: str = "") -> str:
-    """Return file and line where an exception came from: the last in a file, or the last at all."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{_shown(error.filename)}:{error.lineno}"
-    every = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in every if not any(part in f.filename for part in _IMPORTING)]
-    inside = [frame for frame in frames if frame.filename == preferred]
-    last = [*frames[-1:], *inside[-1:]][-1:]
-    return f"{_shown(last[0].filename)}:{last[0].lineno}" if last else ""
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an exception says, with its class, in one line.
-
-    >>> one_line(ZeroDivisionError("division by zero"))
-    'ZeroDivisionError: division by zero'
-    """
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}".rstrip(": ")
+    return PassError(item.name, problem, "" if is_ours(cls) else defined_at(cls))
 
 
 def _imported(plugin: str) -> ModuleType:
@@ -264,18 +225,10 @@ def _from_file(plugin: str) -> ModuleType:
 def _others(cls: type[Any]) -> str:
     """Return the package of a class that is not ours: what it re-exports is meant."""
     package = cls.__module__.partition(".")[0]
-    return package if package != _PACKAGE else ""
+    return package if package != PACKAGE else ""
 
 
 def _is_base(cls: type[Any], classes: Iterable[type[Any]]) -> bool:
     """Whether a class only is what others derive from."""
     derived = any(issubclass(other, cls) and other is not cls for other in classes)
     return inspect.isabstract(cls) and derived
-
-
-def _shown(path: str) -> str:
-    """Return a path from the working folder where it lies below it."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llmopt.backends.tvm.kernels.linear.script import T, load, serial
+from llmopt.backends.tvm.kernels.script import T, load, serial
 
 
 class EmulatedTiles:

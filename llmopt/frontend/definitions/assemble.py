@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from llmopt.frontend.torch.trace import Read
+from llmopt.frontend.tensors import Read
 from llmopt.ir.dialect import IR_VERSION, OPSET
 from llmopt.ir.graph import name_nodes, taken, unused
 from llmopt.ir.weights import Leaf

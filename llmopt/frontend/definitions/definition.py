@@ -17,7 +17,7 @@ from llmopt.frontend.base import Checkpoint
 from llmopt.frontend.definitions.assemble import Assembly
 from llmopt.frontend.definitions.encoder_decoder import trace_encoder_decoder
 from llmopt.frontend.definitions.parts import Dims, keep_last, renamer, trace_part
-from llmopt.frontend.torch.trace import Read
+from llmopt.frontend.tensors import Read
 from llmopt.interface.facts import ModelFacts
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmopt.frontend.definitions.assemble import Assembly
 from llmopt.frontend.definitions.parts import Dims, keep_last, renamer, trace_part
-from llmopt.frontend.torch.trace import Read
+from llmopt.frontend.tensors import Read
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
 from llmopt.ir.program import Facts, Program

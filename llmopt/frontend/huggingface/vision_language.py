@@ -30,7 +30,8 @@ from llmopt.frontend.huggingface.files import shipped_files
 from llmopt.frontend.huggingface.loading import Loaded, one_line, pixels, special_tokens
 from llmopt.frontend.huggingface.vision_parts import HINT, Parts, parts_of, text_of
 from llmopt.frontend.reference import ModuleReference, StreamedReference, Transform
-from llmopt.frontend.torch.trace import Read, Traced, trace_module
+from llmopt.frontend.tensors import Read
+from llmopt.frontend.torch.trace import Traced, trace_module
 from llmopt.interface.arrays import Arrays
 from llmopt.interface.facts import ModelFacts, SourceRecord
 from llmopt.interface.signature import Port, Role, Signature

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmopt.errors import UnsupportedModelError
-from llmopt.frontend.torch.trace import Read, to_numpy
+from llmopt.frontend.tensors import Read, to_numpy
 from llmopt.models import Definition, define
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder_families import DECODERS

@@ -15,41 +15,13 @@ from torch import Tensor, nn
 
 from llmopt.errors import PickleRefusedError, SourceError, SourceNotFoundError, UsageError
 from llmopt.frontend.base import SourceOptions
+from llmopt.frontend.input_names import role_of
 from llmopt.interface.signature import Role
 
 Tensors = dict[str, Tensor]
-NAMES: Final[Mapping[str, frozenset[str]]] = {
-    Role.MASK: frozenset({"attention_mask", "mask", "padding_mask", "attn_mask", "input_mask"}),
-    Role.POSITIONS: frozenset({"position_ids", "positions", "pos", "position"}),
-    Role.TOKEN_TYPES: frozenset({"token_type_ids", "token_types", "segment_ids", "token_type"}),
-    Role.TOKENS: frozenset(
-        {
-            "input_ids",
-            "tokens",
-            "token_ids",
-            "idx",
-            "ids",
-            "x",
-            "input",
-            "inputs",
-            "src",
-            "tokens_ids",
-        }
-    ),
-}
-"""What inputs of each role are called."""
 SIZES: Final = (2, 7)  # batch and tokens to trace with: different, and neither is 0 or 1
 _ASK: Final = "pass --example-inputs FILE.npz (example_inputs= in Python), one array per input"
 _KINDS: Final = inspect.Parameter
-
-
-def role_of(name: str) -> Role | None:
-    """Return what an input is by its name, if the name says so.
-
-    >>> role_of("token_type_ids")
-    <Role.TOKEN_TYPES: 'token_types'>
-    """
-    return next((Role(role) for role, names in NAMES.items() if name.lower() in names), None)
 
 
 def example_inputs(module: nn.Module, options: SourceOptions) -> Tensors | tuple[Tensor, ...]:

@@ -13,8 +13,9 @@ from llmopt.errors import UnsupportedModelError
 from llmopt.frontend.base import Source, SourceOptions
 from llmopt.frontend.meaning import TracedModel, finish
 from llmopt.frontend.reference import ModuleReference
+from llmopt.frontend.tensors import reader
 from llmopt.frontend.torch.outputs import output_names
-from llmopt.frontend.torch.trace import reader, translate
+from llmopt.frontend.torch.trace import translate
 from llmopt.interface.facts import SourceRecord
 
 

@@ -24,9 +24,10 @@ from llmopt.errors import (
 from llmopt.frontend.base import Source, SourceOptions
 from llmopt.frontend.meaning import TracedModel, finish
 from llmopt.frontend.reference import ModuleReference, evaluating
+from llmopt.frontend.tensors import to_numpy
 from llmopt.frontend.torch.examples import Tensors, dynamic_shapes, example_inputs
 from llmopt.frontend.torch.outputs import output_names
-from llmopt.frontend.torch.trace import to_numpy, trace_module
+from llmopt.frontend.torch.trace import trace_module
 from llmopt.interface.facts import SourceRecord
 
 _SPELLING: Final = "write file.py:factory, a function without arguments that returns the module"

@@ -17,11 +17,10 @@ import onnx_ir as ir
 import torch
 
 from llmopt.errors import UnsupportedModelError
+from llmopt.frontend.tensors import Read, reader
 from llmopt.frontend.torch.registry import kept_registry
 from llmopt.ir.dialect import IR_VERSION, OPSET
 from llmopt.ir.weights import Leaf
-
-Read = Callable[[str], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -167,21 +166,6 @@ def label(graph: ir.Graph) -> None:
 
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-def reader(tensors: Mapping[str, torch.Tensor]) -> Read:
-    """Return a function that reads a live module's tensors by name."""
-    return lambda name: to_numpy(tensors[name])
-
-
-def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """Return a tensor's numbers; bfloat16 as ``ml_dtypes`` has it."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 @contextlib.contextmanager

@@ -34,8 +34,8 @@ from support.emulated_tiles import EmulatedTiles  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels import amx  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.linear import products as linear_products  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.linear.panel import PanelSizes  # noqa: E402 - needs TVM
-from llmopt.backends.tvm.kernels.linear.script import cast  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.rows import gather_packed  # noqa: E402 - needs TVM
+from llmopt.backends.tvm.kernels.script import cast  # noqa: E402 - needs TVM
 from llmopt.backends.tvm.kernels.vectors import shuffled  # noqa: E402 - needs TVM
 
 Array = npt.NDArray[Any]

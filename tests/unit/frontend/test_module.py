@@ -23,10 +23,10 @@ from llmopt.errors import (
 )
 from llmopt.frontend.base import Source, SourceOptions
 from llmopt.frontend.source import open_source
+from llmopt.frontend.tensors import to_numpy
 from llmopt.frontend.torch.examples import example_inputs, free_axes, load_arrays
 from llmopt.frontend.torch.module import call_factory, digest, load_factory, open_module
 from llmopt.frontend.torch.outputs import output_names
-from llmopt.frontend.torch.trace import to_numpy
 from llmopt.interface.signature import Role
 
 VOCABULARY, HIDDEN = 11, 6
@@ -348,7 +348,7 @@ def test_a_factory_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_roles_are_told_by_name() -> None:
-    from llmopt.frontend.torch.examples import role_of
+    from llmopt.frontend.input_names import role_of
 
     assert role_of("attention_mask") is Role.MASK
     assert role_of("segment_ids") is Role.TOKEN_TYPES

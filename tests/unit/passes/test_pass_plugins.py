@@ -18,6 +18,7 @@ from llmopt.backends import known_backends
 from llmopt.cli import app
 from llmopt.errors import PassError, PassFailedError, PluginError, UsageError
 from llmopt.ir.program import Program
+from llmopt.origin import defined_at
 from llmopt.passes import known_passes, options, plugins
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.pipeline import Pipeline
@@ -329,7 +330,7 @@ def test_one_pass_is_described_with_its_options(tmp_path: Path) -> None:
 def test_what_a_pass_without_a_file_is_called() -> None:
     made = type("Made", (Choosy,), {"name": "made", "__module__": "nowhere"})
 
-    assert plugins.place_of(made) == "nowhere.Made"
+    assert defined_at(made) == "nowhere.Made"
     assert operators(Pipeline((made(),)).run(program(TEXT))) == ["Abs", "Relu"]
 
 

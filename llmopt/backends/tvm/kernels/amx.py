@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol
 
-from llmopt.backends.tvm.kernels.linear.script import Expr, T, serial
+from llmopt.backends.tvm.kernels.script import Expr, T, serial
 
 HIGH: Final = 16
 """Rows in a tile."""

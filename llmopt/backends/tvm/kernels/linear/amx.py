@@ -47,7 +47,8 @@ from llmopt.backends.tvm.kernels.linear.quantize import (
     allocate_tiles,
     quantize_row,
 )
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, Storage, tiles
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     T,
     bind,
@@ -59,7 +60,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     splat,
     store,
 )
-from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, Storage, tiles
 
 _STRIDE: Final = 64  # bytes
 _AT_ONCE: Final = 32

@@ -31,7 +31,8 @@ from llmopt.backends.tvm.kernels.amx import HIGH, Tiles, four_products
 from llmopt.backends.tvm.kernels.attention.element_types import BfloatPairs
 from llmopt.backends.tvm.kernels.linear.epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear.gemm import pieces
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import DEPTH, HALF, TILE, tiles
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     T,
     bind,
@@ -42,7 +43,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     serial,
     store,
 )
-from llmopt.backends.tvm.kernels.linear.storage import DEPTH, HALF, TILE, tiles
 
 _LANES: Final = 16
 _PAIRS: Final = DEPTH // 2

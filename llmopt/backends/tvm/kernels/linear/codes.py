@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import reduce
 from operator import or_
 
-from llmopt.backends.tvm.kernels.linear.script import Expr, integer
 from llmopt.backends.tvm.kernels.linear.storage import BitField, Storage
+from llmopt.backends.tvm.kernels.script import Expr, integer
 
 
 def four_codes(storage: Storage, quad: int, word: Callable[[int], Expr], lanes: int) -> Expr:

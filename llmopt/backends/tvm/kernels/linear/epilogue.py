@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     T,
     bind,
@@ -27,7 +28,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     typed,
     when,
 )
-from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE
 
 _WIDE: Final = 16  # lanes that only AVX-512 has
 _LOG2_E: Final = 1.4426950408889634

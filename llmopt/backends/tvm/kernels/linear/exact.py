@@ -17,7 +17,8 @@ from typing import Any, Final
 from llmopt.backends.tvm.kernels.linear.codes import four_codes
 from llmopt.backends.tvm.kernels.linear.epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear.gemm import Step, each_piece
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, Storage, tiles
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     Register,
     T,
@@ -30,7 +31,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     splat,
     when,
 )
-from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, Storage, tiles
 
 _AT_ONCE: Final = 4
 

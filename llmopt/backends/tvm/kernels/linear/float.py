@@ -24,7 +24,8 @@ from typing import Any, Final
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.linear.epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear.gemm import Step, each_piece
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, tiles
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     Register,
     T,
@@ -40,7 +41,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     store,
     when,
 )
-from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, tiles
 
 _UNROLLED: Final = 4  # columns in straight code
 _AHEAD: Final = 64

@@ -27,9 +27,9 @@ from typing import Any, Final
 from llmopt.backends.tvm.kernels.linear.epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear.products import DotProducts
 from llmopt.backends.tvm.kernels.linear.quantize import allocate, quantize_row
-from llmopt.backends.tvm.kernels.linear.script import Expr, T, bind, parallel, serial, when
 from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, Storage, tiles
 from llmopt.backends.tvm.kernels.linear.tile import Tile
+from llmopt.backends.tvm.kernels.script import Expr, T, bind, parallel, serial, when
 
 Step = Callable[[Expr], None]
 ROWS: Final = 128

@@ -21,9 +21,9 @@ from typing import Any
 from llmopt.backends.tvm.kernels.linear.epilogue import Epilogue
 from llmopt.backends.tvm.kernels.linear.products import DotProducts
 from llmopt.backends.tvm.kernels.linear.quantize import allocate, quantize_row
-from llmopt.backends.tvm.kernels.linear.script import T, parallel
 from llmopt.backends.tvm.kernels.linear.storage import TILE, Storage, tiles
 from llmopt.backends.tvm.kernels.linear.tile import Tile
+from llmopt.backends.tvm.kernels.script import T, parallel
 
 
 def emit(

@@ -26,7 +26,8 @@ from typing import Any, Final
 
 from llmopt.backends.tvm.kernels.amx import HIGH
 from llmopt.backends.tvm.kernels.linear.codes import four_codes
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, Storage
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     Register,
     T,
@@ -43,7 +44,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     store,
     typed,
 )
-from llmopt.backends.tvm.kernels.linear.storage import HALF, TILE, Storage
 
 LANES: Final = 16
 DEEP: Final = 64

@@ -34,7 +34,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmopt.backends.tvm.features import Features
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     T,
     bits,

@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import Storage
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     Register,
     T,
@@ -33,7 +34,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     store,
     typed,
 )
-from llmopt.backends.tvm.kernels.linear.storage import Storage
 
 TINY: Final = 1e-30
 _LANES: Final = 16  # LLVM splits them where a processor's vectors are shorter

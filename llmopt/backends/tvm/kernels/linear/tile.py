@@ -34,7 +34,8 @@ from typing import Any
 from llmopt.backends.tvm.kernels.linear.codes import four_codes
 from llmopt.backends.tvm.kernels.linear.products import DotProducts
 from llmopt.backends.tvm.kernels.linear.quantize import Activations
-from llmopt.backends.tvm.kernels.linear.script import (
+from llmopt.backends.tvm.kernels.linear.storage import TILE, Storage
+from llmopt.backends.tvm.kernels.script import (
     Expr,
     Register,
     bind,
@@ -46,7 +47,6 @@ from llmopt.backends.tvm.kernels.linear.script import (
     serial,
     splat,
 )
-from llmopt.backends.tvm.kernels.linear.storage import TILE, Storage
 from llmopt.backends.tvm.kernels.vectors import shuffled
 
 Vectors = list[list[Expr]]
