@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 PACKAGE: Final = "llmopt"
-_IMPORTING: Final = ("<frozen importlib", f"{os.sep}importlib{os.sep}", os.path.join("llmopt", "passes", "plugins.py"))
+_IMPORTING: Final = ("<frozen importlib", f"{os.sep}importlib{os.sep}", "llmopt/passes/plugins.py")
 
 
 def is_ours(cls: type[Any]) -> bool:

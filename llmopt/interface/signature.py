@@ -30,6 +30,7 @@ class Role(enum.StrEnum):
     SOURCE_MASK = "source_mask"  # encoder_attention_mask [B, C]: of what was read
     SOURCE_KEY = "source_key"  # past_key_values.{layer}.encoder.key [B, H, C, D]
     SOURCE_VALUE = "source_value"
+    WRITE_INDICES = "write_indices"  # [B]: where new tokens go in a cache of fixed capacity
     LOGITS_TO_KEEP = "logits_to_keep"  # an overridable initializer: 1 by default, 0 for all
     LOGITS = "logits"  # [B, K, V]
     HIDDEN = "hidden"  # last_hidden_state [B, S, E]

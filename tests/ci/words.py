@@ -18,56 +18,15 @@ from pathlib import Path
 from typing import Final
 
 NAMES: Final = frozenset(
-    [
-        "asked",
-        "beside",
-        "found",
-        "given",
-        "held",
-        "made",
-        "met",
-        "place",
-        "places",
-        "rewriting",
-        "seeing",
-        "shown",
-        "told",
-        "turn",
-        "turned",
-        "turning",
-        "whole",
-    ]
+    {"asked", "beside", "found", "given", "held", "made", "met", "place", "places", "rewriting"}
+    | {"seeing", "shown", "told", "turn", "turned", "turning", "whole"}
 )
 """Parts of names that could mean anything."""
 
 PRONOUNS: Final = frozenset(
-    [
-        "as",
-        "for",
-        "from",
-        "how",
-        "in",
-        "it",
-        "its",
-        "likewise",
-        "nothing",
-        "of",
-        "one",
-        "that",
-        "them",
-        "these",
-        "they",
-        "this",
-        "those",
-        "to",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "whose",
-        "why",
-    ]
+    {"as", "for", "from", "how", "in", "it", "its", "likewise", "nothing", "of", "one", "that"}
+    | {"them", "these", "they", "this", "those", "to", "what", "when", "where", "which", "who"}
+    | {"whose", "why"}
 )
 """Words that an argument is not described with first."""
 
@@ -145,7 +104,7 @@ def _phrases(path: Path, text: str, line: int) -> Iterator[str]:
 
 def main(arguments_: list[str]) -> int:
     """Print what is wrong with the files below each path; return 1 if anything is."""
-    problems = []
+    problems: list[str] = []
     for root in map(Path, arguments_):
         files = sorted(root.rglob("*")) if root.is_dir() else [root]
         for path in files:

@@ -26,7 +26,6 @@ from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
-from llmopt.runtime.engines.tensorrt_recipe import WRITE_INDICES
 
 NO_SOFTCAP: Final = "TensorRT's attention has no softcap: it is products and a softmax"
 _DECLINED: Final = "llmopt.tensorrt.declined"
@@ -77,7 +76,7 @@ def _fix_capacity(program: Program) -> ir.Value:
     """Give the signature a cache of fixed capacity; return the new input ``write_indices``."""
     capacity, graph = program.facts.max_length, program.graph
     writes = ir.Value(
-        name=WRITE_INDICES, shape=ir.Shape(["B"]), type=ir.TensorType(ir.DataType.INT64)
+        name=Role.WRITE_INDICES, shape=ir.Shape(["B"]), type=ir.TensorType(ir.DataType.INT64)
     )
     signature = program.signature
     inputs = [_fixed(port, capacity) for port in signature.inputs]
@@ -87,7 +86,7 @@ def _fix_capacity(program: Program) -> ir.Value:
             value.shape = ir.Shape(shapes[str(value.name)])
     place = next(i for i, port in enumerate(inputs) if port.role in _PASTS)
     graph.inputs.insert(place, writes)
-    index = type(inputs[0])(WRITE_INDICES, WRITE_INDICES, "int64", ("B",))
+    index = type(inputs[0])(Role.WRITE_INDICES, Role.WRITE_INDICES, "int64", ("B",))
     inputs.insert(place, index)
     outputs = [_fixed(port, capacity) for port in signature.outputs]
     program.signature = replace(signature, inputs=tuple(inputs), outputs=tuple(outputs))

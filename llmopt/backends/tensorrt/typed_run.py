@@ -16,7 +16,7 @@ import numpy as np
 
 from llmopt.errors import BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array, Arrays, Run
-from llmopt.runtime.engines.tensorrt_recipe import WRITE_INDICES
+from llmopt.interface.signature import Role
 
 _EXTERNAL: Final = "session.model_external_initializers_file_folder_path"
 _STEP: Final = 64  # slots: the cache grows by so many, and onnxruntime sees few shapes
@@ -130,7 +130,7 @@ def _with_room(feeds: Mapping[str, Array], caches: _NetworkCaches) -> dict[str, 
     slots = -(-end // _STEP) * _STEP
     new = feeds["input_ids"].shape[1]
     given = {caches.mask: _resized(mask, 1, slots)}
-    given[WRITE_INDICES] = np.full(batch, end - new, np.int64)
+    given[Role.WRITE_INDICES] = np.full(batch, end - new, np.int64)
     given |= {name: _resized(feeds[name], 2, slots) for name in caches.presents}
     return {**feeds, **given}
 

@@ -92,7 +92,7 @@ def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> Lo
         seed: Of the draws.
 
     >>> estimate(np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]))
-    Estimate(value=1.0, error=0.0, freedom=2)
+    LogRatio(value=1.0, error=0.0, freedom=2)
     """
     weights = np.ones_like(blocks) if weights is None else weights
     value, freedom = weighted_median(blocks, weights), len(blocks) - 1

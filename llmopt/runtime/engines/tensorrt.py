@@ -18,14 +18,13 @@ from typing_extensions import override
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array
-from llmopt.interface.signature import Port
+from llmopt.interface.signature import Port, Role
 from llmopt.runtime.engines.cuda_driver import Driver, Memory
 from llmopt.runtime.engines.tensorrt_build import import_tensorrt
 from llmopt.runtime.engines.tensorrt_cache import cached_engine
 from llmopt.runtime.engines.tensorrt_recipe import (
     GOLDEN,
     RECIPE,
-    WRITE_INDICES,
     EngineRecipe,
     Profile,
     engine_file,
@@ -259,7 +258,7 @@ class TensorRtCache:
         mask[:, : step.mask.shape[1]] = step.mask
         piece = Step(step.tokens[:, part], mask, step.positions[:, part], step.every)
         feeds = piece.feeds(session)
-        feeds[WRITE_INDICES] = np.full(batch, start, np.int64)
+        feeds[Role.WRITE_INDICES] = np.full(batch, start, np.int64)
         keep = session.find("logits_to_keep")
         if keep is not None:
             feeds[keep.name] = np.asarray(piece.tokens.shape[1] if step.every else 1, np.int64)

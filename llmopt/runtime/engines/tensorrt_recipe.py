@@ -20,8 +20,6 @@ NETWORK: Final = "network.onnx"
 WEIGHTS: Final = "network.onnx.data"
 RECIPE: Final = "build.json"
 GOLDEN: Final = "golden.npz"
-WRITE_INDICES: Final = "write_indices"
-"""The input that says at which slot of the cache each row's new tokens go."""
 
 Sizes = tuple[int, ...]
 
@@ -43,7 +41,7 @@ class InputRange:
     def holds(self, sizes: Sizes) -> bool:
         """Whether ``sizes`` are within.
 
-        >>> Bounds((1, 1), (1, 8), (2, 16)).holds((2, 17))
+        >>> InputRange((1, 1), (1, 8), (2, 16)).holds((2, 17))
         False
         """
         return len(sizes) == len(self.most) and all(

@@ -36,6 +36,9 @@ FULL = Manifest(
 WHERE = Path("manifest.json")
 
 
+PORT = {"name": "x", "role": "other", "dtype": "int64", "shape": []}
+
+
 def changed(**changes: Any) -> str:
     return json.dumps(json.loads(FULL.to_json()) | changes)
 
@@ -124,8 +127,14 @@ def test_a_changed_file_is_found(folder: Path, contents: bytes | None, problem: 
         (changed(model={"bos": "a"}), "model.bos should be a whole number"),
         (changed(model={"pooling": 1}), "model.pooling should be a string"),
         (
-            changed(signature={"inputs": [{"name": "x", "role": "", "dtype": "", "shape": [1.5]}]}),
+            changed(
+                signature={"inputs": [{"name": "x", "role": "other", "dtype": "", "shape": [1.5]}]}
+            ),
             r"signature\.inputs\[0\]\.shape should be a list of whole numbers and names",
+        ),
+        (
+            changed(signature={"inputs": [PORT | {"role": "soul"}]}),
+            "role should be a role that this llmopt knows, not 'soul'",
         ),
     ],
 )

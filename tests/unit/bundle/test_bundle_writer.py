@@ -218,7 +218,7 @@ def test_sigterm_cleans_up_and_ends_the_process(tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from llmopt.bundle.writer import staged_folder
+from llmopt.artifact.writer import staged_folder
 with staged_folder(Path({str(tmp_path / "out")!r})) as staging:
     (staging / "a").write_text("1")
     time.sleep(60)
