@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from llmopt.errors import FusionError, UnknownNameError, UsageError
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionOp
 from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Ran
 
@@ -52,7 +53,7 @@ def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, FusionCount
 def _count(program: Program, kind: str) -> int:
     if kind == "rotary":  # a layer's rotary is fused when both its Q and its K go through it
         return sum(
-            all(_rotated(g.operand(node, index)) for index in (0, 1))
+            all(map(_rotated, AttentionOp.of(node).qkv[:2]))
             for node in g.nodes(program.graph, "Attention")
         )
     return len(g.nodes(program.graph, *KINDS[kind]))

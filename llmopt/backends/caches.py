@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionOp
+from llmopt.ir.landmarks import Landmark, is_landmark
 from llmopt.ir.program import Program
-from llmopt.passes.raise_attention import PADDING_MASK
 
 
 def not_in_place(program: Program) -> str | None:
@@ -20,10 +21,11 @@ def not_in_place(program: Program) -> str | None:
         node = value.producer()
         if node is None or not g.is_op(node, "Attention"):
             return f"{value.name!r} is written by no Attention"
-        mask = g.producer(g.optional(node, 3))
-        if mask is not None and mask.name != PADDING_MASK:
+        mask = AttentionOp.of(node).mask
+        if g.producer(mask) is not None and not is_landmark(mask, Landmark.PADDING_MASK):
             return f"{node.name!r} has a mask of its own"
     for node in g.nodes(program.graph, "Slice"):
-        if g.ints(node.inputs[1]) is None and node.name != "logits_to_keep/Slice":
+        last = is_landmark(node.outputs[0], Landmark.LAST_TOKENS)
+        if g.ints(node.inputs[1]) is None and not last:
             return f"{node.name!r} cuts rows that are counted while it runs"
     return None

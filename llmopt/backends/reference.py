@@ -16,6 +16,7 @@ from llmopt.backends.onnxruntime.artifact import component_files, installed
 from llmopt.interface.arrays import Arrays, Run
 from llmopt.ir import graph as g
 from llmopt.ir import weights
+from llmopt.ir.attention import PRECISION
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
 from llmopt.ir.saving import save_all
@@ -25,7 +26,7 @@ from llmopt.passes.convert_float import LEFT, NARROW
 DATA: Final = "model.onnx.data"
 TOLERANCES: Final[Mapping[str, float]] = {"fp16": LEFT["float16"], "bf16": LEFT["bfloat16"]}
 _INSTALL: Final = "pip install 'llmopt[compile]'"
-_TYPES: Final = ("to", "dtype", "output_dtype", "softmax_precision")
+_TYPES: Final = ("to", "dtype", "output_dtype", PRECISION)
 """Attributes that name an element type."""
 
 

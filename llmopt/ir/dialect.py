@@ -11,6 +11,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from llmopt.ir.attention import AttentionOp
 from llmopt.ir.graph import attribute, optional, rank, shape, static
 
 OPSET: Final = 25
@@ -69,19 +70,17 @@ def _nothing(_: ir.Node) -> Iterator[str]:
 
 def _attention(node: ir.Node) -> Iterator[str]:
     """3-D operands with head counts; a cache is [B, G, T, D]; a causal mask only with reason."""
-    q, k = optional(node, 0), optional(node, 1)
-    heads, groups = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
-    if rank(q) not in (None, 3) or rank(k) not in (None, 3):
+    op = AttentionOp.of(node)
+    if rank(op.q) not in (None, 3) or rank(op.k) not in (None, 3):
         yield "Q and K must be [batch, tokens, heads * width]"
-    if heads < 1 or groups < 1 or heads % groups:
-        yield f"{heads} query heads cannot share {groups} key/value heads"
-    past = optional(node, 4)
-    if rank(past) not in (None, 4):
+    if op.heads < 1 or op.groups < 1 or op.heads % op.groups:
+        yield f"{op.heads} query heads cannot share {op.groups} key/value heads"
+    if rank(op.past_key) not in (None, 4):
         yield "a cache must be [batch, heads, tokens, width]"
-    if past is not None and (optional(node, 5) is None or len(node.outputs) < 3):
+    if op.past_key is not None and (op.past_value is None or op.presents is None):
         yield "past key and value, present key and value go together"
-    if attribute(node, "is_causal", 0) and past is None and optional(node, 6) is None:
-        s, t = shape(q), shape(k)
+    if op.causal and op.past_key is None and op.nonpad_kv_seqlen is None:
+        s, t = shape(op.q), shape(op.k)
         if s and t and s[1] != t[1]:
             yield f"is_causal with {s[1]} queries on {t[1]} keys and no past aligns top-left"
 

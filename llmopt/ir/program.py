@@ -13,6 +13,8 @@ import onnx_ir as ir
 from llmopt.interface.facts import ModelFacts, SourceRecord
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
+from llmopt.ir import landmarks
+from llmopt.ir.landmarks import Landmark
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,10 @@ class Program:
     def output(self, role: Role | str, layer: int | None = None) -> ir.Value | None:
         """Return the graph output of ``role`` (and ``layer``), if there is one."""
         return _value(self.graph.outputs, self.signature.outputs, role, layer)
+
+    def landmark(self, landmark: Landmark) -> ir.Value | None:
+        """Return the value of ``graph`` that is this landmark, if there is one."""
+        return landmarks.find(self.graph, landmark)
 
 
 def _value(

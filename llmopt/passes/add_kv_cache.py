@@ -21,6 +21,7 @@ from typing_extensions import override
 from llmopt.errors import NotIncrementalError
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir.landmarks import Landmark, is_landmark
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.incremental.caches import add_caches
@@ -33,7 +34,7 @@ from llmopt.passes.incremental.rules import carry
 from llmopt.passes.incremental.signature import (
     check_edge,
     check_logits,
-    keep_last,
+    cut_logits,
     learn,
     sign,
 )
@@ -91,7 +92,7 @@ def make_incremental(program: Program) -> int:
     if padded:
         add_padding(made)
     caches = add_caches(reading, padded=padded)
-    keep_last(reading)
+    cut_logits(reading)
     _measure_tokens(made)
     sign(made, caches)
     learn(made, reading, caches)
@@ -123,5 +124,6 @@ def _measure_tokens(program: Program) -> None:
     mask, tokens = program.input(Role.MASK), program.input(Role.TOKENS)
     for use in list(mask.uses()) if mask is not None else ():
         node: ir.Node = use.node
-        if node.op_type == "Shape" and node.outputs[0].name != "total" and tokens is not None:
+        ours = is_landmark(node.outputs[0], Landmark.TOTAL)
+        if node.op_type == "Shape" and not ours and tokens is not None:
             node.replace_input_with(0, tokens)

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionAttributes
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 
@@ -258,9 +259,7 @@ def _fuse(scores: Scores, product: ir.Node, softmax: ir.Node) -> None:
         k = build.op("Transpose", [scores.k], {"perm": [0, 1, 3, 2]})
         k.shape = ir.Shape([*sizes[:2], sizes[3], sizes[2]]) if sizes else None
         k.type = scores.k.type
-    attributes = {"scale": scores.scale}
-    if scores.softcap:
-        attributes["softcap"] = scores.softcap
+    attributes = AttentionAttributes(scale=scores.scale, softcap=scores.softcap).written()
     inputs = [scores.q, k, v, combine(build, scores.masks, scores.q)]
     out = build.op("Attention", inputs, attributes, name=softmax.name)
     old = product.outputs[0]

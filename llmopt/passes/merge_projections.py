@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir import weights
+from llmopt.ir.attention import AttentionOp
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 
@@ -135,7 +136,7 @@ class MergeQkv(Pass):
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         for node in g.nodes(program.graph, "Attention"):
-            sources = [_origin(g.operand(node, index)) for index in range(3)]
+            sources = [_origin(value) for value in AttentionOp.of(node).qkv]
             if all(g.producer(source, "Split") for source in sources):
                 continue
             parts = [projection(source) for source in sources]

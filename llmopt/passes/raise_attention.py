@@ -11,18 +11,19 @@ Rewrites, for an Attention on [B, H, S, D], however it came to be::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar
 
 import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir import landmarks
+from llmopt.ir.attention import UNBOUNDED, AttentionAttributes, AttentionOp, kept
+from llmopt.ir.landmarks import Landmark
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.masks import Meaning, understand
-
-PADDING_MASK = "padding_mask"
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class RaiseAttention(Pass):
         outcome = Outcome()
         meanings: dict[ir.Value, Meaning | str] = {}
         for node in g.nodes(program.graph, "Attention"):
-            if g.rank(node.inputs[0]) != 4:
+            op = AttentionOp.of(node)
+            if g.rank(op.q) != 4:
                 continue
-            obstacle = _obstacle(node)
+            obstacle = _obstacle(op)
             if obstacle:
                 outcome.miss(node, obstacle, "attention")
                 continue
-            _raise(program, node, meanings, outcome)
+            _raise(program, node, op, meanings, outcome)
             outcome.hit()
         if outcome.modified:
             g.remove_dead(program.model)
@@ -79,66 +81,59 @@ class Operands:
         return self.past is not None or (q is not None and k is not None and q[2] == k[2])
 
 
-def _obstacle(node: ir.Node) -> str | None:
-    for index, label in ((0, "Q"), (1, "K"), (2, "V")):
-        value = node.inputs[index]
+def _obstacle(op: AttentionOp) -> str | None:
+    for value, label in zip(op.qkv, "QKV", strict=True):
         if g.rank(value) != 4 or g.static(value, 1) is None or g.static(value, 3) is None:
             return f"heads or width of {label} are not known: {g.shape(value)}"
-    if g.optional(node, 6) is not None:
+    if op.nonpad_kv_seqlen is not None:
         return "it takes the lengths of padded keys"
-    if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):
+    if op.qk is not None and (op.qk.uses() or op.qk.is_graph_output()):
         return "its scores are read"
-    heads, groups = g.static(node.inputs[0], 1), g.static(node.inputs[1], 1)
+    heads, groups = g.static(op.q, 1), g.static(op.k, 1)
     if heads is None or not groups or heads % groups:
         return f"{heads} query heads cannot share {groups} key heads"
     return None
 
 
-def _operands(program: Program, node: ir.Node) -> Operands:
-    q, k, v = (g.operand(node, i) for i in range(3))
-    if (past_k := g.optional(node, 4)) is not None:
-        shown = (node.outputs[1], node.outputs[2])
-        return Operands(q, k, v, (past_k, g.operand(node, 5)), shown)
+def _operands(program: Program, op: AttentionOp) -> Operands:
+    q, k, v = op.qkv
+    if op.past is not None:
+        return Operands(q, k, v, op.past, op.presents)
     grouped = unrepeated(k), unrepeated(v)
     if g.static(grouped[0], 1) == g.static(grouped[1], 1):
         k, v = grouped
     cache = _past(program, k), _past(program, v)
     # torch aligns a causal attention top-left, Attention with a past bottom-right
-    if cache[0] is None or cache[1] is None or _placed(node):
+    if cache[0] is None or cache[1] is None or op.placed:
         return Operands(q, k, v)
     (past_k, new_k), (past_v, new_v) = cache[0], cache[1]
     return Operands(q, new_k, new_v, (past_k, past_v), (k, v))
 
 
-def _placed(node: ir.Node) -> bool:
-    """Whether attributes, and not its mask alone, say where the queries stand."""
-    windows = any(g.attribute(node, name, -1) >= 0 for name in _WINDOWS)
-    return windows or bool(g.attribute(node, "is_causal", 0))
-
-
-_WINDOWS: Final = ("left_window_size", "right_window_size")
-_PLACED: Final = ("is_causal", *_WINDOWS)
-
-
 def _raise(
-    program: Program, node: ir.Node, meanings: dict[ir.Value, Meaning | str], outcome: Outcome
+    program: Program,
+    node: ir.Node,
+    op: AttentionOp,
+    meanings: dict[ir.Value, Meaning | str],
+    outcome: Outcome,
 ) -> None:
-    of = _operands(program, node)
-    attributes: dict[str, Any] = {
-        name: attr.value for name, attr in node.attributes.items() if name in _KEPT
-    }
-    attributes |= {
-        "q_num_heads": g.static(of.q, 1),
-        "kv_num_heads": g.static(of.k, 1),
-        "scale": g.attribute(node, "scale", None) or float(g.static(of.q, 3) or 1) ** -0.5,
-    }
-    meaning = _meaning(program, node, of, meanings)
+    of = _operands(program, op)
+    causal, window = False, (UNBOUNDED, UNBOUNDED)
+    meaning = _meaning(program, op.mask, of, meanings)
     if isinstance(meaning, str):
         outcome.miss(node, f"its mask stays explicit: {meaning}", "mask")
-        mask = g.optional(node, 3)
+        mask = op.mask
     else:
-        attributes |= _placement(node, meaning)
+        causal, window = meaning.causal, _narrower(op.window, (meaning.left, meaning.right))
         mask = padding_mask(program) if meaning.padding else None
+    raised = AttentionAttributes(
+        heads=g.static(of.q, 1) or 0,
+        groups=g.static(of.k, 1) or 0,
+        scale=op.scaling(g.static(of.q, 3) or 1),
+        causal=causal,
+        window=window,
+    )
+    attributes = kept(node, "softcap", "precision", "causal", "window") | raised.written()
     build = g.Builder(node)
     inputs: list[ir.Value | None] = [tokens_first(build, x) for x in (of.q, of.k, of.v)]
     inputs.append(mask)
@@ -150,17 +145,16 @@ def _raise(
         for old, new in zip(of.shown, present, strict=True):
             g.replace_output(old, new)
     heads_out = tokens_last(build, out, of.q, g.static(of.v, 3) or 0)
-    g.replace(node.outputs[0], heads_out)
-
-
-_KEPT: Final = ("softcap", "softmax_precision", *_PLACED)
+    g.replace(op.y, heads_out)
 
 
 def _meaning(
-    program: Program, node: ir.Node, of: Operands, meanings: dict[ir.Value, Meaning | str]
+    program: Program,
+    mask: ir.Value | None,
+    of: Operands,
+    meanings: dict[ir.Value, Meaning | str],
 ) -> Meaning | str:
     """Return what the mask means, or why it must stay explicit."""
-    mask = g.optional(node, 3)
     if mask is None:
         return Meaning()
     if mask not in meanings:
@@ -171,14 +165,13 @@ def _meaning(
     return meaning
 
 
-def _placement(node: ir.Node, meaning: Meaning) -> dict[str, int]:
-    """Return what is causal and the windows, of the node and its mask together."""
-    attributes = {"is_causal": 1} if meaning.causal else {}
-    for name, size in zip(_WINDOWS, (meaning.left, meaning.right), strict=True):
-        bounds = [n for n in (size, g.attribute(node, name, -1)) if n >= 0]
-        if bounds:
-            attributes[name] = min(bounds)
-    return attributes
+def _narrower(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    """Return the window of keys that are in both."""
+    left, right = (
+        min((size for size in sizes if size >= 0), default=UNBOUNDED)
+        for sizes in zip(first, second, strict=True)
+    )
+    return left, right
 
 
 def _past(program: Program, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -209,16 +202,15 @@ def unrepeated(value: ir.Value) -> ir.Value:
 
 def padding_mask(program: Program) -> ir.Value:
     """Return the one mask of padding, bool [B, 1, 1, T], made at the start of the graph."""
-    for node in g.nodes(program.graph, "Unsqueeze"):
-        if node.name == PADDING_MASK:
-            return node.outputs[0]
+    if (known := program.landmark(Landmark.PADDING_MASK)) is not None:
+        return known
     given = program.input(Role.MASK)
     assert given is not None
     build = g.Builder(program.graph[0])
     present = build.op("Cast", [given], {"to": int(ir.DataType.BOOL)})
     present.shape, present.type = given.shape, ir.TensorType(ir.DataType.BOOL)
     axes = build.constant([1, 2], "int64")
-    mask = build.op("Unsqueeze", [present, axes], name=PADDING_MASK)
+    mask = landmarks.op(build, Landmark.PADDING_MASK, "Unsqueeze", [present, axes])
     sizes = g.shape(given) or ["B", "T"]
     mask.shape, mask.type = ir.Shape([sizes[0], 1, 1, sizes[1]]), present.type
     return mask

@@ -10,7 +10,9 @@ import onnx_ir as ir
 from llmopt.interface.arrays import Array
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir import landmarks
 from llmopt.ir.feeds import Case, feeds
+from llmopt.ir.landmarks import Landmark
 from llmopt.ir.probe import Probe
 from llmopt.ir.program import Program
 
@@ -132,9 +134,8 @@ def positions(program: Program) -> ir.Value:
     """Return position_ids [B, S]: the input, or P, P+1, P+2... where the model has none."""
     if (given := program.input(Role.POSITIONS)) is not None:
         return given
-    for node in g.nodes(program.graph, "Expand"):
-        if node.name == "positions":
-            return node.outputs[0]
+    if (known := program.landmark(Landmark.POSITIONS)) is not None:
+        return known
     tokens = program.input(Role.TOKENS) or program.graph.inputs[0]
     build = g.Builder(program.graph[0])
     sizes = build.op("Shape", [tokens], {"start": 0, "end": 2})
@@ -143,7 +144,7 @@ def positions(program: Program) -> ir.Value:
     row = build.op("Range", [zero, count, one])
     if (past := program.input(Role.PAST_KEY)) is not None:
         row = build.op("Add", [row, _length(build, program.input(Role.MASK), past, count)])
-    result = build.op("Expand", [row, sizes], name="positions")
+    result = landmarks.op(build, Landmark.POSITIONS, "Expand", [row, sizes])
     dims = g.shape(tokens) or ["B", "S"]
     result.shape, result.type = ir.Shape(dims[:2]), ir.TensorType(ir.DataType.INT64)
     return result

@@ -18,6 +18,7 @@ from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
 from llmopt.interface.arrays import Array, Arrays, Run
 from llmopt.interface.signature import Role, Signature
+from llmopt.ir.attention import AttentionAttributes
 from llmopt.ir.components import FIRST, edge, is_steady, source_feeds
 from llmopt.ir.feeds import Case, feeds, resolve
 from llmopt.ir.images import illustrated
@@ -157,13 +158,8 @@ def tokens_of(case: Case, batch: Arrays) -> Tokens:
 
 
 def _window(program: Program) -> int | None:
-    sizes = [
-        node.attributes[name].as_int() + 1
-        for node in program.graph
-        for name in ("left_window_size", "right_window_size")
-        if name in node.attributes and node.attributes[name].as_int() >= 0
-    ]
-    return min(sizes, default=None)
+    windows = (size for n in program.graph for size in AttentionAttributes.of(n).window)
+    return min((size + 1 for size in windows if size >= 0), default=None)
 
 
 def _whole(program: Program, case: Case, vocabulary: int) -> Arrays:

@@ -19,12 +19,14 @@ from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
 from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import Case, feeds
+from llmopt.ir.landmarks import Landmark, restore
 from llmopt.ir.program import Facts, Program
 from llmopt.ir.weights import Leaf
 from llmopt.passes import PASSES, Outcome
 from llmopt.passes.pipeline import Pipeline
 
 HEAD = '<ir_version: 11, opset_import: ["" : 25]>\n'
+_MARKS = {landmark.value for landmark in Landmark}
 _CACHE = re.compile(r"(past|present|source)_(key|value)_?(\d*)")
 
 
@@ -32,13 +34,16 @@ def program(text: str, *, limit: int = 64, weights: Iterable[str] = ()) -> Progr
     """Return the Program of a graph in ONNX's text form; roles are told by names.
 
     Args:
-        text: The graph, without the header; a node's label is ``[name]``.
+        text: The graph, without the header; a node's label is ``[name]``, and that of a
+            landmark marks it.
         limit: The most tokens in a sequence.
         weights: Initializers that are parameters of a source: unread until needed.
     """
     proto = onnx.parser.parse_model(text if text.startswith("<") else HEAD + text)
     proto = onnx.shape_inference.infer_shapes(proto, data_prop=True, strict_mode=True)
     model = ir.from_proto(proto)
+    labels = {str(node.name): str(node.outputs[0].name) for node in model.graph if node.name}
+    restore(model.graph, {label: labels[label] for label in _MARKS & {*labels}})
     for node in model.graph:
         node.name = node.name or node.outputs[0].name
     for name in weights:

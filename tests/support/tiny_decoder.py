@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import onnx_ir as ir
 
 from llmopt.interface.facts import ModelFacts
-from llmopt.interface.signature import Port, Role, Signature
+from llmopt.interface.signature import Signature
 from llmopt.ir import graph as g
+from llmopt.ir.last_tokens import LOGITS_TO_KEEP, keep_last
 from llmopt.ir.program import Program
 from support.programs import bound
 
@@ -71,15 +71,8 @@ def tiny_decoder(*, keep: bool = False, text: str = TEXT) -> Program:
 
 def _keep_last(made: Program) -> None:
     node = next(node for node in made.graph if node.name == "last")
-    wish = g.add_initializer(made.graph, Role.LOGITS_TO_KEEP, ir.tensor(np.asarray(1, np.int64)))
-    made.graph.inputs.append(wish)
-    build = g.Builder(node)
-    start = build.op("Neg", [build.op("Reshape", [wish, build.constant([1], "int64")])])
-    ends = [build.constant([number], "int64") for number in (np.iinfo(np.int64).max, 1)]
-    cut = build.op("Slice", [node.inputs[0], start, *ends])
-    cut.shape, cut.type = ir.Shape(["B", "K", HIDDEN]), node.outputs[0].type
+    cut = keep_last(made.graph, g.operand(node, 0))
     g.replace(node.outputs[0], cut)
     g.remove_dead(made.model)
-    port = Port(Role.LOGITS_TO_KEEP, Role.LOGITS_TO_KEEP, "int64", ())
-    made.signature = Signature((*made.signature.inputs, port), made.signature.outputs)
+    made.signature = Signature((*made.signature.inputs, LOGITS_TO_KEEP), made.signature.outputs)
     made.graph.sort()

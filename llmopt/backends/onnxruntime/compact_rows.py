@@ -22,9 +22,12 @@ import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
 
-from llmopt.backends.onnxruntime.lower_attention import TURNED, not_grouped
+from llmopt.backends.onnxruntime.lower_attention import not_grouped
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir import landmarks
+from llmopt.ir.attention import AttentionOp
+from llmopt.ir.landmarks import Landmark
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 
@@ -89,18 +92,18 @@ _BESIDE: Final = (Role.POSITIONS, Role.TOKEN_TYPES)
 
 def _padded(program: Program) -> list[ir.Node]:
     """Return the attentions with a cache, if one of them has a mask and no row is turned yet."""
-    if any(node.name == TURNED for node in program.graph):
+    if program.landmark(Landmark.ROW_ORDER) is not None:
         return []
-    cached = [n for n in g.nodes(program.graph, "Attention") if g.optional(n, 4) is not None]
-    return cached if any(g.optional(node, 3) is not None for node in cached) else []
+    cached = [n for n in g.nodes(program.graph, "Attention") if AttentionOp.of(n).past]
+    return cached if any(AttentionOp.of(node).mask is not None for node in cached) else []
 
 
 def _unfit(program: Program, padded: list[ir.Node]) -> tuple[ir.Node, str] | None:
     """Return the first attention that could not read turned rows, and why, if there is one."""
     for node in padded:
-        if g.optional(node, 3) is None:
+        if AttentionOp.of(node).mask is None:
             return node, "it attends to padding, and other layers do not"
-        if (reason := not_grouped(program, node)) is not None:
+        if (reason := not_grouped(program, AttentionOp.of(node))) is not None:
             return node, reason
     return None
 
@@ -177,7 +180,7 @@ def _keeps_tokens(node: ir.Node, _: list[ir.Value]) -> bool:
 
 
 _PER_TOKEN: Final[Mapping[str, Callable[[ir.Node, list[ir.Value]], bool]]] = {
-    "Attention": lambda node, _: g.optional(node, 4) is not None,
+    "Attention": lambda node, _: AttentionOp.of(node).past is not None,
     "Concat": _along_last_axis,
     "Gather": _by_row,
     "LayerNormalization": lambda node, _: g.rank(node.inputs[0]) != 2,
@@ -212,7 +215,8 @@ def _turns(build: g.Builder, mask: ir.Value, tokens: ir.Value) -> tuple[ir.Value
     ones = _integers(build, build.op("Equal", [new, new]))
     size = build.op("ReduceSum", [ones, axis])
     place = build.op("Sub", [build.op("CumSum", [ones, along]), along])
-    forth = build.op("Mod", [build.op("Add", [place, padding]), size], name=TURNED)
+    order = [build.op("Add", [place, padding]), size]
+    forth = landmarks.op(build, Landmark.ROW_ORDER, "Mod", order)
     back = build.op("Mod", [build.op("Sub", [place, padding]), size])
     last = build.constant([2], "int64")
     return forth, build.op("Unsqueeze", [back, last])

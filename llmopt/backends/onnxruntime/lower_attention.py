@@ -19,14 +19,15 @@ from typing_extensions import override
 
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir import landmarks
+from llmopt.ir.attention import AttentionOp
+from llmopt.ir.landmarks import Landmark
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.fuse_attention import FORBIDDEN
 from llmopt.passes.masks import Meaning, understand
 
 MICROSOFT: Final = "com.microsoft"
-TURNED: Final = "rows/turned"
-"""The node that says where `compact-rows` put each token."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,16 @@ class LowerAttention(Pass):
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         for node in g.nodes(program.graph, "Attention"):
-            cached = g.optional(node, 4) is not None
-            reason = self._not_grouped(program, node) if cached else _not_multi_head(node)
+            op = AttentionOp.of(node)
+            cached = op.past is not None
+            reason = self._not_grouped(program, op) if cached else _not_multi_head(op)
             if reason is not None:
                 outcome.miss(node, reason)
                 continue
             if cached:
-                _grouped(program, node, bias=self.bias)
+                _grouped(program, node, op, bias=self.bias)
             else:
-                _multi_head(program, node)
+                _multi_head(program, node, op)
             outcome.hit()
         if outcome.modified:
             g.remove_dead(program.model)
@@ -70,11 +72,11 @@ class LowerAttention(Pass):
         _remember_cache(program)
         return outcome
 
-    def _not_grouped(self, program: Program, node: ir.Node) -> str | None:
-        padded = g.optional(node, 3) is not None
-        if padded and not self.bias and _named(program, TURNED) is None:
+    def _not_grouped(self, program: Program, op: AttentionOp) -> str | None:
+        ordered = program.landmark(Landmark.ROW_ORDER) is not None
+        if op.mask is not None and not self.bias and not ordered:
             return "GroupQueryAttention takes no mask here, and rows could not be turned round"
-        return not_grouped(program, node, bias=self.bias)
+        return not_grouped(program, op, bias=self.bias)
 
 
 def _remember_cache(program: Program) -> None:
@@ -95,56 +97,51 @@ def _remember_cache(program: Program) -> None:
 _PRESENTS: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE)
 
 
-def not_grouped(program: Program, node: ir.Node, *, bias: bool = False) -> str | None:
+def not_grouped(program: Program, op: AttentionOp, *, bias: bool = False) -> str | None:
     """Return why GroupQueryAttention would compute something else, or None.
 
     Args:
         program: Where it is.
-        node: An Attention with a cache.
+        op: An Attention with a cache.
         bias: Whether GroupQueryAttention takes a bias.
     """
-    mask = g.optional(node, 3)
-    causal = bool(g.attribute(node, "is_causal", 0))
-    if not causal and not (bias and _forbids_later(program, mask)):
+    if not op.causal and not (bias and _forbids_later(program, op.mask)):
         return "GroupQueryAttention is causal, this is not"
-    if causal and mask is not None and mask is not _padding(program):
+    if op.causal and op.mask is not None and op.mask is not _padding(program):
         return "its mask is not padding alone"
-    widths = [g.static(node.inputs[i], -1) for i in range(3)]
-    heads, groups = g.attribute(node, "q_num_heads", 1), g.attribute(node, "kv_num_heads", 1)
-    if None in widths or widths[1] != widths[2] or widths[0] * groups != widths[1] * heads:
+    widths = [g.static(value, -1) for value in op.qkv]
+    q, k, v = widths
+    if q is None or k is None or k != v or q * op.groups != k * op.heads:
         return f"its Q, K and V are {widths} wide: GroupQueryAttention has one width for all"
-    if g.attribute(node, "right_window_size", -1) >= 0:
+    if op.window[1] >= 0:
         return "it has a window to the right"
-    width = g.static(g.operand(node, 4), 3)
+    width = g.static(op.past_key, 3)
     if width is None or width % 16:
         return f"its heads are {width} wide, and GroupQueryAttention needs a multiple of 16"
     return None
 
 
-def _not_multi_head(node: ir.Node) -> str | None:
+def _not_multi_head(op: AttentionOp) -> str | None:
     """Return why MultiHeadAttention would compute something else, or None."""
-    if g.attribute(node, "q_num_heads", 0) != g.attribute(node, "kv_num_heads", 0):
+    if op.heads != op.groups:
         return "MultiHeadAttention has as many key heads as query heads"
-    if g.attribute(node, "softcap", 0.0):
+    if op.softcap:
         return "MultiHeadAttention has no softcap"
-    for side in ("left", "right"):
-        if g.attribute(node, f"{side}_window_size", -1) >= 0:
-            return "MultiHeadAttention has no window"
-    return None
+    return "MultiHeadAttention has no window" if op.windowed else None
 
 
-def _grouped(program: Program, node: ir.Node, *, bias: bool) -> None:
+def _grouped(program: Program, node: ir.Node, op: AttentionOp, *, bias: bool) -> None:
     build = g.Builder(node)
-    q, k, v = (g.operand(node, i) for i in range(3))
+    q, k, v = op.qkv
     attributes: dict[str, Any] = {
-        "num_heads": g.attribute(node, "q_num_heads", 0),
-        "kv_num_heads": g.attribute(node, "kv_num_heads", 0),
-        **_scale(node),
+        "num_heads": op.heads,
+        "kv_num_heads": op.groups,
+        **_scale(op),
     }
-    if softcap := g.attribute(node, "softcap", 0.0):
-        attributes["softcap"] = softcap
-    if (left := g.attribute(node, "left_window_size", -1)) >= 0:
-        attributes["local_window_size"] = left + 1
+    if op.softcap:
+        attributes["softcap"] = op.softcap
+    if op.window[0] >= 0:
+        attributes["local_window_size"] = op.window[0] + 1
     tables: list[ir.Value | None] = [None, None, None]
     turned = _rotary(q, k)
     if turned is not None:
@@ -154,11 +151,10 @@ def _grouped(program: Program, node: ir.Node, *, bias: bool) -> None:
     packed = _packed(q, k, v)
     qkv = [packed, None, None] if packed is not None else [q, k, v]
     last, total = _lengths(program)
-    mask = g.optional(node, 3)
-    added = mask
-    if mask is not None and g.attribute(node, "is_causal", 0):
+    added = op.mask
+    if op.mask is not None and op.causal:
         added = _bias(program) if bias else None
-    inputs = [*qkv, node.inputs[4], node.inputs[5], last, total, *tables, added]
+    inputs = [*qkv, op.past_key, op.past_value, last, total, *tables, added]
     outputs = build.ops(
         "GroupQueryAttention",
         _trimmed(inputs),
@@ -185,10 +181,9 @@ def _forbids_later(program: Program, mask: ir.Value | None) -> bool:
     return isinstance(meaning, Meaning) and meaning.causal
 
 
-def _scale(node: ir.Node) -> dict[str, float]:
+def _scale(op: AttentionOp) -> dict[str, float]:
     """Return the scale where it is written; all three operators have the same default."""
-    scale = g.attribute(node, "scale", None)
-    return {} if scale is None else {"scale": scale}
+    return {} if op.scale is None else {"scale": op.scale}
 
 
 def _rotary(q: ir.Value, k: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value | None]] | None:
@@ -213,7 +208,7 @@ def _slots(program: Program, given: ir.Value | None) -> ir.Value | None:
     mask = program.input(Role.MASK)
     if mask is None or given is None or given is not program.input(Role.POSITIONS):
         return given
-    if (known := _named(program, "slots")) is not None:
+    if (known := program.landmark(Landmark.SLOTS)) is not None:
         return known
     build = g.Builder(program.graph[0])
     padding = build.op("ArgMax", [mask], {"axis": 1, "keepdims": 1})
@@ -222,7 +217,7 @@ def _slots(program: Program, given: ir.Value | None) -> ir.Value | None:
     end = build.constant([np.iinfo(np.int64).max], "int64")
     bounds = [build.op("Neg", [count]), end, build.constant([1], "int64")]
     real = build.op("Slice", [mask, *bounds])
-    return build.op("Mul", [slots, real], name="slots")
+    return landmarks.op(build, Landmark.SLOTS, "Mul", [slots, real])
 
 
 def _packed(q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value | None:
@@ -239,14 +234,9 @@ def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
     return inputs
 
 
-def _named(program: Program, name: str) -> ir.Value | None:
-    """Return the output of the prelude node of this name, if it was made already."""
-    return next((n.outputs[0] for n in program.graph if n.name == name), None)
-
-
 def _lengths(program: Program) -> tuple[ir.Value, ir.Value]:
     """Return the index of each row's last key [B] and the number of keys, both int32."""
-    last, total = _named(program, "last_key"), _named(program, "total_keys")
+    last, total = map(program.landmark, (Landmark.LAST_KEY, Landmark.TOTAL_KEYS))
     if last is not None and total is not None:
         return last, total
     build = g.Builder(program.graph[0])
@@ -254,13 +244,12 @@ def _lengths(program: Program) -> tuple[ir.Value, ir.Value]:
     keys = mask if mask is not None else _keys_without_mask(program, build)
     count = build.op("Shape", [keys], {"start": 1, "end": 2})
     count32 = build.op("Cast", [count], {"to": int(ir.DataType.INT32)})
-    total = build.op("Squeeze", [count32], name="total_keys")
-    if mask is not None and _named(program, TURNED) is not None:
+    total = landmarks.op(build, Landmark.TOTAL_KEYS, "Squeeze", [count32])
+    if mask is not None and program.landmark(Landmark.ROW_ORDER) is not None:
         return _last_real(build, mask), total
     batch = build.op("Shape", [keys], {"start": 0, "end": 1})
     less = build.op("Sub", [count32, build.constant([1], "int32")])
-    last = build.op("Expand", [less, batch], name="last_key")
-    return last, total
+    return landmarks.op(build, Landmark.LAST_KEY, "Expand", [less, batch]), total
 
 
 def _last_real(build: g.Builder, mask: ir.Value) -> ir.Value:
@@ -268,7 +257,7 @@ def _last_real(build: g.Builder, mask: ir.Value) -> ir.Value:
     keys = build.op("ReduceSum", [mask, build.constant([1], "int64")], {"keepdims": 0})
     keys32 = build.op("Cast", [keys], {"to": int(ir.DataType.INT32)})
     last = build.op("Sub", [keys32, build.constant(1, "int32")])
-    return build.op("Max", [last, build.constant(0, "int32")], name="last_key")
+    return landmarks.op(build, Landmark.LAST_KEY, "Max", [last, build.constant(0, "int32")])
 
 
 def _keys_without_mask(program: Program, build: g.Builder) -> ir.Value:
@@ -284,8 +273,7 @@ def _keys_without_mask(program: Program, build: g.Builder) -> ir.Value:
 
 def _bias(program: Program) -> ir.Value:
     """Return the padding mask as a bias [B, 1, S, T] float32: 0, or the lowest number."""
-    known = _named(program, "padding_bias")
-    if known is not None:
+    if (known := program.landmark(Landmark.PADDING_BIAS)) is not None:
         return known
     mask, tokens = program.input(Role.MASK), program.input(Role.TOKENS)
     assert mask is not None
@@ -299,26 +287,23 @@ def _bias(program: Program) -> ir.Value:
     new = build.op("Shape", [tokens], {"start": 1, "end": 2})
     ones = build.constant([1, 1], "int64")
     sizes = build.op("Concat", [ones, new, build.constant([1], "int64")], {"axis": 0})
-    return build.op("Expand", [square, sizes], name="padding_bias")
+    return landmarks.op(build, Landmark.PADDING_BIAS, "Expand", [square, sizes])
 
 
-def _multi_head(program: Program, node: ir.Node) -> None:
+def _multi_head(program: Program, node: ir.Node, op: AttentionOp) -> None:
     build = g.Builder(node)
-    attributes: dict[str, Any] = {
-        "num_heads": g.attribute(node, "q_num_heads", 0),
-        **_scale(node),
-    }
-    if g.attribute(node, "is_causal", 0):
+    attributes: dict[str, Any] = {"num_heads": op.heads, **_scale(op)}
+    if op.causal:
         attributes["unidirectional"] = 1
-    padding, bias = _masks(program, node, build)
-    pair = [_by_head(node.inputs[i]) for i in (1, 2)]
+    padding, bias = _masks(program, op, build)
+    pair = [_by_head(value) for value in (op.k, op.v)]
     # keys and values that come from elsewhere by head are taken as they are, if both do
-    operands = [node.inputs[0], *(node.inputs[1:3] if None in pair else pair)]
+    operands = [op.q, *((op.k, op.v) if None in pair else pair)]
     inputs = [*operands, None, padding, bias]
     out = build.op(
         "MultiHeadAttention", _trimmed(inputs), attributes, domain=MICROSOFT, name=node.name
     )
-    g.replace(node.outputs[0], out)
+    g.replace(op.y, out)
 
 
 def _by_head(value: ir.Value | None) -> ir.Value | None:
@@ -332,41 +317,38 @@ def _by_head(value: ir.Value | None) -> ir.Value | None:
 
 
 def _masks(
-    program: Program, node: ir.Node, build: g.Builder
+    program: Program, op: AttentionOp, build: g.Builder
 ) -> tuple[ir.Value | None, ir.Value | None]:
     """Return (key padding [B, T] int32, bias [B or 1, H or 1, S, T]) for what is masked."""
-    mask = g.optional(node, 3)
+    mask = op.mask
     if mask is None:
         return None, None
     if mask.dtype != ir.DataType.BOOL:
-        return None, _expanded(build, mask, node)
+        return None, _expanded(build, mask, op)
     given = program.input(Role.MASK)
-    if given is not None and node.inputs[3] is _padding(program):
-        known = _named(program, "key_padding")
+    if given is not None and mask is _padding(program):
+        known = program.landmark(Landmark.KEY_PADDING)
         if known is None:
-            first = g.Builder(program.graph[0])
-            known = first.op("Cast", [given], {"to": int(ir.DataType.INT32)}, name="key_padding")
+            first, to = g.Builder(program.graph[0]), {"to": int(ir.DataType.INT32)}
+            known = landmarks.op(first, Landmark.KEY_PADDING, "Cast", [given], to)
         return known, None
     low = build.constant(np.finfo(np.float32).min, "float32")
     bias = build.op("Where", [mask, build.constant(0.0, "float32"), low])
     bias.shape, bias.type = mask.shape, ir.TensorType(ir.DataType.FLOAT)
-    return None, _expanded(build, bias, node)
+    return None, _expanded(build, bias, op)
 
 
-def _expanded(build: g.Builder, bias: ir.Value, node: ir.Node) -> ir.Value:
+def _expanded(build: g.Builder, bias: ir.Value, op: AttentionOp) -> ir.Value:
     """Return ``bias`` as [B or 1, H or 1, S, T]: MultiHeadAttention repeats rows of no bias."""
-    q, k = g.operand(node, 0), g.operand(node, 1)
-    sizes, s, t = g.shape(bias), g.shape(q), g.shape(k)
+    sizes, s, t = g.shape(bias), g.shape(op.q), g.shape(op.k)
     if sizes and s and t and len(sizes) == 4 and sizes[2:] == [s[1], t[1]]:
         return bias
-    new = build.op("Shape", [q], {"start": 1, "end": 2})
-    keys = build.op("Shape", [k], {"start": 1, "end": 2})
+    new = build.op("Shape", [op.q], {"start": 1, "end": 2})
+    keys = build.op("Shape", [op.k], {"start": 1, "end": 2})
     ones = build.constant([1, 1], "int64")
     target = build.op("Concat", [ones, new, keys], {"axis": 0})
     return build.op("Expand", [bias, target])
 
 
 def _padding(program: Program) -> ir.Value | None:
-    from llmopt.passes.raise_attention import PADDING_MASK
-
-    return _named(program, PADDING_MASK)
+    return program.landmark(Landmark.PADDING_MASK)

@@ -24,6 +24,7 @@ from typing_extensions import override
 from llmopt.backends.tensorrt.written_out import LOW, written_out
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir.attention import UNBOUNDED, AttentionAttributes, AttentionOp, kept
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
 
@@ -106,14 +107,8 @@ class _Visibility:
     """What an attention sees, the same for all layers that share a mask."""
 
     causal: bool = False
-    left: int = -1
-    right: int = -1
+    window: tuple[int, int] = (UNBOUNDED, UNBOUNDED)
     mask: ir.Value | None = None
-
-    @property
-    def placed(self) -> bool:
-        """Whether it matters where a query stands among the keys."""
-        return self.causal or self.left >= 0 or self.right >= 0
 
 
 @dataclass
@@ -133,55 +128,47 @@ class _Legalizer:
 
     def rewrite(self, node: ir.Node) -> None:
         """Replace one Attention."""
-        build = g.Builder(node)
-        heads = int(g.attribute(node, "q_num_heads", 0))
-        groups = int(g.attribute(node, "kv_num_heads", 0))
-        q, k, v = (
-            _split_heads(build, g.operand(node, i), count)
-            for i, count in enumerate((heads, groups, groups))
-        )
-        if g.optional(node, 4) is not None:
-            k, v = self._scatter(build, node, 1, k), self._scatter(build, node, 2, v)
-        seen = _Visibility(
-            bool(g.attribute(node, "is_causal", 0)),
-            int(g.attribute(node, "left_window_size", -1)),
-            int(g.attribute(node, "right_window_size", -1)),
-            g.optional(node, 3),
-        )
-        causal, mask = self._masked(build, seen, (q, k))
-        softcap = float(g.attribute(node, "softcap", 0.0))
-        if softcap:
+        build, op = g.Builder(node), AttentionOp.of(node)
+        counts = (op.heads, op.groups, op.groups)
+        q, k, v = (_split_heads(build, x, n) for x, n in zip(op.qkv, counts, strict=True))
+        if op.past is not None and op.presents is not None:
+            pairs = zip(op.past, op.presents, (k, v), strict=True)
+            k, v = (self._scatter(build, f"{node.name}/update", *each) for each in pairs)
+        causal, mask = self._masked(build, op, (q, k))
+        if op.softcap:
             self.outcome.miss(node, NO_SOFTCAP, "attention")
             declined(self.program)[str(node.name)] = NO_SOFTCAP
-            scale = _scale(node, q)
-            out = written_out(build, (q, k, v), mask, scale, softcap)
+            width = g.static(q, 3)
+            assert width is not None
+            out = written_out(build, (q, k, v), mask, op.scaling(width), op.softcap)
         else:
-            attributes = {"is_causal": 1} if causal else {}
-            attributes |= {name: g.attribute(node, name, 0) for name in _KEPT & {*node.attributes}}
+            attributes = AttentionAttributes(causal=causal).written() | kept(node, "scale")
             inputs = [q, k, v] + ([mask] if mask is not None else [])
             out = build.op("Attention", inputs, attributes, name=node.name)
         out.shape, out.type = q.shape, q.type
-        g.replace(node.outputs[0], _join_heads(build, out))
+        g.replace(op.y, _join_heads(build, out))
         self.outcome.hit()
 
-    def _scatter(self, build: g.Builder, node: ir.Node, index: int, new: ir.Value) -> ir.Value:
+    def _scatter(
+        self, build: g.Builder, name: str, past: ir.Value, present: ir.Value, new: ir.Value
+    ) -> ir.Value:
         """Write new keys or values into the cache and let it be the present one."""
-        past, present = g.operand(node, 3 + index), node.outputs[index]
         inputs = [past, new, self.writes]
         # the parser takes the axis counted from the end alone
         attributes = {"axis": -2, "mode": "linear"}
-        written = build.op("TensorScatter", inputs, attributes, name=f"{node.name}/update")
+        written = build.op("TensorScatter", inputs, attributes, name=name)
         written.shape, written.type = past.shape, past.type
         if present.is_graph_output():
             g.replace_output(present, written)
         return written
 
     def _masked(
-        self, build: g.Builder, seen: _Visibility, qk: tuple[ir.Value, ir.Value]
+        self, build: g.Builder, op: AttentionOp, qk: tuple[ir.Value, ir.Value]
     ) -> tuple[bool, ir.Value | None]:
         """Return whether the attribute says it is causal, and the mask that says all else."""
-        if self.writes is None and not seen.placed:
-            return False, seen.mask
+        if self.writes is None and not op.placed:
+            return False, op.mask
+        seen = _Visibility(op.causal, op.window, op.mask)
         if self.writes is None and seen == _Visibility(causal=True):
             return True, None
         if seen not in self.masks:
@@ -191,6 +178,7 @@ class _Legalizer:
     def _mask(self, build: g.Builder, seen: _Visibility, q: ir.Value, k: ir.Value) -> ir.Value:
         """Return where attention goes, [B or 1, 1, S, C] boolean, or added numbers as given."""
         slots, keys = self._slots(build, q), _keys(build, k)
+        left, right = seen.window
         bounds: list[ir.Value] = []
         if seen.causal:
             bounds.append(build.op("LessOrEqual", [keys, slots]))
@@ -198,11 +186,11 @@ class _Legalizer:
             count = build.op("Squeeze", [build.op("Shape", [q], {"start": 2, "end": 3})])
             place = build.op("Unsqueeze", [self.writes, build.constant([1, 2, 3], "int64")])
             bounds.append(build.op("Less", [keys, build.op("Add", [place, count])]))
-        if seen.left >= 0:
-            oldest = build.op("Sub", [slots, build.constant(seen.left, "int64")])
+        if left >= 0:
+            oldest = build.op("Sub", [slots, build.constant(left, "int64")])
             bounds.append(build.op("GreaterOrEqual", [keys, oldest]))
-        if seen.right >= 0 and not seen.causal:
-            newest = build.op("Add", [slots, build.constant(seen.right, "int64")])
+        if right >= 0 and not seen.causal:
+            newest = build.op("Add", [slots, build.constant(right, "int64")])
             bounds.append(build.op("LessOrEqual", [keys, newest]))
         if seen.mask is not None and not _is_added(seen.mask):
             bounds.append(seen.mask)
@@ -230,9 +218,6 @@ class _Legalizer:
 def _is_added(mask: ir.Value) -> bool:
     """Whether a mask is added to scores, and not boolean."""
     return mask.dtype is not None and mask.dtype.is_floating_point()
-
-
-_KEPT: Final = frozenset({"scale"})
 
 
 def _keys(build: g.Builder, k: ir.Value) -> ir.Value:
@@ -274,10 +259,3 @@ def _join_heads(build: g.Builder, x: ir.Value) -> ir.Value:
     """Return ``x`` [B, H, S, D] as [B, S, H * D]."""
     turned = build.op("Transpose", [x], {"perm": [0, 2, 1, 3]})
     return build.op("Reshape", [turned, build.constant([0, 0, -1], "int64")])
-
-
-def _scale(node: ir.Node, q: ir.Value) -> float:
-    given = g.attribute(node, "scale", None)
-    width = g.static(q, 3)
-    assert width is not None
-    return float(given) if given is not None else float(width) ** -0.5

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-import onnx_ir as ir
-
 from llmopt.backends.tensorrt.legalize_operators import TAKEN
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionOp
+from llmopt.ir.landmarks import Landmark, is_landmark
 from llmopt.ir.program import Program
 from llmopt.runtime.engines.tensorrt_recipe import InputRange, Profile, Sizes
 
@@ -44,16 +44,10 @@ def _of_cache(program: Program) -> Iterator[str]:
         if node.op_type == "Shape":
             yield f"{node.op_type} ({node.name!r}) reads the length of the attention mask"
     for node in g.nodes(program.graph, "Attention"):
-        given = g.optional(node, 3)
-        if g.optional(node, 4) is not None and given is not None and _is_written_out(given):
+        op = AttentionOp.of(node)
+        written_out = op.mask is not None and not is_landmark(op.mask, Landmark.PADDING_MASK)
+        if op.past and written_out:
             yield f"the mask of {node.name!r} is more than causality, a window and padding"
-
-
-def _is_written_out(mask: ir.Value) -> bool:
-    from llmopt.passes.raise_attention import PADDING_MASK
-
-    node = mask.producer()
-    return node is None or node.name != PADDING_MASK
 
 
 def profiles_of(program: Program, batch: int, chunk: int) -> tuple[Profile, ...]:

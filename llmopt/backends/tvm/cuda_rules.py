@@ -18,6 +18,7 @@ from llmopt.backends.tvm import api, arithmetic, movement
 from llmopt.backends.tvm.writing import dtype_of, shape_of
 from llmopt.ir import graph as g
 from llmopt.ir import weights
+from llmopt.ir.attention import AttentionAttributes, AttentionOp
 from llmopt.ir.program import Program
 
 if TYPE_CHECKING:
@@ -34,13 +35,12 @@ def attention(f: Function, node: ir.Node) -> Sequence[Any]:
 
     Scores are [B, G, R·S, T] with R = H/G queries a group, so that no key is repeated.
     """
-    op = api.relax().op
-    heads, groups = (g.attribute(node, f"{side}_num_heads", 1) for side in ("q", "kv"))
-    q, k, v = (
-        _heads(f, f.tensor(node.inputs[i]), n) for i, n in enumerate((heads, groups, groups))
-    )
-    if g.optional(node, 4) is not None:
-        k, v = (_after(f, f.tensor(node.inputs[4 + i]), x) for i, x in ((0, k), (1, v)))
+    op, form = api.relax().op, AttentionOp.of(node)
+    heads, groups = form.heads, form.groups
+    counts = (heads, groups, groups)
+    q, k, v = (_heads(f, f.tensor(x), n) for x, n in zip(form.qkv, counts, strict=True))
+    if form.past is not None:
+        k, v = (_after(f, f.tensor(past), x) for past, x in zip(form.past, (k, v), strict=True))
     dtype = dtype_of(q)
     (batch, _, new, width), keys = shape_of(q), shape_of(k)[2]
     rows = api.simplify(heads // groups * new)
@@ -48,7 +48,7 @@ def attention(f: Function, node: ir.Node) -> Sequence[Any]:
     turned = f.emit(op.permute_dims(k, [0, 1, 3, 2]))
     scores = f.emit(op.matmul(q, turned, out_dtype=_WIDE))
     scores = f.emit(op.reshape(scores, [batch, heads, new, keys]))
-    weight = f.emit(op.nn.softmax(_masked(f, node, scores, width), -1))
+    weight = f.emit(op.nn.softmax(_masked(f, form, scores, width), -1))
     weight = f.emit(op.reshape(_cast(f, weight, dtype), [batch, groups, rows, keys]))
     mixed = _cast(f, f.emit(op.matmul(weight, v, out_dtype=_WIDE)), dtype)
     mixed = f.emit(op.reshape(mixed, [batch, heads, new, shape_of(v)[3]]))
@@ -72,36 +72,35 @@ def _heads(f: Function, x: Any, count: int) -> Any:
     return f.emit(op.permute_dims(split, [0, 2, 1, 3]))
 
 
-def _masked(f: Function, node: ir.Node, scores: Any, width: int) -> Any:
+def _masked(f: Function, form: AttentionOp, scores: Any, width: int) -> Any:
     """Return scores [B, H, S, T] scaled and capped, those of unseen keys beyond any other."""
     op = api.relax().op
-    scale = g.attribute(node, "scale", width**-0.5)
+    scale = form.scaling(width)
     scores = f.emit(op.multiply(scores, api.scalar(float(scale), _WIDE)))
-    if cap := g.attribute(node, "softcap", 0.0):
-        bounded = f.emit(op.tanh(f.emit(op.divide(scores, api.scalar(float(cap), _WIDE)))))
-        scores = f.emit(op.multiply(bounded, api.scalar(float(cap), _WIDE)))
-    mask = None if g.optional(node, 3) is None else f.tensor(node.inputs[3])
+    if cap := form.softcap:
+        bounded = f.emit(op.tanh(f.emit(op.divide(scores, api.scalar(cap, _WIDE)))))
+        scores = f.emit(op.multiply(bounded, api.scalar(cap, _WIDE)))
+    mask = None if form.mask is None else f.tensor(form.mask)
     if mask is not None and dtype_of(mask) != "bool":
         wide = f.emit(op.maximum(_cast(f, mask, _WIDE), api.scalar(_HIDDEN, _WIDE)))
         scores, mask = f.emit(op.add(scores, wide)), None
-    for seen in _seen(f, node, *shape_of(scores)[2:]):
+    for seen in _seen(f, form, *shape_of(scores)[2:]):
         mask = seen if mask is None else f.emit(op.logical_and(mask, seen))
     return scores if mask is None else f.emit(op.where(mask, scores, api.scalar(_HIDDEN, _WIDE)))
 
 
-def _seen(f: Function, node: ir.Node, new: Any, keys: Any) -> Iterator[Any]:
+def _seen(f: Function, form: AttentionAttributes, new: Any, keys: Any) -> Iterator[Any]:
     """Yield which keys a query may see by its place alone, [S, T] each."""
     op = api.relax().op
-    causal = g.attribute(node, "is_causal", 0)
-    left, right = (g.attribute(node, f"{side}_window_size", -1) for side in ("left", "right"))
-    if not causal and left < 0 and right < 0:
+    if not form.placed:
         return
+    left, right = form.window
     before = api.simplify(keys - new)
     column = f.emit(op.arange(0, keys, 1, "int64"))
     place = f.emit(op.strided_slice(column, [0], [before], [keys], assume_inbound=True))
     row = f.emit(op.expand_dims(place, 1))
     behind = f.emit(op.subtract(row, f.emit(op.expand_dims(column, 0))))  # how far back a key is
-    if causal:
+    if form.causal:
         yield f.emit(op.greater_equal(behind, api.scalar(0, "int64")))
     if left >= 0:
         yield f.emit(op.less_equal(behind, api.scalar(left, "int64")))
@@ -196,5 +195,5 @@ def _problems(node: ir.Node) -> Iterator[str]:
         yield f"{name} reads heads of their own axis"
     if node.op_type == "RotaryEmbedding" and g.attribute(node, "interleaved", 0):
         yield f"{name} is interleaved"
-    if node.op_type == "Attention" and g.optional(node, 6) is not None:
+    if node.op_type == "Attention" and AttentionOp.of(node).nonpad_kv_seqlen is not None:
         yield f"{name} takes the lengths of padded keys"

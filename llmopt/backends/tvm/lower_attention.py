@@ -15,26 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import onnx_ir as ir
 from typing_extensions import override
 
 from llmopt.backends.tvm.lower_linear import DOMAIN
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionOp, kept
+from llmopt.ir.landmarks import Landmark, is_landmark
 from llmopt.ir.program import Program
 from llmopt.passes.base import Outcome, Pass
-from llmopt.passes.raise_attention import PADDING_MASK
 
-_KEPT: Final = (
-    "q_num_heads",
-    "kv_num_heads",
-    "is_causal",
-    "left_window_size",
-    "right_window_size",
-    "softcap",
-    "scale",
-)
+_KEPT: Final = ("heads", "groups", "causal", "window", "softcap", "scale")
 
 
 @dataclass(frozen=True)
@@ -53,11 +46,12 @@ class LowerPackedAttention(Pass):
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
         for node in g.nodes(program.graph, "Attention"):
-            found = _found(node)
+            op = AttentionOp.of(node)
+            found = _found(op)
             if isinstance(found, str):
                 outcome.miss(node, found)
                 continue
-            _emit(node, found)
+            _emit(node, op, found)
             outcome.hit()
         if outcome.modified:
             g.remove_dead(program.model)
@@ -89,37 +83,36 @@ class _MatchedAttention:
     norms: tuple[ir.Node, ir.Node] | None
 
 
-def padded(node: ir.Node) -> bool:
+def padded(op: AttentionOp) -> bool:
     """Whether an Attention's mask is padding alone."""
-    made = g.producer(g.optional(node, 3), "Unsqueeze")
-    return made is not None and made.name == PADDING_MASK
+    return is_landmark(op.mask, Landmark.PADDING_MASK)
 
 
-def _found(node: ir.Node) -> _MatchedAttention | str:
+def _found(op: AttentionOp) -> _MatchedAttention | str:
     """Return the row that Q, K and V are parts of, or why they are not."""
-    if (outside := next(_outside(node), None)) is not None:
+    if (outside := next(_outside(op), None)) is not None:
         return outside
-    q, k = (_turned(g.operand(node, i), _heads(node, i)) for i in (0, 1))
-    if (problem := next(_apart(node, q, k), None)) is not None:
+    q, k = _turned(op.q, op.heads), _turned(op.k, op.groups)
+    if (problem := next(_apart(op, q, k), None)) is not None:
         return problem
     norms = None if q.norm is None or k.norm is None else (q.norm, k.norm)
-    return _MatchedAttention((q.source, k.source, g.operand(node, 2)), q.tables, norms)
+    return _MatchedAttention((q.source, k.source, op.v), q.tables, norms)
 
 
-def _outside(node: ir.Node) -> Iterator[str]:
+def _outside(op: AttentionOp) -> Iterator[str]:
     """Yield what the kernels do not compute."""
-    if g.optional(node, 3) is not None and not padded(node):
+    if op.mask is not None and not padded(op):
         yield "its mask is more than padding"
-    if g.optional(node, 6) is not None or len(node.outputs) > 3:
+    if op.nonpad_kv_seqlen is not None or op.qk is not None:
         yield "it takes lengths of keys, or gives scores"
 
 
-def _apart(node: ir.Node, q: _HeadTransform, k: _HeadTransform) -> Iterator[str]:
+def _apart(op: AttentionOp, q: _HeadTransform, k: _HeadTransform) -> Iterator[str]:
     """Yield why Q, K and V are not the parts of one row, turned alike."""
-    parts = (q.source, k.source, g.operand(node, 2))
-    if not _even(node, *parts):
+    parts = (q.source, k.source, op.v)
+    if not _even(op, parts):
         yield "the heads of Q, K and V are not equally wide"
-    elif g.optional(node, 4) is None and (q.tables or q.norm is not None or _row(parts) is None):
+    elif op.past is None and (q.tables or q.norm is not None or _row(parts) is None):
         yield "it has no cache, and Q, K and V are not the parts of one row"
     if q.tables != k.tables or (q.norm is None) != (k.norm is None):
         yield "Q and K are turned in different ways"
@@ -133,12 +126,8 @@ def _row(parts: Sequence[ir.Value]) -> ir.Value | None:
     return None if split is None or list(split.outputs) != [*parts] else g.operand(split, 0)
 
 
-def _heads(node: ir.Node, index: int) -> int:
-    return int(g.attribute(node, "kv_num_heads" if index else "q_num_heads", 1))
-
-
-def _even(node: ir.Node, *parts: ir.Value) -> bool:
-    heads = (_heads(node, i) for i in range(3))
+def _even(op: AttentionOp, parts: Sequence[ir.Value]) -> bool:
+    heads = (op.heads, op.groups, op.groups)
     widths = {
         None if size is None or size % count else size // count
         for size, count in zip((g.static(part, -1) for part in parts), heads, strict=True)
@@ -190,25 +179,22 @@ def _epsilon(node: ir.Node) -> float:
     return float(g.attribute(node, "epsilon", 1e-5))
 
 
-def _emit(node: ir.Node, found: _MatchedAttention) -> None:
+def _emit(node: ir.Node, op: AttentionOp, found: _MatchedAttention) -> None:
     build = g.Builder(node)
-    attributes: dict[str, Any] = {
-        name: attr.value for name, attr in node.attributes.items() if name in _KEPT
-    }
-    attributes["padded"] = int(g.optional(node, 3) is not None)
+    attributes = kept(node, *_KEPT) | {"padded": int(op.mask is not None)}
     row = _row(found.parts)
     if row is None:
         row = build.op("Concat", found.parts, {"axis": -1})
-    if g.optional(node, 4) is None:
+    if op.past is None:
         out = build.op("PackedAttention", [row], attributes, domain=DOMAIN, name=node.name)
-        g.replace(node.outputs[0], out)
+        g.replace(op.y, out)
         return
     norms: Sequence[ir.Value | None] = [None, None]
     if found.norms is not None:
         norms = [g.operand(norm, 1) for norm in found.norms]
         attributes["epsilon"] = _epsilon(found.norms[0])
     tables: Sequence[ir.Value | None] = found.tables or [None, None, None]
-    inputs = [row, *norms, *tables, node.inputs[4], node.inputs[5]]
+    inputs = [row, *norms, *tables, *op.past]
     outputs = build.ops(
         "CachedAttention", inputs, attributes, outputs=3, domain=DOMAIN, name=node.name
     )

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from llmopt.backends.tvm import arithmetic, attention, linear, movement, norms
 from llmopt.backends.tvm.lower_linear import DOMAIN
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionOp
 from llmopt.ir.program import Program
 
 if TYPE_CHECKING:
@@ -50,5 +51,5 @@ def _problems(node: ir.Node) -> Iterator[str]:
         yield f"no kernel for {node.op_type} ({node.name!r})"
     if node.op_type == "RotaryEmbedding" and g.optional(node, 3) is None:
         yield f"RotaryEmbedding ({node.name!r}) has no position_ids"
-    if node.op_type == "Attention" and g.optional(node, 6) is not None:
+    if node.op_type == "Attention" and AttentionOp.of(node).nonpad_kv_seqlen is not None:
         yield f"Attention ({node.name!r}) takes the lengths of padded keys"

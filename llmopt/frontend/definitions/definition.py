@@ -16,11 +16,12 @@ from torch import Tensor
 from llmopt.frontend.base import Checkpoint
 from llmopt.frontend.definitions.assemble import Assembly
 from llmopt.frontend.definitions.encoder_decoder import trace_encoder_decoder
-from llmopt.frontend.definitions.parts import Dims, keep_last, renamer, trace_part
+from llmopt.frontend.definitions.parts import Dims, renamer, trace_part
 from llmopt.frontend.tensors import Read
 from llmopt.interface.facts import ModelFacts
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
+from llmopt.ir.last_tokens import LOGITS_TO_KEEP, keep_last
 from llmopt.ir.program import Facts, Program
 from llmopt.models import Definition
 from llmopt.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
@@ -145,7 +146,8 @@ def trace_decoder(
             prefix=f"layers.{index}.",
         )
         presents += [(f"present.{index}.key", key), (f"present.{index}.value", value)]
-    hidden = keep_last(whole, hidden, ports)
+    hidden = keep_last(whole.graph, hidden)
+    ports.append(LOGITS_TO_KEEP)
     (logits,) = whole.add(_head(module, config), [hidden])
     whole.output(logits, "logits")
     logits.shape = ir.Shape(["B", "K", config.vocabulary])

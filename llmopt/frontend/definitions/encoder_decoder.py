@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from llmopt.frontend.definitions.assemble import Assembly
-from llmopt.frontend.definitions.parts import Dims, keep_last, renamer, trace_part
+from llmopt.frontend.definitions.parts import Dims, renamer, trace_part
 from llmopt.frontend.tensors import Read
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
+from llmopt.ir.last_tokens import LOGITS_TO_KEEP, keep_last
 from llmopt.ir.program import Facts, Program
 from llmopt.models import Definition
 from llmopt.models.config import EncoderDecoderConfig
@@ -166,7 +167,8 @@ class _DecoderComponent:
             found = whole.add(layer, [hidden, *masks, *caches], rename, f"decoder.layers.{index}.")
             hidden, *pair = found
             presents += zip(self._presents(index), pair, strict=True)
-        hidden = keep_last(whole, hidden, ports)
+        hidden = keep_last(whole.graph, hidden)
+        ports.append(LOGITS_TO_KEEP)
         (logits,) = whole.add(self._head(), [hidden])
         whole.output(logits, "logits")
         logits.shape = ir.Shape(["B", "K", self.config.vocabulary])

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from llmopt.frontend.definitions.assemble import Assembly
 from llmopt.frontend.dims import name_dims
 from llmopt.frontend.torch.trace import trace_module
-from llmopt.interface.signature import Port, Role
 from llmopt.ir import graph as g
 
 # Sizes to trace with: all different, so that no two dimensions are taken for one.
@@ -79,21 +76,6 @@ def trace_part(
 
 def _unread(name: str) -> npt.NDArray[Any]:
     raise AssertionError(f"{name} was read while tracing")
-
-
-def keep_last(whole: Assembly, hidden: ir.Value, ports: list[Port]) -> ir.Value:
-    """Slice the last ``logits_to_keep`` tokens, all for 0: an overridable initializer."""
-    keep = g.add_initializer(whole.graph, Role.LOGITS_TO_KEEP, ir.tensor(np.asarray(1, np.int64)))
-    whole.graph.inputs.append(keep)
-    ports.append(Port(Role.LOGITS_TO_KEEP, Role.LOGITS_TO_KEEP, "int64", ()))
-    build = g.Builder(whole.graph)
-    start = build.op("Neg", [build.op("Reshape", [keep, build.constant([1], "int64")])])
-    end = build.constant([np.iinfo(np.int64).max], "int64")
-    axis = build.constant([1], "int64")
-    last = build.op("Slice", [hidden, start, end, axis], name="logits_to_keep/Slice")
-    sizes = g.shape(hidden) or []
-    last.shape, last.type = ir.Shape(["B", "K", *sizes[2:]]), hidden.type
-    return last
 
 
 def renamer(old: str, new: str) -> Callable[[str], str]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from llmopt.frontend.dims import name_dims
 from llmopt.frontend.torch.trace import Traced, trace_module
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
+from llmopt.ir.last_tokens import LOGITS_TO_KEEP, add_logits_to_keep, keep_last
 from llmopt.ir.program import Facts, Program
 
 # Sizes to trace with: all different, so that no two dimensions are taken for one.
@@ -27,7 +27,7 @@ _INPUTS: Final[Mapping[str, tuple[Role, tuple[str, str]]]] = {
     "attention_mask": (Role.MASK, ("B", "T")),
     "position_ids": (Role.POSITIONS, ("B", "S")),
 }
-_KEEP: Final = "logits_to_keep"
+_KEEP: Final = LOGITS_TO_KEEP.name
 Dims = tuple[int | str, ...]
 
 
@@ -165,8 +165,8 @@ def _signature(
     if keeps:
         _keep_tokens(graph)
     else:
-        _keep_logits(graph)
-    ports.append(Port(_KEEP, Role.LOGITS_TO_KEEP, "int64", ()))
+        graph.outputs[0] = keep_last(graph, graph.outputs[0])
+    ports.append(LOGITS_TO_KEEP)
     logits = graph.outputs[0]
     width = g.static(logits, -1) or 0
     logits.shape = ir.Shape(["B", "K", width])
@@ -190,7 +190,7 @@ def _keep_tokens(graph: ir.Graph) -> None:
     tokens = next(value for value in graph.inputs if value.name == "input_ids")
     count = build.op("Squeeze", [build.op("Shape", [tokens], {"start": 1, "end": 2})])
     zero, one = build.constant(0, "int64"), build.constant(1, "int64")
-    keep = _number(graph)
+    keep = add_logits_to_keep(graph)
     start = build.op(
         "Where", [build.op("Equal", [keep, zero]), zero, build.op("Sub", [count, keep])]
     )
@@ -198,26 +198,6 @@ def _keep_tokens(graph: ir.Graph) -> None:
     kept = build.op("Range", [start, count, one], name="logits_to_keep/Range")
     kept.shape, kept.type = ir.Shape(["K"]), ir.TensorType(ir.DataType.INT64)
     ir.convenience.replace_all_uses_with(asked, kept)
-
-
-def _keep_logits(graph: ir.Graph) -> None:
-    """Slice the logits of the last ``logits_to_keep`` tokens, all for 0."""
-    logits = graph.outputs[0]
-    build = g.Builder(graph)
-    keep = _number(graph)
-    start = build.op("Neg", [build.op("Reshape", [keep, build.constant([1], "int64")])])
-    end = build.constant([np.iinfo(np.int64).max], "int64")
-    axis = build.constant([1], "int64")
-    last = build.op("Slice", [logits, start, end, axis], name="logits_to_keep/Slice")
-    last.type, last.shape = logits.type, ir.Shape(["B", "K", g.static(logits, -1) or 0])
-    graph.outputs[0] = last
-
-
-def _number(graph: ir.Graph) -> ir.Value:
-    """Return the overridable initializer that says how many tokens get logits."""
-    keep = g.add_initializer(graph, _KEEP, ir.tensor(np.asarray(1, np.int64)))
-    graph.inputs.append(keep)
-    return keep
 
 
 def cached_program(traced: Traced, signature: Signature, facts: Facts) -> Program:

@@ -22,6 +22,7 @@ from llmopt.frontend.base import Source
 from llmopt.frontend.reference import Transform
 from llmopt.interface.arrays import Arrays
 from llmopt.interface.facts import SourceRecord
+from llmopt.ir import landmarks
 from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.feeds import resolve
 from llmopt.ir.program import Facts, Program
@@ -43,6 +44,7 @@ def save_program(program: Program, path: Path) -> None:
         "signature": dataclasses.asdict(program.signature),
         "model": dataclasses.asdict(program.facts.model),
         "task": program.facts.task,
+        "landmarks": landmarks.names(program.graph),
     }
     model.metadata_props[KEY] = json.dumps(told, sort_keys=True)
     save_with_data(model, path, f"{path.name}.data")
@@ -59,6 +61,7 @@ def open_saved(path: Path, model: ir.Model) -> Source:
         signature = read_signature(told.child("signature"))
         known = read_facts(told.child("model"))
         task = told.text("task")
+        landmarks.restore(model.graph, told.mapping("landmarks"))
     except (ValueError, ArtifactError) as error:
         problem = f"its metadata {KEY!r} cannot be read ({error})"
         raise SourceError(path, problem, "write it again with `llmopt bisect`") from error

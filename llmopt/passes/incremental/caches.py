@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from llmopt.interface.signature import Port, Role
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionOp
 from llmopt.passes.incremental.flow import BATCH, KEYS, TOKENS, Atom, Axis, refuse, special
 from llmopt.passes.incremental.padding import mask_padding
 from llmopt.passes.incremental.prelude import Prelude
@@ -114,7 +115,8 @@ def _all_declared(reading: DecoderReading) -> dict[tuple[int, str], Cache]:
 
 def _grouped(node: ir.Node) -> tuple[ir.Value, ir.Value]:
     """Return keys and values of an Attention, before each head was repeated for its queries."""
-    k, v = g.operand(node, 1), g.operand(node, 2)
+    op = AttentionOp.of(node)
+    k, v = op.k, op.v
     if g.rank(k) != 4:
         return k, v
     fewer = unrepeated(k), unrepeated(v)
@@ -124,7 +126,7 @@ def _grouped(node: ir.Node) -> tuple[ir.Value, ir.Value]:
 def _fused_sizes(node: ir.Node, value: ir.Value) -> tuple[int, int]:
     heads, width = g.static(value, 1), g.static(value, -1)
     if g.rank(value) == 3 and width:
-        heads = g.attribute(node, "kv_num_heads", 0)
+        heads = AttentionOp.of(node).groups
         width = width // heads if heads else None
     if not heads or not width:
         raise refuse(node, f"has keys or values {g.shape(value)} of unknown heads or width")
@@ -160,11 +162,11 @@ def _remembered(fused: CachedAttention, pair: tuple[Cache, Cache]) -> Sequence[i
     """Give an Attention its past, and return what it presents."""
     node = fused.node
     attributes = {name: attr.value for name, attr in node.attributes.items()}
-    k, v = _grouped(node)
-    inputs = [node.inputs[0], k, v, g.optional(node, 3), *(cache.value for cache in pair)]
+    op = AttentionOp.of(node)
+    inputs = [op.q, *_grouped(node), op.mask, *(cache.value for cache in pair)]
     build = g.Builder(node)
     out, *present = build.ops("Attention", inputs, attributes, outputs=3, name=node.name)
-    g.replace(node.outputs[0], out)
+    g.replace(op.y, out)
     return present
 
 

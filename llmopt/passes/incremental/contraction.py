@@ -9,6 +9,7 @@ from typing import Final
 import onnx_ir as ir
 
 from llmopt.ir import graph as g
+from llmopt.ir.attention import MASK, AttentionOp
 from llmopt.passes.incremental.flow import (
     BATCH,
     KEYS,
@@ -198,19 +199,20 @@ def _add_site(
 
 def attention(reading: DecoderReading, node: ir.Node) -> Flow:
     """Carry tokens through Attention, whose keys and values get a past."""
-    for index, part in enumerate(("Q", "K", "V")):
-        flow = reading.flow(node.inputs[index])
+    op = AttentionOp.of(node)
+    for value, part in zip(op.qkv, "QKV", strict=True):
+        flow = reading.flow(value)
         if flow is None or not _is_attended(flow.axes):
             held = None if flow is None else flow.axes
             raise refuse(node, f"has {part} {held}, not [batch, heads, tokens, width]")
-    if any(g.optional(node, index) is not None for index in (4, 5, 6)):
+    if any(v is not None for v in (op.past_key, op.past_value, op.nonpad_kv_seqlen)):
         raise refuse(node, "has a past or lengths of its own")
     if any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
         raise refuse(node, "gives more than its output to others")
-    if not _is_masked(reading, node):
+    if not _is_masked(reading, node, op):
         raise refuse(node, "lets a token see later ones: nothing masks them")
     reading.fused.append(CachedAttention(node, reading.new_layer()))
-    return Flow(_attended(node, reading.flows[g.operand(node, 0)].axes))
+    return Flow(_attended(node, reading.flows[op.q].axes))
 
 
 def _is_attended(axes: Sequence[Axis]) -> bool:
@@ -227,17 +229,14 @@ def _attended(node: ir.Node, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     return (*axes[:-1], width)
 
 
-def _is_masked(reading: DecoderReading, node: ir.Node) -> bool:
+def _is_masked(reading: DecoderReading, node: ir.Node, op: AttentionOp) -> bool:
     """Whether no query sees a later key; what masks is shown to keep what it must."""
-    causal = (
-        bool(g.attribute(node, "is_causal", 0)) or g.attribute(node, "right_window_size", -1) == 0
-    )
-    mask = g.optional(node, 3)
+    causal, mask = op.causal or op.window[1] == 0, op.mask
     if mask is None:
         return causal
     if reading.flow(mask) is not None:
         raise refuse(node, f"has a mask {mask.name!r} that depends on the tokens")
     wide = mask.dtype != ir.DataType.BOOL
     beside: tuple[Axis, ...] = ((BATCH,), (), (TOKENS,), (KEYS,))
-    axes = reading.place(node, 3, beside, shifts=wide)
+    axes = reading.place(node, MASK, beside, shifts=wide)
     return causal or reading.proofs.forbids_later(node, mask, "add" if wide else "keep", axes)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
+from llmopt.ir.attention import MASK
 from llmopt.ir.program import Program
 from llmopt.passes.incremental.flow import BATCH, KEYS, Flow
 from llmopt.passes.incremental.reading import DecoderReading, Use
@@ -75,8 +76,8 @@ def mask_padding(reading: DecoderReading) -> None:
     for fused in reading.fused:
         node = fused.node
         pad = _spread(build, real, (1, 2), seen)
-        node.resize_inputs(max(4, len(node.inputs)))
-        node.replace_input_with(3, _combined(build, node.inputs[3], pad))
+        node.resize_inputs(max(MASK + 1, len(node.inputs)))
+        node.replace_input_with(MASK, _combined(build, node.inputs[MASK], pad))
     for softmax in reading.softmaxes:
         axes = reading.flows[softmax.outputs[0]].axes
         ones = tuple(i for i, axis in enumerate(axes) if axis not in ((BATCH,), (KEYS,)))

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
+from llmopt.ir.landmarks import Landmark, mark
 from llmopt.ir.program import Program
 from llmopt.passes.incremental.flow import refuse
 from llmopt.passes.incremental.proofs import Proofs
@@ -52,7 +53,8 @@ class Prelude:
         self.build = g.Builder(program.graph)
         self.batch = self._size(self._tokens, 0, "batch")
         self.new = self._size(self._tokens, 1, "new")
-        self.total = self._size(self._mask, 1, "total") if self._mask else self._sum(past)
+        total = self._size(self._mask, 1, Landmark.TOTAL.value) if self._mask else self._sum(past)
+        self.total = mark(total, Landmark.TOTAL)
         self._start = self.build.op("Neg", [self.new], name="past/rows")
 
     def whole(self, value: ir.Value) -> ir.Value:
@@ -132,7 +134,7 @@ class Prelude:
 
     def _sum(self, past: ir.Value) -> ir.Value:
         before = self._size(past, 2, "past")
-        return _typed(self.build.op("Add", [before, self.new], name="total"), 1)
+        return _typed(self.build.op("Add", [before, self.new], name=Landmark.TOTAL.value), 1)
 
     def _copy(self, node: ir.Node) -> None:
         if node.op_type == "Shape":

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-import numpy as np
 import onnx_ir as ir
 
 from llmopt.errors import NotIncrementalError
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
+from llmopt.ir.attention import AttentionAttributes
+from llmopt.ir.last_tokens import LOGITS_TO_KEEP, keep_last
 from llmopt.ir.program import Program
 from llmopt.passes.incremental.caches import Cache
 from llmopt.passes.incremental.flow import BATCH, TOKENS, Flow
@@ -23,7 +24,6 @@ NAMES: Final = {
     Role.POSITIONS: "position_ids",
     Role.LOGITS: "logits",
 }
-_LAST: Final = np.iinfo(np.int64).max
 _EACH_TOKEN: Final = frozenset(
     {
         *("Add", "Sub", "Mul", "Div", "Cast", "Tanh", "Clip", "Identity", "MatMul"),
@@ -65,19 +65,13 @@ def check_logits(reading: DecoderReading) -> None:
         )
 
 
-def keep_last(reading: DecoderReading) -> None:
+def cut_logits(reading: DecoderReading) -> None:
     """Let logits be those of the last ``logits_to_keep`` tokens, all for 0."""
     graph = reading.program.graph
-    keep = g.add_initializer(graph, Role.LOGITS_TO_KEEP, ir.tensor(np.asarray(1, np.int64)))
-    graph.inputs.append(keep)
     (logits, *_) = graph.outputs
     chain = _chain(reading, logits)
     value = g.operand(chain[-1], 0) if chain else logits
-    build = g.Builder(graph)
-    start = build.op("Neg", [build.op("Reshape", [keep, build.constant([1], "int64")])])
-    bounds = [build.constant([number], "int64") for number in (_LAST, 1)]
-    last = build.op("Slice", [value, start, *bounds], name="logits_to_keep/Slice")
-    last.type = value.type
+    last = keep_last(graph, value)
     if not chain:
         g.replace_output(logits, last)
         graph.outputs[0] = last
@@ -111,7 +105,6 @@ def sign(program: Program, caches: Sequence[Cache]) -> None:
     graph, signature = program.graph, program.signature
     inputs = [_named(port) for port in signature.inputs]
     (logits,) = (_named(port) for port in signature.outputs)
-    keep = Port(Role.LOGITS_TO_KEEP, Role.LOGITS_TO_KEEP, "int64", ())
     logits = replace(logits, shape=("B", "K", logits.shape[2]))
     mask = program.input(Role.MASK)
     if mask is not None:
@@ -124,7 +117,7 @@ def sign(program: Program, caches: Sequence[Cache]) -> None:
         if (name := renamed.get(str(value.name), value.name)) != value.name:
             _rename(graph, value, str(name))
     _rename(graph, graph.outputs[0], logits.name)
-    program.signature = Signature((*inputs, *pasts, keep), (logits, *presents))
+    program.signature = Signature((*inputs, *pasts, LOGITS_TO_KEEP), (logits, *presents))
 
 
 def _named(port: Port) -> Port:
@@ -162,6 +155,6 @@ def _heads(reading: DecoderReading) -> int:
         return 0
     q: Flow = reading.flows[g.operand(reading.fused[0].node, 0)]
     if len(q.axes) != 4:
-        return int(g.attribute(reading.fused[0].node, "q_num_heads", 0))
+        return AttentionAttributes.of(reading.fused[0].node).heads
     (heads,) = q.axes[1] or (1,)
     return heads if isinstance(heads, int) else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import pytest
-from support.programs import error_rel, inputs, operators, program, run
+from support.programs import error_rel, inputs, only, operators, program, run
 
 from llmopt.backends.onnxruntime import finish
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
@@ -200,3 +200,19 @@ def test_widths_that_grouped_attention_has_not_stay(widths: dict[str, int], reas
 
     assert reason in missed[0]
     assert "Attention" in operators(low)
+
+
+def test_a_foreign_node_of_the_paddings_name_is_a_mask_like_any_other() -> None:
+    prelude = (
+        PAD.replace("[padding_mask] real =", "pad =")
+        + """   none = Not (pad)
+   all = Or (pad, none)
+"""
+    )
+    made = program(SELF.format(more=MASKED, prelude=prelude, attributes="", mask=", all"))
+    only(made, "Or").name = "padding_mask"
+
+    low, missed = lower(made)
+
+    assert missed == []
+    assert worst(made, low, (Case(3, 7, 0, "left"),)) < TOLERANCE
