@@ -180,7 +180,7 @@ class Builder:
         self.graph = graph
         self.anchor = anchor
 
-    def op(
+    def op(  # noqa: PLR0913 - an operator has this many parts
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
@@ -188,9 +188,30 @@ class Builder:
         *,
         domain: str = "",
         name: str | None = None,
+        like: ir.Value | None = None,
+        shape: ir.Shape | Sequence[Dim | None] | None = None,
+        dtype: ir.DataType | None = None,
     ) -> ir.Value:
-        """Add a node of one output and return that output."""
-        return self.ops(op_type, inputs, attributes, domain=domain, name=name)[0]
+        """Add a node of one output and return that output.
+
+        Args:
+            op_type: Operator.
+            inputs: Operands, None for one that is absent.
+            attributes: Plain values by name.
+            domain: Domain of the operator.
+            name: Name of the node and its output; made of the anchor's where there is none.
+            like: Value whose type the output has, and whose shape unless ``shape`` is another.
+            shape: Sizes of the output.
+            dtype: Data type of the output, if it is not that of ``like``.
+        """
+        (out,) = self.ops(op_type, inputs, attributes, domain=domain, name=name)
+        if like is not None:
+            out.shape, out.type = like.shape, like.type
+        if shape is not None:
+            out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
+        if dtype is not None:
+            out.type = ir.TensorType(dtype)
+        return out
 
     def ops(  # noqa: PLR0913 - an operator has this many parts
         self,

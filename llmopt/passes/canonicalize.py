@@ -85,8 +85,12 @@ def _gather_nd(node: ir.Node) -> ir.Value | None:
     if known is not None:
         index = build.constant(known[..., 0])
     else:
-        index = build.op("Squeeze", [places, build.constant([-1], "int64")])
-        index.shape, index.type = ir.Shape(list(places.shape or ())[:-1]), places.type
+        index = build.op(
+            "Squeeze",
+            [places, build.constant([-1], "int64")],
+            like=places,
+            shape=ir.Shape(list(places.shape or ())[:-1]),
+        )
     return build.op("Gather", [x, index], {"axis": 0}, name=node.name)
 
 
@@ -104,8 +108,7 @@ def _gemm(node: ir.Node) -> ir.Value | None:
             turned.type = value.type
             value = turned
         operands.append(value)
-    out = build.op("MatMul", operands)
-    out.shape, out.type = node.outputs[0].shape, node.outputs[0].type
+    out = build.op("MatMul", operands, like=node.outputs[0])
     bias = g.optional(node, 2)
     return out if bias is None else build.op("Add", [out, bias])
 

@@ -280,8 +280,7 @@ class _Conversion:
         return self.casts[value, dtype]
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
-        out = g.Builder(reader).op("Cast", [value], {"to": int(dtype)})
-        out.shape, out.type = value.shape, ir.TensorType(dtype)
+        out = g.Builder(reader).op("Cast", [value], {"to": int(dtype)}, like=value, dtype=dtype)
         self.outcome.hit()
         return out
 
@@ -300,8 +299,9 @@ class _Conversion:
             want = self.narrow if out.name in caches else WIDE
             if (out.dtype or WIDE) != want:
                 build = g.Builder(graph)
-                new = build.op("Cast", [out], {"to": int(want)}, name=f"{out.name}/Cast")
-                new.shape, new.type = out.shape, ir.TensorType(want)
+                new = build.op(
+                    "Cast", [out], {"to": int(want)}, name=f"{out.name}/Cast", like=out, dtype=want
+                )
                 g.replace_output(out, new)
                 self.outcome.hit()
         signature = program.signature

@@ -129,9 +129,7 @@ def _arranged(build: g.Builder, value: ir.Value, labels: str, order: str) -> ir.
     sizes: list[g.Dim] = list(g.shape(value) or [])
     for place in missing:
         sizes.insert(place, 1)
-    spread = build.op("Unsqueeze", [value, build.constant(missing, "int64")])
-    spread.shape, spread.type = ir.Shape(sizes), value.type
-    return spread
+    return build.op("Unsqueeze", [value, build.constant(missing, "int64")], like=value, shape=sizes)
 
 
 def _transposed(build: g.Builder, value: ir.Value, labels: str, order: str) -> ir.Value:
@@ -139,6 +137,10 @@ def _transposed(build: g.Builder, value: ir.Value, labels: str, order: str) -> i
         return value
     perm: Sequence[int] = [labels.index(label) for label in order]
     sizes = g.shape(value) or []
-    turned = build.op("Transpose", [value], {"perm": list(perm)})
-    turned.shape, turned.type = ir.Shape([sizes[place] for place in perm]), value.type
-    return turned
+    return build.op(
+        "Transpose",
+        [value],
+        {"perm": list(perm)},
+        like=value,
+        shape=[sizes[place] for place in perm],
+    )

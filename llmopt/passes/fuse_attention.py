@@ -267,8 +267,7 @@ def _fuse(scores: Scores, product: ir.Node, softmax: ir.Node) -> None:
     if alone:
         rows = g.shape(old) or []
         out.shape = ir.Shape([rows[0], 1, *rows[1:]])
-        out = build.op("Squeeze", [out, build.constant([1], "int64")])
-        out.shape, out.type = old.shape, old.type
+        out = build.op("Squeeze", [out, build.constant([1], "int64")], like=old)
     g.replace(old, out)
 
 
@@ -277,9 +276,9 @@ def _one_head(build: g.Builder, x: ir.Value) -> ir.Value:
     sizes = g.shape(x)
     if sizes is None or len(sizes) < 3:
         return x
-    out = build.op("Unsqueeze", [x, build.constant([1], "int64")])
-    out.shape, out.type = ir.Shape([sizes[0], 1, *sizes[1:]]), x.type
-    return out
+    return build.op(
+        "Unsqueeze", [x, build.constant([1], "int64")], like=x, shape=[sizes[0], 1, *sizes[1:]]
+    )
 
 
 def combine(
@@ -304,20 +303,15 @@ def combine(
     # not infinity: where a query may attend to nothing, its weights must be numbers
     lowest = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]
     forbidden = build.constant(np.asarray(lowest, dtype.numpy()))
-    result = build.op("Where", [mask, total, forbidden])
-    result.type, result.shape = ir.TensorType(dtype), g.broadcast(mask, total)
-    return result
+    sizes = g.broadcast(mask, total)
+    return build.op("Where", [mask, total, forbidden], shape=sizes, dtype=dtype)
 
 
 def _not(build: g.Builder, value: ir.Value) -> ir.Value:
     if (inner := g.producer(value, "Not")) is not None:
         return g.operand(inner, 0)
-    result = build.op("Not", [value])
-    result.type, result.shape = value.type, value.shape
-    return result
+    return build.op("Not", [value], like=value)
 
 
 def _both(build: g.Builder, op_type: str, a: ir.Value, b: ir.Value) -> ir.Value:
-    result = build.op(op_type, [a, b])
-    result.type, result.shape = a.type, g.broadcast(a, b)
-    return result
+    return build.op(op_type, [a, b], shape=g.broadcast(a, b), dtype=a.dtype)

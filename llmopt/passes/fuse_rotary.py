@@ -138,8 +138,7 @@ def _rotate(build: g.Builder, old: ir.Value, found: Rotation, rest: list[ir.Valu
     """Put the operator in the place of ``old``."""
     x, heads_first = found.x, found.layout is Layout.HEADS_FIRST
     if found.apart is not None:
-        x = build.op("Concat", list(found.apart), {"axis": -1})
-        x.shape, x.type = found.x.shape, found.x.type
+        x = build.op("Concat", list(found.apart), {"axis": -1}, like=found.x)
     heads, width = g.static(x, 1 if heads_first else 2), g.static(x, 3)
     assert heads is not None
     assert width is not None
@@ -150,12 +149,16 @@ def _rotate(build: g.Builder, old: ir.Value, found: Rotation, rest: list[ir.Valu
         return
     sizes = g.shape(x)
     assert sizes is not None
-    flat = build.op("Reshape", [x, build.constant([0, 0, heads * width], "int64")])
-    flat.shape, flat.type = ir.Shape([*sizes[:2], heads * width]), x.type
-    out = build.op("RotaryEmbedding", [flat, *rest], attributes)
-    out.shape, out.type = flat.shape, x.type
-    split = build.op("Reshape", [out, build.constant([0, 0, heads, width], "int64")])
-    split.shape, split.type = ir.Shape(sizes), x.type
+    flat = build.op(
+        "Reshape",
+        [x, build.constant([0, 0, heads * width], "int64")],
+        like=x,
+        shape=[*sizes[:2], heads * width],
+    )
+    out = build.op("RotaryEmbedding", [flat, *rest], attributes, like=flat)
+    split = build.op(
+        "Reshape", [out, build.constant([0, 0, heads, width], "int64")], like=x, shape=sizes
+    )
     g.replace(old, split)
 
 

@@ -84,15 +84,12 @@ def merge(parts: Sequence[Projection], name: str) -> str | None:
     build = g.Builder(_earliest([part.product for part in parts]))
     tensor = weights.concatenated([part.weight for part in parts], 1)
     stem = f"{name}.weight"
-    merged = build.op("MatMul", [x, build.initializer(stem, tensor)], name=f"{name}/MatMul")
-    batch = (g.shape(x) or [])[:-1]
-    merged.shape, merged.type = ir.Shape([*batch, sum(sizes)]), first.result.type
+    weight, row = build.initializer(stem, tensor), [*(g.shape(x) or [])[:-1], sum(sizes)]
+    merged = build.op("MatMul", [x, weight], name=f"{name}/MatMul", like=first.result, shape=row)
     if any(part.bias is not None for part in parts):
         biases = [_zeros(part) if part.bias is None else part.bias for part in parts]
         bias = build.initializer(f"{name}.bias", weights.concatenated(biases, 0))
-        shape = merged.shape
-        merged = build.op("Add", [merged, bias], name=f"{name}/Add")
-        merged.shape, merged.type = shape, first.result.type
+        merged = build.op("Add", [merged, bias], name=f"{name}/Add", like=merged)
     split = build.constant(sizes, "int64")
     pieces = build.ops("Split", [merged, split], {"axis": -1}, outputs=len(parts))
     for part, piece in zip(parts, pieces, strict=True):

@@ -79,6 +79,4 @@ def _widened(graph: ir.Graph, value: ir.Value) -> ir.Value:
     assert tensor is not None
     build = g.Builder(graph[0])
     stored = build.initializer(f"{value.name}.bfloat16", narrowed(tensor, _NARROW))
-    out = build.op("Cast", [stored], {"to": int(WIDE)})
-    out.shape, out.type = value.shape, ir.TensorType(WIDE)
-    return out
+    return build.op("Cast", [stored], {"to": int(WIDE)}, like=value, dtype=WIDE)

@@ -225,14 +225,11 @@ def _ordered(found: Projection, order: Columns) -> ir.Value:
     build, like = g.Builder(found.product), found.result
     x, product = g.operand(found.product, 0), g.operand(found.product, 1)
     weight = build.initializer(f"{product.name}.ordered", weights.taken(found.weight, order, 1))
-    out = build.op("MatMul", [x, weight], name=found.product.name)
-    out.shape, out.type = like.shape, like.type
+    out = build.op("MatMul", [x, weight], name=found.product.name, like=like)
     if found.bias is None:
         return out
     bias = build.initializer(f"{product.name}.bias.ordered", weights.taken(found.bias, order, 0))
-    out = build.op("Add", [out, bias])
-    out.shape, out.type = like.shape, like.type
-    return out
+    return build.op("Add", [out, bias], like=like)
 
 
 def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_ColumnRange]) -> None:
@@ -252,6 +249,5 @@ def _shaped(build: g.Builder, piece: ir.Value, part: _ColumnRange, outer: list[g
     target, after = _target(outer, part) or [], g.shape(part.value) or []
     if after == [*outer, part.columns.size]:
         return piece
-    shaped = build.op("Reshape", [piece, build.constant(target, "int64")])
-    shaped.shape, shaped.type = shape_of(after), piece.type
-    return shaped
+    sizes = build.constant(target, "int64")
+    return build.op("Reshape", [piece, sizes], like=piece, shape=shape_of(after))

@@ -108,8 +108,12 @@ class QuantizeDynamic(RoundingPass):
             rounded[x] = _activations(g.Builder(node), x)
         build = g.Builder(node)
         activations, largest = rounded[x]
-        product = build.op("MatMul", [activations, self._weight(build, value)], name=node.name)
-        product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
+        product = build.op(
+            "MatMul",
+            [activations, self._weight(build, value)],
+            name=node.name,
+            like=node.outputs[0],
+        )
         out = build.op("Mul", [product, largest])
         g.replace(node.outputs[0], out)
 
@@ -122,14 +126,14 @@ class QuantizeDynamic(RoundingPass):
         table = build.initializer(f"{stem}.rows", weights.transposed(codes))
         steps = build.initializer(f"{stem}.rows_scale", scale)
         sizes = list(g.shape(ids) or [])
-        rows = build.op("Gather", [table, ids], {"axis": 0}, name=node.name)
-        rows.shape, rows.type = out.shape, ir.TensorType(ir.DataType.INT8)
-        numbers = build.op("Cast", [rows], {"to": ir.DataType.FLOAT})
-        numbers.shape, numbers.type = out.shape, out.type
-        step = build.op("Gather", [steps, ids], {"axis": 0})
-        step.shape, step.type = ids.shape, out.type
-        step = build.op("Unsqueeze", [step, build.constant([-1], "int64")])
-        step.shape, step.type = ir.Shape([*sizes, 1]), out.type
+        rows = build.op(
+            "Gather", [table, ids], {"axis": 0}, name=node.name, like=out, dtype=ir.DataType.INT8
+        )
+        numbers = build.op("Cast", [rows], {"to": ir.DataType.FLOAT}, like=out)
+        step = build.op("Gather", [steps, ids], {"axis": 0}, like=ids, dtype=out.dtype)
+        step = build.op(
+            "Unsqueeze", [step, build.constant([-1], "int64")], like=out, shape=[*sizes, 1]
+        )
         g.replace(out, build.op("Mul", [numbers, step]))
 
     def _weight(self, build: g.Builder, value: ir.Value) -> ir.Value:
@@ -140,9 +144,7 @@ class QuantizeDynamic(RoundingPass):
             build.initializer(f"{stem}.codes", self._codes(tensor)),
             build.initializer(f"{stem}.scale", self._scale(tensor)),
         ]
-        out = build.op("DequantizeLinear", operands, {"axis": 1})
-        out.shape, out.type = value.shape, value.type
-        return out
+        return build.op("DequantizeLinear", operands, {"axis": 1}, like=value)
 
     def _codes(self, tensor: ir.TensorProtocol) -> weights.Derived:
         limit, shape = self.limit, list(tensor.shape.numpy())
@@ -171,13 +173,12 @@ def _activations(build: g.Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     size = build.op("Abs", [x])
     axis = build.constant([-1], "int64")
     largest = build.op("ReduceMax", [size, axis], {"keepdims": 1})
-    largest = build.op("Max", [largest, build.constant(TINY, "float32")])
-    largest.shape, largest.type = ir.Shape([*sizes[:-1], 1]), x.type
+    largest = build.op(
+        "Max", [largest, build.constant(TINY, "float32")], like=x, shape=[*sizes[:-1], 1]
+    )
     unit = build.op("Div", [x, largest])
     scale = build.constant(1.0 / ACTIVATION_LIMIT, "float32")
     zero = build.constant(ACTIVATION_ZERO, "uint8")
-    codes = build.op("QuantizeLinear", [unit, scale, zero])
-    codes.shape, codes.type = x.shape, ir.TensorType(ir.DataType.UINT8)
-    back = build.op("DequantizeLinear", [codes, scale, zero])
-    back.shape, back.type = x.shape, x.type
+    codes = build.op("QuantizeLinear", [unit, scale, zero], like=x, dtype=ir.DataType.UINT8)
+    back = build.op("DequantizeLinear", [codes, scale, zero], like=x)
     return back, largest

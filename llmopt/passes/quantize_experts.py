@@ -70,8 +70,7 @@ class QuantizeExperts(RoundingPass):
             sizes = [g.static(value, axis) or 0 for axis in range(3)]
             rows = dequantized(program.graph, value, QuantizedWeight(base, self._scheme))
             build = g.Builder(gather)
-            whole = build.op("Reshape", [rows, build.constant(sizes, "int64")])
-            whole.shape, whole.type = value.shape, value.type
+            whole = build.op("Reshape", [rows, build.constant(sizes, "int64")], like=value)
             gather.replace_input_with(0, whole)
             outcome.hit()
         if outcome.modified:

@@ -81,8 +81,7 @@ class QuantizeWeights(RoundingPass):
             if g.is_op(node, "Gather"):
                 node.replace_input_with(0, rows)
             else:
-                turned = g.Builder(node).op("Transpose", [rows], {"perm": [1, 0]})
-                turned.shape, turned.type = value.shape, value.type
+                turned = g.Builder(node).op("Transpose", [rows], {"perm": [1, 0]}, like=value)
                 node.replace_input_with(1, turned)
             outcome.hit()
         if outcome.modified:
@@ -180,12 +179,16 @@ def dequantized(graph: ir.Graph, value: ir.Value, weight: QuantizedWeight) -> ir
         build.initializer(f"{stem}.zero_point", weight.zero_point()),
     ]
     attributes = {"axis": 1, "block_size": scheme.block}
-    rows = build.op("DequantizeLinear", operands, attributes, name=f"{stem}/DequantizeLinear")
     padded = scheme.padded(weight.columns)
-    rows.shape, rows.type = ir.Shape([weight.rows, padded]), ir.TensorType(ir.DataType.FLOAT)
+    rows = build.op(
+        "DequantizeLinear",
+        operands,
+        attributes,
+        name=f"{stem}/DequantizeLinear",
+        shape=[weight.rows, padded],
+        dtype=ir.DataType.FLOAT,
+    )
     if padded == weight.columns:
         return rows
     bounds = [build.constant([n], "int64") for n in (0, weight.columns, 1)]
-    cut = build.op("Slice", [rows, *bounds])
-    cut.shape, cut.type = ir.Shape([weight.rows, weight.columns]), rows.type
-    return cut
+    return build.op("Slice", [rows, *bounds], like=rows, shape=[weight.rows, weight.columns])

@@ -207,8 +207,9 @@ def padding_mask(program: Program) -> ir.Value:
     given = program.input(Role.MASK)
     assert given is not None
     build = g.Builder(program.graph[0])
-    present = build.op("Cast", [given], {"to": int(ir.DataType.BOOL)})
-    present.shape, present.type = given.shape, ir.TensorType(ir.DataType.BOOL)
+    present = build.op(
+        "Cast", [given], {"to": int(ir.DataType.BOOL)}, like=given, dtype=ir.DataType.BOOL
+    )
     axes = build.constant([1, 2], "int64")
     mask = landmarks.op(build, Landmark.PADDING_MASK, "Unsqueeze", [present, axes])
     sizes = g.shape(given) or ["B", "T"]
@@ -221,13 +222,17 @@ def tokens_first(build: g.Builder, x: ir.Value) -> ir.Value:
     sizes = g.shape(x)
     assert sizes is not None
     batch, heads, tokens, width = sizes
-    turned = build.op("Transpose", [x], {"perm": [0, 2, 1, 3]})
-    turned.shape, turned.type = ir.Shape([batch, tokens, heads, width]), x.type
+    turned = build.op(
+        "Transpose", [x], {"perm": [0, 2, 1, 3]}, like=x, shape=[batch, tokens, heads, width]
+    )
     assert isinstance(heads, int)
     assert isinstance(width, int)
-    flat = build.op("Reshape", [turned, build.constant([0, 0, heads * width], "int64")])
-    flat.shape, flat.type = ir.Shape([batch, tokens, heads * width]), x.type
-    return flat
+    return build.op(
+        "Reshape",
+        [turned, build.constant([0, 0, heads * width], "int64")],
+        like=x,
+        shape=[batch, tokens, heads * width],
+    )
 
 
 def tokens_last(build: g.Builder, x: ir.Value, like: ir.Value, width: int) -> ir.Value:
@@ -237,8 +242,12 @@ def tokens_last(build: g.Builder, x: ir.Value, like: ir.Value, width: int) -> ir
     batch, heads, tokens, _ = sizes
     assert isinstance(heads, int)
     x.shape, x.type = ir.Shape([batch, tokens, heads * width]), like.type
-    split = build.op("Reshape", [x, build.constant([0, 0, heads, width], "int64")])
-    split.shape, split.type = ir.Shape([batch, tokens, heads, width]), like.type
-    turned = build.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
-    turned.shape, turned.type = ir.Shape([batch, heads, tokens, width]), like.type
-    return turned
+    split = build.op(
+        "Reshape",
+        [x, build.constant([0, 0, heads, width], "int64")],
+        like=like,
+        shape=[batch, tokens, heads, width],
+    )
+    return build.op(
+        "Transpose", [split], {"perm": [0, 2, 1, 3]}, like=like, shape=[batch, heads, tokens, width]
+    )

@@ -124,10 +124,11 @@ class _Splitter:
         like: ir.Node | None = None,
     ) -> ir.Value:
         name = None if like is None else like.name
-        out = self._build.op(op_type, list(inputs), attributes, name=name)
         source = like.outputs[0] if like is not None else next(v for v in inputs if v is not None)
-        out.type, out.shape = source.type, self._shape(sizes)
-        return out
+        shape = self._shape(sizes)
+        return self._build.op(
+            op_type, list(inputs), attributes, name=name, like=source, shape=shape
+        )
 
     def _shape(self, sizes: list[g.Dim]) -> ir.Shape:
         outer: list[g.Dim] = [1, 1] if sizes[0] == 1 else [self._batch, self._heads]
@@ -140,10 +141,10 @@ class _Splitter:
             out = build.op("Unsqueeze", [value, build.constant([0], "int64")])
         else:
             outer = build.constant([-1, self._heads], "int64")
-            inner = build.op("Shape", [value], {"start": 1, "end": 3})
-            inner.shape, inner.type = ir.Shape([2]), ir.TensorType(ir.DataType.INT64)
-            target = build.op("Concat", [outer, inner], {"axis": 0})
-            target.shape, target.type = ir.Shape([4]), inner.type
+            inner = build.op(
+                "Shape", [value], {"start": 1, "end": 3}, shape=[2], dtype=ir.DataType.INT64
+            )
+            target = build.op("Concat", [outer, inner], {"axis": 0}, like=inner, shape=[4])
             out = build.op("Reshape", [value, target])
         out.type, out.shape = value.type, self._shape(sizes)
         return out

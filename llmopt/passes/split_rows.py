@@ -99,8 +99,8 @@ def _split(node: ir.Node, path: list[ir.Node], width: int) -> str | None:
     build = g.Builder(steps[0])
     x = source
     if before != [*outer, width]:
-        x = build.op("Reshape", [source, build.constant(first, "int64")])
-        x.shape, x.type = shape_of([*outer, width]), source.type
+        sizes = build.constant(first, "int64")
+        x = build.op("Reshape", [source, sizes], like=source, shape=shape_of([*outer, width]))
     steps[0].replace_input_with(list(steps[0].inputs).index(node.outputs[0]), x)
     for step in steps:
         step.outputs[0].shape = shape_of([*outer, *(g.shape(step.outputs[0]) or [])[1:]])

@@ -229,16 +229,15 @@ def _integers(build: g.Builder, value: ir.Value) -> ir.Value:
 def _turn(value: ir.Value, forth: ir.Value, anchor: ir.Node) -> None:
     readers = [use for use in value.uses() if use.node.op_type != "Shape"]
     build = g.Builder(anchor)
-    out = build.op("GatherElements", [value, forth], {"axis": 1}, name=f"rows/{value.name}")
-    out.shape, out.type = value.shape, value.type
+    out = build.op(
+        "GatherElements", [value, forth], {"axis": 1}, name=f"rows/{value.name}", like=value
+    )
     for use in readers:
         use.node.replace_input_with(use.idx, out)
 
 
 def _turned_back(build: g.Builder, rows: ir.Value, back: ir.Value) -> ir.Value:
-    out = build.op("GatherND", [rows, back], {"batch_dims": 1}, name="rows/back")
-    out.shape, out.type = rows.shape, rows.type
-    return out
+    return build.op("GatherND", [rows, back], {"batch_dims": 1}, name="rows/back", like=rows)
 
 
 def _on_the_host(program: Program, tokens: ir.Value) -> None:

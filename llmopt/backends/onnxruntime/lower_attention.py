@@ -333,8 +333,9 @@ def _masks(
             known = landmarks.op(first, Landmark.KEY_PADDING, "Cast", [given], to)
         return known, None
     low = build.constant(np.finfo(np.float32).min, "float32")
-    bias = build.op("Where", [mask, build.constant(0.0, "float32"), low])
-    bias.shape, bias.type = mask.shape, ir.TensorType(ir.DataType.FLOAT)
+    bias = build.op(
+        "Where", [mask, build.constant(0.0, "float32"), low], like=mask, dtype=ir.DataType.FLOAT
+    )
     return None, _expanded(build, bias, op)
 
 

@@ -156,8 +156,7 @@ class _Legalizer:
         inputs = [past, new, self.writes]
         # the parser takes the axis counted from the end alone
         attributes = {"axis": -2, "mode": "linear"}
-        written = build.op("TensorScatter", inputs, attributes, name=name)
-        written.shape, written.type = past.shape, past.type
+        written = build.op("TensorScatter", inputs, attributes, name=name, like=past)
         if present.is_graph_output():
             g.replace_output(present, written)
         return written
@@ -240,19 +239,15 @@ def _split_heads(build: g.Builder, x: ir.Value, heads: int) -> ir.Value:
         if name in rotary.attributes
     }
     inputs = [inner, *rotary.inputs[1:]]
-    out = g.Builder(rotary).op("RotaryEmbedding", inputs, attributes, name=rotary.name)
-    out.shape, out.type = inner.shape, inner.type
-    return out
+    return g.Builder(rotary).op("RotaryEmbedding", inputs, attributes, name=rotary.name, like=inner)
 
 
 def _transposed(build: g.Builder, x: ir.Value, heads: int) -> ir.Value:
     sizes: Sequence[Any] = g.shape(x) or ["B", "S", "?"]
     width = sizes[2] // heads if isinstance(sizes[2], int) else -1
     split = build.op("Reshape", [x, build.constant([0, 0, heads, width], "int64")])
-    turned = build.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
     shape = [sizes[0], heads, sizes[1], width if width > 0 else None]
-    turned.shape, turned.type = ir.Shape(shape), x.type
-    return turned
+    return build.op("Transpose", [split], {"perm": [0, 2, 1, 3]}, like=x, shape=shape)
 
 
 def _join_heads(build: g.Builder, x: ir.Value) -> ir.Value:

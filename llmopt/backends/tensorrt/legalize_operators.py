@@ -72,8 +72,6 @@ def _spell_swish(node: ir.Node) -> None:
     inner = x
     if alpha != 1.0:
         dtype = np.float32 if x.dtype is None else x.dtype.numpy()
-        inner = build.op("Mul", [x, build.constant(alpha, dtype)])
-        inner.shape, inner.type = x.shape, x.type
-    gate = build.op("Sigmoid", [inner])
-    gate.shape, gate.type = x.shape, x.type
+        inner = build.op("Mul", [x, build.constant(alpha, dtype)], like=x)
+    gate = build.op("Sigmoid", [inner], like=x)
     g.replace(node.outputs[0], build.op("Mul", [x, gate]))

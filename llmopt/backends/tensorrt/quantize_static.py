@@ -152,8 +152,7 @@ class QuantizeStatic(RoundingPass):
         build = g.Builder(group.nodes[0])
         x = group.x
         if np.any(group.even != 1.0):
-            x = build.op("Mul", [x, build.constant(1.0 / group.even, "float32")])
-            x.shape, x.type = group.x.shape, group.x.type
+            x = build.op("Mul", [x, build.constant(1.0 / group.even, "float32")], like=group.x)
         rounded = self._activation(build, x, group.limit / self.limit)
         for node in group.nodes:
             node.replace_input_with(0, rounded)
@@ -166,11 +165,8 @@ class QuantizeStatic(RoundingPass):
         zero = build.graph.initializers.get(name)
         if zero is None:
             zero = build.initializer(name, ir.tensor(np.zeros((), code), dtype))
-        codes = build.op("QuantizeLinear", [x, scale, zero])
-        codes.shape, codes.type = x.shape, ir.TensorType(dtype)
-        out = build.op("DequantizeLinear", [codes, scale, zero])
-        out.shape, out.type = x.shape, x.type
-        return out
+        codes = build.op("QuantizeLinear", [x, scale, zero], like=x, dtype=dtype)
+        return build.op("DequantizeLinear", [codes, scale, zero], like=x)
 
     def _weight(self, build: g.Builder, value: ir.Value, group: ProductGroup) -> ir.Value:
         tensor = g.weight(value)
@@ -187,9 +183,7 @@ class QuantizeStatic(RoundingPass):
             build.initializer(f"{stem}.codes", codes),
             build.initializer(f"{stem}.scale", scale),
         ]
-        out = build.op("DequantizeLinear", operands, {"axis": 1})
-        out.shape, out.type = value.shape, value.type
-        return out
+        return build.op("DequantizeLinear", operands, {"axis": 1}, like=value)
 
 
 @dataclass(frozen=True)

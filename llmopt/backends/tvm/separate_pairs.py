@@ -53,8 +53,9 @@ def _separate(node: ir.Node, x: ir.Value, sizes: list[int]) -> None:
     build = g.Builder(node)
     attributes = {n: a.value for n, a in node.attributes.items() if n != "interleaved"}
     halves = _turned(build, x, [heads, half, 2])
-    turned = build.op("RotaryEmbedding", [halves, *node.inputs[1:]], attributes, name=node.name)
-    turned.shape, turned.type = x.shape, x.type
+    turned = build.op(
+        "RotaryEmbedding", [halves, *node.inputs[1:]], attributes, name=node.name, like=x
+    )
     g.replace(node.outputs[0], _turned(build, turned, [heads, 2, half]))
 
 
@@ -62,10 +63,16 @@ def _turned(build: g.Builder, x: ir.Value, split: list[int]) -> ir.Value:
     """Return x [B, S, H * D] with the two inner axes of ``split`` exchanged in every head."""
     outer = (g.shape(x) or [])[:2]
     heads, rows, columns = split
-    apart = build.op("Reshape", [x, build.constant([0, 0, *split], "int64")])
-    apart.shape, apart.type = ir.Shape([*outer, *split]), x.type
-    swapped = build.op("Transpose", [apart], {"perm": [0, 1, 2, 4, 3]})
-    swapped.shape, swapped.type = ir.Shape([*outer, heads, columns, rows]), x.type
-    flat = build.op("Reshape", [swapped, build.constant([0, 0, heads * rows * columns], "int64")])
-    flat.shape, flat.type = x.shape, x.type
-    return flat
+    apart = build.op(
+        "Reshape", [x, build.constant([0, 0, *split], "int64")], like=x, shape=[*outer, *split]
+    )
+    swapped = build.op(
+        "Transpose",
+        [apart],
+        {"perm": [0, 1, 2, 4, 3]},
+        like=x,
+        shape=[*outer, heads, columns, rows],
+    )
+    return build.op(
+        "Reshape", [swapped, build.constant([0, 0, heads * rows * columns], "int64")], like=x
+    )

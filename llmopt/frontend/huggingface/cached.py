@@ -195,8 +195,13 @@ def _keep_tokens(graph: ir.Graph) -> None:
         "Where", [build.op("Equal", [keep, zero]), zero, build.op("Sub", [count, keep])]
     )
     start = build.op("Max", [start, zero])
-    kept = build.op("Range", [start, count, one], name="logits_to_keep/Range")
-    kept.shape, kept.type = ir.Shape(["K"]), ir.TensorType(ir.DataType.INT64)
+    kept = build.op(
+        "Range",
+        [start, count, one],
+        name="logits_to_keep/Range",
+        shape=["K"],
+        dtype=ir.DataType.INT64,
+    )
     ir.convenience.replace_all_uses_with(asked, kept)
 
 

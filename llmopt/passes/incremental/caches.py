@@ -181,8 +181,9 @@ def _concatenated(prelude: Prelude, site: Site, cache: Cache) -> ir.Value:
     new = _transpose(build, new, order)
     groups, width = cache.sizes
     new = _reshape(build, prelude, new, [(BATCH,), (groups,), (TOKENS,), (width,)])
-    both = build.op("Concat", [cache.value, new], {"axis": 2})
-    both.type, both.shape = cache.value.type, ir.Shape(["B", groups, "T", width])
+    both = build.op(
+        "Concat", [cache.value, new], {"axis": 2}, like=cache.value, shape=["B", groups, "T", width]
+    )
     longer: list[Atom] = [KEYS if atom == TOKENS else atom for atom in atoms]
     back = _reshape(build, prelude, both, [(longer[i],) for i in order])
     back = _transpose(build, back, [order.index(i) for i in range(len(order))])
@@ -192,17 +193,15 @@ def _concatenated(prelude: Prelude, site: Site, cache: Cache) -> ir.Value:
 
 
 def _reshape(build: g.Builder, prelude: Prelude, value: ir.Value, axes: Sequence[Axis]) -> ir.Value:
-    found = build.op("Reshape", [value, _target(prelude, axes)])
-    found.type, found.shape = value.type, _shape(axes)
-    return found
+    return build.op("Reshape", [value, _target(prelude, axes)], like=value, shape=_shape(axes))
 
 
 def _transpose(build: g.Builder, value: ir.Value, order: Sequence[int]) -> ir.Value:
     dims = g.shape(value)
     assert dims is not None
-    found = build.op("Transpose", [value], {"perm": list(order)})
-    found.type, found.shape = value.type, ir.Shape([dims[i] for i in order])
-    return found
+    return build.op(
+        "Transpose", [value], {"perm": list(order)}, like=value, shape=[dims[i] for i in order]
+    )
 
 
 _LETTERS: Final = {BATCH: "B", TOKENS: "S", KEYS: "T"}

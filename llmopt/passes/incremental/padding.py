@@ -70,8 +70,14 @@ def mask_padding(reading: DecoderReading) -> None:
     mask = reading.program.input(Role.MASK)
     assert mask is not None
     build = g.Builder(reading.program.graph)
-    real = build.op("Cast", [mask], {"to": int(ir.DataType.BOOL)}, name="real")
-    real.shape, real.type = mask.shape, ir.TensorType(ir.DataType.BOOL)
+    real = build.op(
+        "Cast",
+        [mask],
+        {"to": int(ir.DataType.BOOL)},
+        name="real",
+        like=mask,
+        dtype=ir.DataType.BOOL,
+    )
     seen: dict[tuple[int, ...], ir.Value] = {}
     for fused in reading.fused:
         node = fused.node
@@ -104,15 +110,12 @@ def _combined(build: g.Builder, mask: ir.Value | None, pad: ir.Value) -> ir.Valu
         return pad
     if mask.dtype != ir.DataType.BOOL:
         return _where(build, pad, mask)
-    both = build.op("And", [mask, pad])
-    both.shape, both.type = g.broadcast(mask, pad), mask.type
-    return both
+    return build.op("And", [mask, pad], shape=g.broadcast(mask, pad), dtype=mask.dtype)
 
 
 def _where(build: g.Builder, pad: ir.Value, scores: ir.Value) -> ir.Value:
     """Return scores, as low as can be where padding is: not -inf, a row of padding stays finite."""
     kind = (scores.dtype or ir.DataType.FLOAT).numpy()
     low = build.constant(np.asarray(np.finfo(kind).min, kind))
-    masked = build.op("Where", [pad, scores, low])
-    masked.shape, masked.type = g.broadcast(pad, scores), scores.type
-    return masked
+    sizes = g.broadcast(pad, scores)
+    return build.op("Where", [pad, scores, low], shape=sizes, dtype=scores.dtype)
