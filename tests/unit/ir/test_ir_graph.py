@@ -184,3 +184,18 @@ def test_nodes_of_one_name_are_told_apart(made: Program) -> None:
     g.name_nodes(made.graph)
 
     assert [node.name for node in made.graph] == ["same", "same_2", "same_3", "same_4"]
+
+
+def test_a_new_value_has_the_type_and_shape_that_it_is_given() -> None:
+    made = program("main (float[B,4] x) => (float[B,4] y) { y = Abs (x) }")
+    x, build = made.graph.inputs[0], g.Builder(made.graph[0])
+
+    same = build.op("Relu", [x], like=x)
+    flat = build.op("Reshape", [x, build.constant([-1], "int64")], like=x, shape=[None])
+    size = build.op("Shape", [x], shape=[2], dtype=ir.DataType.INT64)
+    bare = build.op("Neg", [x])
+
+    assert (same.shape, same.type) == (x.shape, x.type)
+    assert (g.rank(flat), flat.type) == (1, x.type)
+    assert (g.shape(size), size.dtype) == ([2], ir.DataType.INT64)
+    assert (bare.shape, bare.type) == (None, None)
