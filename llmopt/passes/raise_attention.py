@@ -65,14 +65,14 @@ class Operands:
         k: New keys, [B, G, S, D].
         v: New values, [B, G, S, D].
         past: Past keys and values, if there is a cache.
-        shown: What presents them now, to be replaced by the operator's own outputs.
+        presents: Values that hold past and new ones now; the operator's outputs replace them.
     """
 
     q: ir.Value
     k: ir.Value
     v: ir.Value
     past: tuple[ir.Value, ir.Value] | None = None
-    shown: tuple[ir.Value, ir.Value] | None = None
+    presents: tuple[ir.Value, ir.Value] | None = None
 
     @property
     def aligned(self) -> bool:
@@ -137,12 +137,12 @@ def _raise(
     build = g.Builder(node)
     inputs: list[ir.Value | None] = [tokens_first(build, x) for x in (of.q, of.k, of.v)]
     inputs.append(mask)
-    if of.past is None or of.shown is None:
+    if of.past is None or of.presents is None:
         out = build.op("Attention", inputs, attributes, name=node.name)
     else:
         inputs.extend(of.past)
         out, *present = build.ops("Attention", inputs, attributes, outputs=3, name=node.name)
-        for old, new in zip(of.shown, present, strict=True):
+        for old, new in zip(of.presents, present, strict=True):
             g.replace_output(old, new)
     heads_out = tokens_last(build, out, of.q, g.static(of.v, 3) or 0)
     g.replace(op.y, heads_out)
