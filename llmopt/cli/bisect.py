@@ -109,7 +109,7 @@ def _told(found: Bisection) -> dict[str, Any]:
 
 
 def _culprit(culprit: Culprit) -> dict[str, Any]:
-    from llmopt.verification.each import plain
+    from llmopt.verification.checks import plain
 
     rewrite, finding = culprit.rewrite, culprit.finding
     compared = None if finding is None else finding.compared

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmopt.fusion import FusionCount
     from llmopt.passes.pipeline import Item, Ran
     from llmopt.passes.plugins import Plugin
-    from llmopt.verification.each import Checked
+    from llmopt.verification.checks import Checked
 
 Progress = Callable[[str], None]
 VERIFY: Final = ("each", "final", "off")

@@ -124,7 +124,7 @@ def measure(
     compared = []
     for case, batch, wanted in zip(cases, batches, reference.run(batches, transform), strict=True):
         tokens = tokens_of(Case(case.batch, case.new + case.past, 0, case.padding), batch)
-        if told := told_of(program.signature, wanted, tokens):
+        if told := comparable(program.signature, wanted, tokens):
             found = _run(program, run, case, batch)
             compared.append(compare(case.label, found, told, tokens))
     return tuple(compared)
@@ -171,7 +171,7 @@ def _whole(program: Program, case: Case, vocabulary: int) -> Arrays:
     whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
     batch = without_caches(program, feeds(edge(program), whole, vocabulary))
     batch = illustrated(program, batch, whole.mask(), case.new, case.seed)
-    return batch | read_beside(program, case)
+    return batch | source_inputs(program, case)
 
 
 def without_caches(program: Program, batch: Arrays) -> Arrays:
@@ -185,7 +185,7 @@ _READ_BEFORE: Final = (Role.SOURCE_KEY, Role.SOURCE_VALUE, Role.SOURCE_MASK)
 """What a decoder is given of what was read."""
 
 
-def read_beside(program: Program, case: Case) -> Arrays:
+def source_inputs(program: Program, case: Case) -> Arrays:
     """Return what an encoder reads beside a case of what is written; nothing if there is none."""
     return source_feeds(program, _beside(case, program.facts.model.max_source))
 
@@ -273,7 +273,7 @@ class Tokens:
         return output[new] if output.shape[:2] == new.shape else output
 
 
-def told_of(signature: Signature, wanted: Arrays, tokens: Tokens | None) -> Arrays:
+def comparable(signature: Signature, wanted: Arrays, tokens: Tokens | None) -> Arrays:
     """Return what can be told of ``wanted``: not what may be taken from a token of padding.
 
     An output that is no row for each token is the source's choice of one, often the first.

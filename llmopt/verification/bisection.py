@@ -14,11 +14,12 @@ from llmopt.passes.base import Pass
 from llmopt.passes.hits import run_hits
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.verification import Compared, compare
+from llmopt.verification.checks import BEFORE, STEP, Checked, Finding
+from llmopt.verification.components import FaultyComponent, broken, changed, moved, unrunnable
 from llmopt.verification.difference import Difference, difference
-from llmopt.verification.each import BEFORE, STEP, Checked, Finding, Watch, evaluated
-from llmopt.verification.places import FaultyComponent, broken, changed, moved, unrunnable
-from llmopt.verification.trials import Trial, caches, given
-from llmopt.verification.values import first_difference
+from llmopt.verification.each import Watch
+from llmopt.verification.trials import Trial, caches, trial_of
+from llmopt.verification.values import evaluated, first_difference
 
 SAME: Final = "same"
 UNTRACED: Final = "source"
@@ -103,10 +104,10 @@ def bisect(
         progress: Told what is being done.
     """
     program = source.program
-    trial = None if inputs is None else [given(program, inputs)]
-    watch = Watch(source.reference, trial)
+    trial = None if inputs is None else [trial_of(program, inputs)]
     progress("comparing with the source")
-    if watch.start(program).wrong:
+    watch = Watch.started(source.reference, program, trial)
+    if watch.checks[0].wrong:
         return Bisection(UNTRACED, tuple(watch.checks), ())
     ran: list[Ran] = []
     for item in pipeline.passes:

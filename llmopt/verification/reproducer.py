@@ -21,10 +21,10 @@ from llmopt.ir.program import Program
 from llmopt.passes.options import spell
 from llmopt.runtime.npz import write_npz
 from llmopt.verification.bisection import Culprit
+from llmopt.verification.checks import STEP
+from llmopt.verification.components import fails, unrunnable
 from llmopt.verification.difference import neighbourhood
-from llmopt.verification.each import STEP, evaluated
-from llmopt.verification.places import fails, unrunnable
-from llmopt.verification.values import error_of, values
+from llmopt.verification.values import error_of, evaluated, values
 
 MODEL: Final = "model.onnx"
 INPUTS: Final = "inputs.npz"

@@ -15,7 +15,7 @@ from llmopt.ir.components import edge
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program
-from llmopt.verification import Tokens, matrix, read_beside, tokens_of
+from llmopt.verification import Tokens, matrix, source_inputs, tokens_of
 
 PAST: Final = 5
 """Tokens in the caches of random numbers that a Program with caches is run on."""
@@ -63,12 +63,12 @@ def trials(program: Program) -> list[Trial]:
 
 
 def _trial(program: Program, case: Case, vocabulary: int) -> Trial:
-    arrays = feeds(edge(program), case, vocabulary) | read_beside(program, case)
+    arrays = feeds(edge(program), case, vocabulary) | source_inputs(program, case)
     arrays = illustrated(program, arrays, case.mask()[:, case.past :], seed=case.seed)
     return Trial(case.label, arrays, tokens_of(case, arrays), case.past)
 
 
-def given(program: Program, arrays: Mapping[str, npt.NDArray[Any]]) -> Trial:
+def trial_of(program: Program, arrays: Mapping[str, npt.NDArray[Any]]) -> Trial:
     """Return the trial of inputs that a user gave."""
     mask, tokens = (program.signature.find(role) for role in (Role.MASK, Role.TOKENS))
     past = program.signature.find(Role.PAST_KEY)

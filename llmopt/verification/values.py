@@ -6,12 +6,27 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llmopt.backends.reference import runner
 from llmopt.errors import LlmoptError
-from llmopt.interface.arrays import Array, Arrays
+from llmopt.interface.arrays import Array, Arrays, Run
+from llmopt.ir.components import chained
 from llmopt.ir.program import Program
 from llmopt.verification import Compared
-from llmopt.verification.each import STEP, evaluated
+from llmopt.verification.checks import STEP
 from llmopt.verification.trials import Trial
+
+
+def evaluated(program: Program, *, exact: bool) -> Run:
+    """Return a function from inputs to outputs of a Program, operator by operator.
+
+    Args:
+        program: The Program; it is not changed.
+        exact: Whether what it rounds is computed in float32.
+
+    Raises:
+        LlmoptError: An operator has no implementation.
+    """
+    return chained(program, {p.main: runner(p.model, exact=exact) for p in program.parts()})
 
 
 def first_difference(

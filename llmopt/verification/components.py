@@ -13,9 +13,10 @@ from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline
 from llmopt.verification import compare
+from llmopt.verification.checks import STEP
 from llmopt.verification.difference import fingerprint
-from llmopt.verification.each import STEP, evaluated
-from llmopt.verification.trials import Trial, caches, given, trials
+from llmopt.verification.trials import Trial, caches, trial_of, trials
+from llmopt.verification.values import evaluated
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> Faul
         if not feeds[place.component]:  # no images were given
             continue
         wanted = runs[place.component](feeds[place.component])
-        own = given(place.before, feeds[place.component])
+        own = trial_of(place.before, feeds[place.component])
         try:
             found = evaluated(place.after, exact=exact)(own.feeds)
         except LlmoptError:
