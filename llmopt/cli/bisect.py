@@ -127,8 +127,8 @@ def _culprit(culprit: Culprit) -> dict[str, Any]:
         "against": "" if finding is None else finding.against,
         "first_value": None if rewrite.first is None else rewrite.first.output,
         "first_error_rel": None if rewrite.first is None else plain(rewrite.first.error_rel),
-        "before": rewrite.difference.before,
-        "after": rewrite.difference.after,
+        "before": rewrite.text_before,
+        "after": rewrite.text_after,
     }
 
 

@@ -14,12 +14,12 @@ from llmopt.frontend.reference import Reference
 from llmopt.interface.arrays import Arrays, Run
 from llmopt.interface.signature import Signature
 from llmopt.ir.evaluator import lacking
+from llmopt.ir.fingerprints import fingerprint
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.rounding import RoundingPass, rounding_of
 from llmopt.verification import comparable, compare, measure, without_caches
 from llmopt.verification.checks import BEFORE, SOURCE, STEP, Finding
-from llmopt.verification.difference import fingerprint
 from llmopt.verification.trials import Trial, caches, trials
 from llmopt.verification.values import evaluated
 

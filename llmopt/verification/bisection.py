@@ -9,6 +9,8 @@ from typing import Final
 from llmopt.errors import LlmoptError, PassError
 from llmopt.frontend.base import Source
 from llmopt.interface.arrays import Array, Arrays
+from llmopt.ir.difference import Difference, difference
+from llmopt.ir.fingerprints import origin
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.hits import run_hits
@@ -16,8 +18,8 @@ from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.verification import Compared, compare
 from llmopt.verification.checks import BEFORE, STEP, Checked, Finding
 from llmopt.verification.components import FaultyComponent, broken, changed, moved, unrunnable
-from llmopt.verification.difference import Difference, difference
 from llmopt.verification.each import Watch
+from llmopt.verification.neighbourhood import marked_text, rewired
 from llmopt.verification.trials import Trial, caches, trial_of
 from llmopt.verification.values import evaluated, first_difference
 
@@ -31,20 +33,40 @@ class Rewrite:
     """One change of a pass, and the Program around it.
 
     Args:
-        number: Which of the pass's changes it is, from 1; 0 where they are not told apart.
-        of: How many changes the pass made.
+        number: Number of the change among those of the pass, from 1; 0 where they cannot be made
+            one by one.
+        of: The number of changes that the pass made.
         node: The node that says best where it is.
-        difference: What it did to the graph.
+        difference: The change of the graph.
+        rewired: The nodes that only read other values than before.
         first: The first value that is another after it, and how far off, if one is.
         before: The Program without it.
+        after: The Program with it.
     """
 
     number: int
     of: int
     node: str
     difference: Difference
+    rewired: tuple[str, ...]
     first: Compared | None
     before: Program
+    after: Program
+
+    @property
+    def nodes_before(self) -> set[str]:
+        """The nodes of the Program without it that it concerns."""
+        return {*self.difference.nodes_before, *self.rewired}
+
+    @property
+    def text_before(self) -> str:
+        """The nodes that it removed or changed, and their neighbours, as text."""
+        return marked_text(self.nodes_before, self.before)
+
+    @property
+    def text_after(self) -> str:
+        """The nodes that it added or changed, and their neighbours, as text."""
+        return marked_text({*self.difference.nodes_after, *self.rewired}, self.after)
 
 
 @dataclass(frozen=True)
@@ -137,7 +159,7 @@ def _blamed(
     finding = _smallest(checked.wrong)
     place = _placed(item, before, after, checked, exact=exact)
     if place is None:
-        unknown = Rewrite(0, 0, "", difference(before, before), None, before)
+        unknown = Rewrite(0, 0, "", Difference(), (), None, before, before)
         return Culprit(item, before, unknown, finding, checked.problem, exact, None)
     trial = place.trial
     if finding is not None and place.component:
@@ -146,9 +168,11 @@ def _blamed(
     number, good, bad = 0, place.before, place.after
     if trial is not None or checked.problem:
         number, good, bad = states.first_wrong(place.after)
-    change = difference(good, bad)
+    change = difference(good.components, bad.components, origin)
     first = None if trial is None else first_difference(good, bad, trial, exact=exact)
-    rewrite = Rewrite(number, states.count, _node(change, bad, first), change, first, good)
+    readers = rewired(change, good, bad)
+    node = _node(change, readers, bad, first)
+    rewrite = Rewrite(number, states.count, node, change, readers, first, good, bad)
     where = place.component
     return Culprit(item, place.before, rewrite, finding, checked.problem, exact, where)
 
@@ -236,10 +260,17 @@ class _States:
         return compare("", found, self._wanted, self._trial.tokens, names).error_rel <= STEP
 
 
-def _node(change: Difference, after: Program, first: Compared | None) -> str:
-    """Return the node that says best where a change is."""
-    if not change.nodes:
+def _node(
+    change: Difference, readers: Sequence[str], after: Program, first: Compared | None
+) -> str:
+    """Return the node that says best where a change is.
+
+    That is a node that changed; else the end of what was replaced; else what reads other values
+    now: of these the maker of the first value that is off, or the last.
+    """
+    names = change.nodes("changed") or change.nodes("removed") or readers or change.nodes("added")
+    if not names:
         return ""
-    made = {str(v.name): str(n.name) for n in after.graph for v in n.outputs}
-    maker = made.get(first.output, "") if first is not None else ""
-    return maker if maker in change.nodes else change.nodes[-1]
+    makers = {str(v.name): str(n.name) for n in after.graph for v in n.outputs}
+    maker = makers.get(first.output, "") if first is not None else ""
+    return maker if maker in names else names[-1]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from llmopt.errors import LlmoptError
 from llmopt.ir import dialect
 from llmopt.ir.components import apart
+from llmopt.ir.fingerprints import fingerprint
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline
 from llmopt.verification import compare
 from llmopt.verification.checks import STEP
-from llmopt.verification.difference import fingerprint
 from llmopt.verification.trials import Trial, caches, trial_of, trials
 from llmopt.verification.values import evaluated
 

@@ -23,7 +23,7 @@ from llmopt.runtime.npz import write_npz
 from llmopt.verification.bisection import Culprit
 from llmopt.verification.checks import STEP
 from llmopt.verification.components import fails, unrunnable
-from llmopt.verification.difference import neighbourhood
+from llmopt.verification.neighbourhood import neighbourhood
 from llmopt.verification.values import error_of, evaluated, values
 
 MODEL: Final = "model.onnx"
@@ -107,7 +107,7 @@ def _taken(program: Program, arrays: Arrays) -> Arrays:
 
 def _parts(culprit: Culprit, program: Program, feeds: Arrays | None) -> Iterator[Example]:
     """Yield parts around the change, from the smallest on."""
-    names = culprit.rewrite.difference.touched_before
+    names = culprit.rewrite.nodes_before
     size = 0
     for hops in _HOPS:
         nodes = neighbourhood(names, program, hops)
