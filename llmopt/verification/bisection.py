@@ -75,12 +75,12 @@ class Culprit:
 
     Args:
         item: The pass.
-        before: The Program that it was given.
-        rewrite: What it did, as closely as it can be told.
+        before: The Program before it.
+        rewrite: The change that is wrong, as closely as it can be singled out.
         finding: The comparison that shows it, the smallest case; None where nothing can be run.
-        problem: Why the Program cannot be run after it, if it cannot.
+        problem: The reason why the Program cannot be run after it, if it cannot.
         exact: Whether what is rounded was computed in float32.
-        component: Which of several components it is in, and the rest speaks of; empty where there
+        component: The component it is in, of several, which the rest is about; empty where there
             is one alone, None where it does not show in one alone.
     """
 
@@ -95,13 +95,13 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What was found.
+    """The result of a bisection.
 
     Args:
         status: ``SAME`` (nothing is wrong), ``UNTRACED`` (the source computes something else than
             its Program, before any pass) or ``GUILTY``.
-        checks: What was compared: before any pass, then after each.
-        ran: What each pass did.
+        checks: Every comparison: before any pass, then after each.
+        ran: The result of each pass.
         culprit: The pass, if one is guilty.
     """
 
@@ -120,10 +120,10 @@ def bisect(
     """Run a pipeline on a source's Program in place, and stop at the first pass that is wrong.
 
     Args:
-        source: What to run it on, and to compare with.
+        source: The source, whose Program is changed.
         pipeline: The passes.
-        inputs: Inputs by name to compare on; the matrix if not given.
-        progress: Told what is being done.
+        inputs: Inputs by name to compare on; None for the matrix.
+        progress: A function that shows what is being done.
     """
     program = source.program
     trial = None if inputs is None else [trial_of(program, inputs)]
@@ -157,27 +157,26 @@ def _blamed(
 ) -> Culprit:
     """Return the change of a guilty pass that shows first what the pass does wrong."""
     finding = _smallest(checked.wrong)
-    place = _placed(item, before, after, checked, exact=exact)
-    if place is None:
+    faulty = _component(item, before, after, checked, exact=exact)
+    if faulty is None:
         unknown = Rewrite(0, 0, "", Difference(), (), None, before, before)
         return Culprit(item, before, unknown, finding, checked.problem, exact, None)
-    trial = place.trial
-    if finding is not None and place.component:
+    trial = faulty.trial
+    if finding is not None and faulty.component:
         finding = replace(finding, trial=trial)
-    states = _States(place.before, item, trial, exact=exact)
-    number, good, bad = 0, place.before, place.after
+    states = _States(faulty.before, item, trial, exact=exact)
+    number, good, bad = 0, faulty.before, faulty.after
     if trial is not None or checked.problem:
-        number, good, bad = states.first_wrong(place.after)
+        number, good, bad = states.first_wrong(faulty.after)
     change = difference(good.components, bad.components, origin)
     first = None if trial is None else first_difference(good, bad, trial, exact=exact)
     readers = rewired(change, good, bad)
     node = _node(change, readers, bad, first)
     rewrite = Rewrite(number, states.count, node, change, readers, first, good, bad)
-    where = place.component
-    return Culprit(item, place.before, rewrite, finding, checked.problem, exact, where)
+    return Culprit(item, faulty.before, rewrite, finding, checked.problem, exact, faulty.component)
 
 
-def _placed(
+def _component(
     item: Pass, before: Program, after: Program, checked: Checked, *, exact: bool
 ) -> FaultyComponent | None:
     """Return the component in which a pass goes wrong; None if it does not show in one alone."""
@@ -194,7 +193,7 @@ def _placed(
 
 def _smallest(wrong: Sequence[Finding]) -> Finding | None:
     """Return the failure that is easiest to look at: of one pass against itself, few numbers."""
-    order = {id(each): place for place, each in enumerate(wrong)}
+    order = {id(each): index for index, each in enumerate(wrong)}
 
     def ease(each: Finding) -> tuple[bool, bool, int, int]:
         padded, numbers = each.trial.size if each.trial is not None else (True, 0)
@@ -207,7 +206,7 @@ class _States:
     """A Program after each number of a pass's changes.
 
     Args:
-        before: The Program that the pass is given.
+        before: The Program before the pass.
         item: The pass.
         trial: The inputs that show what is wrong; None if it cannot be run at all.
         exact: Whether what is rounded is computed in float32.
@@ -218,13 +217,13 @@ class _States:
         self._item = item
         self._trial = trial
         self._exact = exact
-        self._wanted: Arrays = {}
+        self._expected: Arrays = {}
         self.count = run_hits(item, before.clone())
         if trial is not None:
-            self._wanted = evaluated(before, exact=exact)(trial.feeds)
+            self._expected = evaluated(before, exact=exact)(trial.feeds)
 
     def at(self, changes: int) -> Program:
-        """Return the Program after so many changes."""
+        """Return the Program after a number of changes."""
         program = self._before.clone()
         run_hits(self._item, program, changes)
         return program
@@ -232,7 +231,7 @@ class _States:
     def first_wrong(self, after: Program) -> tuple[int, Program, Program]:
         """Return which change is the first that shows, and the Program without and with it.
 
-        By halves. A state that nothing can be told of, in the midst of a change, is passed over.
+        By halves. A state that cannot be run, in the midst of a change, is passed over.
         """
         good, bad, end = 0, self.count + 1, self.count + 1
         while good + 1 < end:
@@ -253,11 +252,11 @@ class _States:
         if self._trial is None:
             return not unrunnable(program, exact=self._exact)
         try:
-            found = evaluated(program, exact=self._exact)(self._trial.feeds)
+            outputs = evaluated(program, exact=self._exact)(self._trial.feeds)
         except LlmoptError:
             return None
         names = [*caches(program)]
-        return compare("", found, self._wanted, self._trial.tokens, names).error_rel <= STEP
+        return compare("", outputs, self._expected, self._trial.tokens, names).error_rel <= STEP
 
 
 def _node(
