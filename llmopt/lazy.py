@@ -34,8 +34,8 @@ EXTRAS: Final[Mapping[str, str]] = {
 def load(reference: str) -> Any:
     """Return what ``"module:name"`` refers to.
 
-    >>> load("llmopt.version:__version__")
-    '0.1.0'
+    >>> load("string:digits")
+    '0123456789'
     """
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
