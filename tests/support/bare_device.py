@@ -9,7 +9,7 @@ from typing import Final
 
 ONNXRUNTIME: Final = ("onnxruntime",)
 TVM: Final = ("tvm", "tvm_ffi", "ml_dtypes")
-_ALWAYS: Final = ("llmopt", "click", "numpy", "tokenizers", "typing_extensions", "backports")
+_ALWAYS: Final = ("llmopt", "numpy", "tokenizers", "typing_extensions", "backports")
 _BARE: Final = """
 import runpy, sys
 from importlib.machinery import PathFinder
@@ -42,7 +42,7 @@ def on_device(packages: tuple[str, ...], *arguments: object) -> subprocess.Compl
 
 
 def bare_python(packages: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python where only these packages, and those that llmopt always needs, can be imported.
+    """Run Python where only these packages, and those that the runtime needs, can be imported.
 
     Args:
         packages: The packages.

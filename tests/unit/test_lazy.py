@@ -42,7 +42,7 @@ def test_a_command_without_the_compiler_says_what_to_install(line: str, tmp_path
         (tmp_path / name).touch()
     words = [str(tmp_path / w) if w.endswith(".onnx") else w for w in line.split()]
 
-    done = bare_python(ONNXRUNTIME, "-m", "llmopt", *words)
+    done = bare_python((*ONNXRUNTIME, "click"), "-m", "llmopt", *words)
 
     assert done.stderr.splitlines()[-1] == f"Error: {SAYS}"
     assert "Traceback" not in done.stderr
