@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any, Final
 
+from llmopt import lazy
 from llmopt.errors import LlmoptError
+from llmopt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from llmopt.api import compile, diff, load, trace  # noqa: A004 - the name of the design
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from llmopt.passes.pipeline import Pipeline
     from llmopt.runtime import Runner
 
-__version__: Final = "0.1.0"
 __all__ = [
     "Artifact",
     "LlmoptError",
@@ -36,23 +36,29 @@ __all__ = [
     "trace",
 ]
 
-_WHERE: Final = {
-    "Artifact": "llmopt.compiler",
-    "Miss": "llmopt.passes.base",
-    "Outcome": "llmopt.passes.base",
-    "Pass": "llmopt.passes.base",
-    "Pipeline": "llmopt.passes.pipeline",
-    "Program": "llmopt.ir.program",
-    "Runner": "llmopt.runtime",
-    "compile": "llmopt.api",
-    "diff": "llmopt.api",
-    "load": "llmopt.api",
-    "trace": "llmopt.api",
+_PUBLIC: Final = {
+    "Artifact": "llmopt.compiler:Artifact",
+    "Miss": "llmopt.passes.base:Miss",
+    "Outcome": "llmopt.passes.base:Outcome",
+    "Pass": "llmopt.passes.base:Pass",
+    "Pipeline": "llmopt.passes.pipeline:Pipeline",
+    "Program": "llmopt.ir.program:Program",
+    "Runner": "llmopt.runtime:Runner",
+    "compile": "llmopt.api:compile",
+    "diff": "llmopt.api:diff",
+    "load": "llmopt.api:load",
+    "trace": "llmopt.api:trace",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: ``import llmopt`` stays quick."""
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _PUBLIC:
+        with lazy.extras_needed():
+            return lazy.load(_PUBLIC[name])
     raise AttributeError(f"module 'llmopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported yet or not, and the rest of the module."""
+    return sorted({*globals(), *__all__})

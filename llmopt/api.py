@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmopt.lazy import extras_needed
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from llmopt.runtime import Runner
 
 
+@extras_needed()
 def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a keyword
     source: str | Path | torch.nn.Module,
     *,
@@ -85,6 +88,7 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     return compile_source(source, [target], place, options, reading, progress)[0]
 
 
+@extras_needed()
 def load(
     artifact: str | Path | Artifact,
     *,
@@ -116,6 +120,7 @@ def load(
     )
 
 
+@extras_needed()
 def diff(before: Program | str | Path, after: Program | str | Path) -> Difference:
     """Return what changed from one model to another; names and order are no change.
 
@@ -131,6 +136,7 @@ def diff(before: Program | str | Path, after: Program | str | Path) -> Differenc
     return compare(before, after)
 
 
+@extras_needed()
 def trace(
     module: torch.nn.Module,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,

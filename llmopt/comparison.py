@@ -29,8 +29,8 @@ class _Opened:
     """One side of a comparison.
 
     Args:
-        models: Its graphs, by the name of the component.
-        facts: What else is compared, by the name that a change is told by.
+        models: The graphs, by the name of the component.
+        facts: Everything else that is compared, as text, by the name that a message has for it.
     """
 
     models: Mapping[str, ir.Model] = field(default_factory=dict)
@@ -45,15 +45,15 @@ def compare(before: Side, after: Side) -> Difference:
     Args:
         before: A Program; or the path of an artifact, of an .onnx file, of its text, or of a
             source, which is then traced.
-        after: Likewise.
+        after: The other one, of any of these kinds.
 
     Raises:
         LlmoptError: One is not there, or is damaged.
     """
     sides = [_open(side) for side in (before, after)]
-    found = difference(sides[0].models, sides[1].models)
+    graphs = difference(sides[0].models, sides[1].models)
     facts = tuple(_facts(sides[0].facts, sides[1].facts))
-    return dataclasses.replace(found, edges=(*facts, *found.edges))
+    return dataclasses.replace(graphs, edges=(*facts, *graphs.edges))
 
 
 def _open(side: Side) -> _Opened:

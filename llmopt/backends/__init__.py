@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Final
 
+from llmopt import lazy
 from llmopt.backends.base import Backend, split_target
 from llmopt.errors import UnknownNameError
 from llmopt.passes.plugins import installed
@@ -32,7 +32,7 @@ ALIASES: Final[Mapping[str, str]] = {
 
 def known_backends() -> dict[str, type[Backend]]:
     """Return every backend by target name: the built-in ones and those of installed packages."""
-    ours = {name: _load(where) for name, where in BACKENDS.items()}
+    ours: dict[str, type[Backend]] = {name: lazy.load(path) for name, path in BACKENDS.items()}
     return ours | installed("llmopt.backends", {**BACKENDS, **ALIASES}, Backend)
 
 
@@ -48,9 +48,3 @@ def find_backend(target: str) -> Backend:
     if found is None:
         raise UnknownNameError("target", name, [*known, *ALIASES], "`llmopt targets` lists them")
     return found.configured(options)
-
-
-def _load(where: str) -> type[Backend]:
-    module, _, name = where.partition(":")
-    cls: type[Backend] = getattr(importlib.import_module(module), name)
-    return cls

@@ -84,7 +84,7 @@ class ArchiveMember:
             size += len(chunk)
             yield chunk
         if (size, digest.hexdigest()) != (self.record.size_bytes, self.record.sha256):
-            raise BundleError(str(self.source), "changed while it was read")
+            raise BundleError(Path(str(self.source)), "changed while it was read")
 
 
 def write_archive(stream: BinaryIO, entries: Iterable[ArchiveMember]) -> str:

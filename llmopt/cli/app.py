@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,9 @@ from typing import Any, Final
 import click
 from typing_extensions import override
 
-import llmopt
+from llmopt import lazy
 from llmopt.cli import failures
+from llmopt.version import __version__
 
 COMMANDS: Final[Mapping[str, str]] = {
     "compile": "llmopt.cli.compile:compile_command",
@@ -43,8 +43,7 @@ class App(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, _, name = COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
+        command: click.Command = lazy.load(COMMANDS[cmd_name])
         return command
 
     @override
@@ -86,7 +85,7 @@ class _Warnings(logging.Handler):
     epilog="Exit codes: 0 ok, 1 the work failed, 2 usage, 3 backend or device missing, "
     "4 inconclusive, 130 interrupted.",
 )
-@click.version_option(llmopt.__version__, prog_name="llmopt")
+@click.version_option(__version__, prog_name="llmopt")
 @click.pass_context
 def app(ctx: click.Context) -> None:
     """Compile Transformers into the fastest artifact that is proven to compute the same thing.

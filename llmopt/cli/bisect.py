@@ -109,7 +109,7 @@ def _told(found: Bisection) -> dict[str, Any]:
 
 
 def _culprit(culprit: Culprit) -> dict[str, Any]:
-    from llmopt.verification.each import plain
+    from llmopt.verification.checks import plain
 
     rewrite, finding = culprit.rewrite, culprit.finding
     compared = None if finding is None else finding.compared
@@ -127,8 +127,8 @@ def _culprit(culprit: Culprit) -> dict[str, Any]:
         "against": "" if finding is None else finding.against,
         "first_value": None if rewrite.first is None else rewrite.first.output,
         "first_error_rel": None if rewrite.first is None else plain(rewrite.first.error_rel),
-        "before": rewrite.difference.before,
-        "after": rewrite.difference.after,
+        "before": rewrite.text_before,
+        "after": rewrite.text_after,
     }
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import llmopt
 from llmopt.cli.artifacts import opened, require_there, trust, trust_options
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json, fields, size, table
 from llmopt.errors import LlmoptError, UnknownNameError, UsageError
+from llmopt.version import __version__
 
 if TYPE_CHECKING:
     from llmopt.bundle.contents import Contents, Variant
@@ -69,7 +69,7 @@ def create_command(artifacts: tuple[Path, ...], output: Path, **options: Any) ->
         from llmopt.bundle.creating import Licensing, create
 
         licensing = Licensing(options["licenses"], options["license_files"])
-        version = llmopt.__version__
+        version = __version__
         contents = create(artifacts, output, licensing, version=version, force=options["force"])
     if options["as_json"]:
         echo_json({"schema": SCHEMA, "bundle": str(output), **_sizes(output, contents)})

@@ -12,24 +12,25 @@ from typing import Any, Final
 import click
 
 from llmopt.cli.text import echo_json, fields, size, table
+from llmopt.lazy import EXTRAS
 
 SCHEMA = 1
-PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
-    "llmopt": ("", ""),
-    "click": ("nothing works", "llmopt"),
-    "numpy": ("nothing works", "llmopt"),
-    "tokenizers": ("no text in or out: run --prompt and --text", "llmopt"),
-    "onnxruntime": ("no artifact for onnxruntime runs or is verified", "llmopt[runtime]"),
-    "torch": ("nothing compiles", "llmopt[compile]"),
-    "onnx": ("nothing compiles", "llmopt[compile]"),
-    "onnx-ir": ("nothing compiles", "llmopt[compile]"),
-    "onnxscript": ("nothing compiles", "llmopt[compile]"),
-    "ml-dtypes": ("nothing compiles", "llmopt[compile]"),
-    "gguf": ("GGUF files are not read", "llmopt[compile]"),
-    "jinja2": ("chat templates are not converted", "llmopt[compile]"),
-    "transformers": ("only known families of Hugging Face folders compile", "llmopt[transformers]"),
+PACKAGES: Final[Mapping[str, str]] = {
+    "llmopt": "",
+    "click": "nothing works",
+    "numpy": "nothing works",
+    "tokenizers": "no text in or out: run --prompt and --text",
+    "onnxruntime": "no artifact for onnxruntime runs or is verified",
+    "torch": "nothing compiles",
+    "onnx": "nothing compiles",
+    "onnx-ir": "nothing compiles",
+    "onnxscript": "nothing compiles",
+    "ml-dtypes": "nothing compiles",
+    "gguf": "GGUF files are not read",
+    "jinja2": "chat templates are not converted",
+    "transformers": "only known families of Hugging Face folders compile",
 }
-"""What is lost without each package, and what to install for it."""
+"""What is lost without each package."""
 
 
 @click.command("doctor")
@@ -69,9 +70,9 @@ def examine(folder: Path) -> dict[str, Any]:
                 "name": name,
                 "version": _version(name),
                 "without_it": cost,
-                "install": f"pip install '{extra}'" if extra else "",
+                "install": _install(name) if cost else "",
             }
-            for name, (cost, extra) in PACKAGES.items()
+            for name, cost in PACKAGES.items()
         ],
     }
 
@@ -81,6 +82,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _install(package: str) -> str:
+    extra = EXTRAS.get(package.replace("-", "_"))
+    return f"pip install 'llmopt[{extra}]'" if extra else "pip install llmopt"
 
 
 def _cost(package: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from llmopt.errors import LlmoptError
+from llmopt.lazy import extras_needed
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -44,7 +45,7 @@ def told(arguments: Sequence[str]) -> Iterator[None]:
         arguments: The command line, to be shown where it has to be run again.
     """
     try:
-        with _no_ctrl_c_is_lost():
+        with _no_ctrl_c_is_lost(), extras_needed():
             yield
     except LlmoptError as error:
         _end(str(error), error.exit_code)

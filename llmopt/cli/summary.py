@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llmopt.compiler import Artifact
     from llmopt.fusion import FusionCount
     from llmopt.passes.pipeline import Ran
-    from llmopt.verification.each import Checked
+    from llmopt.verification.checks import Checked
 
 _SHOWN: Final = 5
 
@@ -84,7 +84,7 @@ def checks_table(checks: Sequence[Checked], passes: Sequence[Ran]) -> str:
         checks: What was found before any pass, and after each.
         passes: What each did; there may be fewer, if one could not finish.
     """
-    from llmopt.verification.each import ELSEWHERE
+    from llmopt.verification.checks import ELSEWHERE
 
     did = [("", ""), *((str(ran.applied), f"{ran.duration_s:.2f}") for ran in passes)]
     rows = []

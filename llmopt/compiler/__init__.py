@@ -118,12 +118,13 @@ def optimize(
     required_kinds(options.require)  # a wrong one is told before any work
     with clock("tracing"):
         opened = open_source(source, reading)
-    watch = Watch(opened.reference) if options.verify == "each" else None
+    watch: Watch | None = None
     ran: list[Ran] = []
     before = opened.program.signature
     with clock("optimizing"):
-        if watch is not None:
-            watch.start(opened.program).require()
+        if options.verify == "each":
+            watch = Watch.started(opened.reference, opened.program)
+            watch.checks[0].require()
         pipeline.run(opened.program, noted(ran, watch))
     opened = _as_signed(opened, before, ran)
     report = fusion_report(opened.program, ran)

@@ -1,4 +1,4 @@
-"""What is asked of the compiler, and what comes out of it."""
+"""The options of the compiler, and the artifact that it writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmopt.fusion import FusionCount
     from llmopt.passes.pipeline import Item, Ran
     from llmopt.passes.plugins import Plugin
-    from llmopt.verification.each import Checked
+    from llmopt.verification.checks import Checked
 
 Progress = Callable[[str], None]
 VERIFY: Final = ("each", "final", "off")
@@ -29,7 +29,7 @@ class CompileOptions:
         passes: The pipeline before quantization and lowering: text, or texts and passes.
         plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
-        verify: One of ``VERIFY``.
+        verify: Extent of the comparisons, one of ``VERIFY``.
         max_kl: The largest mean KL divergence from the source that is accepted, nats.
         force: Whether an existing output is replaced.
         batch: Most sequences at once, for backends that must know.
@@ -54,13 +54,13 @@ class Artifact:
     """A compiled model on disk.
 
     Args:
-        path: Its directory.
-        manifest: What its manifest says.
-        passes: What each pass did.
-        fusion: What was expected and what was fused.
-        notes: What a user should know.
-        checks: How far the Program moved in each pass, where that was measured: first how far it
-            was from its source before any, then one for each of ``passes``.
+        path: The directory.
+        manifest: The manifest in it.
+        passes: The result of each pass.
+        fusion: The fusions that were expected, and those that were made, by kind.
+        notes: Sentences that a user should read.
+        checks: The error after each pass, where it was measured: first that of the traced Program
+            against its source, then one for each of ``passes``.
     """
 
     path: Path
@@ -77,9 +77,9 @@ class Artifact:
 
     def summary(self) -> dict[str, Any]:
         """Return what ``compile --json`` shows of it."""
-        shown = [{"verification": check.summary()} for check in self.checks]
-        traced = {"traced": shown[0]["verification"]} if shown else {}
-        checked = shown[1:] or [{}] * len(self.passes)
+        checks = [{"verification": check.summary()} for check in self.checks]
+        traced = {"traced": checks[0]["verification"]} if checks else {}
+        checked = checks[1:] or [{}] * len(self.passes)
         return {
             "path": str(self.path),
             "target": self.manifest.target,

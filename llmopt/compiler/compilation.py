@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import llmopt
 from llmopt.artifact.manifest import Component, Manifest
 from llmopt.artifact.report import write_report
 from llmopt.artifact.writer import staged_folder
@@ -38,6 +37,7 @@ from llmopt.passes.rounding import Rounding, rounding_of
 from llmopt.quantization.schemes import Blockwise, DynamicInt8, Scheme, Static, parse_scheme
 from llmopt.verification import Verification, verify
 from llmopt.verification.each import Watch
+from llmopt.version import __version__
 
 AfterPass = Callable[[Pass, Program, Ran], None]
 
@@ -253,7 +253,7 @@ class Compilation:
             target=self.backend.target,
             entry=lowered.entry,
             task=program.facts.task,
-            versions={"llmopt": llmopt.__version__, **lowered.versions},
+            versions={"llmopt": __version__, **lowered.versions},
             source=program.facts.source,
             pipeline=pipeline,
             recipe=self._recipe(program.facts.source.name),

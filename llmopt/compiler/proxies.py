@@ -61,8 +61,8 @@ class Work:
     """What one run of a Program has to do.
 
     Args:
-        operators: How many nodes of each operator there are, by the source's module that they
-            came from.
+        operators: The number of nodes of each operator, by the source's module that they came
+            from.
         products: Products with weights: for each new token (``"token"``), for each token whose
             logits are wanted (``"kept"``), for each sequence (``"sequence"``).
         lookup_bytes: Bytes of table rows that a token looks up.
@@ -141,7 +141,7 @@ def _count_product(work: Work, node: ir.Node, *, is_kept: bool) -> None:
 
 
 def _count_experts(work: Work, node: ir.Node) -> None:
-    """Count the experts that one token goes to: so many of them are read and multiplied by."""
+    """Count the experts that one token goes to: those are read and multiplied by."""
     products = work.products.setdefault("token", WeightProducts())
     experts, width = g.static(node.inputs[1], -1) or 1, g.static(node.inputs[0], -1) or 0
     chosen = int(g.attribute(node, "k", 1))
@@ -246,11 +246,11 @@ def _cache_bytes(program: Program) -> int:
 
 def _behind(start: ir.Value | None) -> set[ir.Node]:
     """Return every node whose result depends on ``start``."""
-    found: set[ir.Node] = set()
+    dependents: set[ir.Node] = set()
     open_ = [] if start is None else g.users(start)
     while open_:
         node = open_.pop()
-        if node not in found:
-            found.add(node)
+        if node not in dependents:
+            dependents.add(node)
             open_ += [user for output in node.outputs for user in g.users(output)]
-    return found
+    return dependents

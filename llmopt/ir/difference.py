@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 
 from llmopt.ir import graph as g
 from llmopt.ir import wording
-from llmopt.ir.fingerprints import Fingerprints
+from llmopt.ir.fingerprints import Digest, Fingerprints, content
 from llmopt.ir.match import COMMUTATIVE
 from llmopt.ir.pairing import pair
 
@@ -30,9 +30,10 @@ class NodeChange:
         kind: ``"removed"``, ``"added"`` or ``"changed"``.
         scope: The module that it is of: ``"layers.0.self_attn"``.
         operator: The operator, with its domain if that is not ONNX's own.
-        details: What is different, or the attributes of what was added or removed.
-        node: Its name before; after, of one that was added.
+        details: The facts that differ, or the attributes of a node that was added or removed.
+        node: The node's name before; after, for one that was added.
         component: The part of the model, where it has several.
+        node_after: The node's name after; empty for one that was removed.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class NodeChange:
     details: tuple[str, ...]
     node: str
     component: str = ""
+    node_after: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Weights:
     """The weights of both sides, each digest once.
 
     Args:
-        before: How many.
-        after: How many.
-        same: How many of them are the same, by digest.
-        before_bytes: Their size.
-        after_bytes: Their size.
+        before: The number before.
+        after: The number after.
+        same: The number of weights that are on both sides, by digest.
+        before_bytes: The size before.
+        after_bytes: The size after.
     """
 
     before: int = 0
@@ -77,8 +79,8 @@ class Difference:
     Args:
         edges: Changed inputs, outputs and operator sets, and facts of artifacts, a line each.
         changes: Changed nodes.
-        operators: How many there are of each operator, before and after.
-        weights: How many weights there are, and how many stayed.
+        operators: The number of nodes of each operator, before and after.
+        weights: The number of weights, and of those that stayed.
     """
 
     edges: tuple[str, ...] = ()
@@ -91,13 +93,31 @@ class Difference:
         """Whether nothing changed."""
         return not self.edges and not self.changes
 
+    def nodes(self, *kinds: Kind) -> tuple[str, ...]:
+        """Return the names of nodes that changed in one of these ways."""
+        return tuple(change.node for change in self.changes if change.kind in kinds)
 
-def difference(before: Mapping[str, ir.Model], after: Mapping[str, ir.Model]) -> Difference:
+    @property
+    def nodes_before(self) -> set[str]:
+        """The names of every node of the first graph that is no longer what it was."""
+        return {*self.nodes("removed", "changed")}
+
+    @property
+    def nodes_after(self) -> set[str]:
+        """The names of every node of the second graph that was not so in the first."""
+        return {change.node_after for change in self.changes if change.kind != "removed"}
+
+
+def difference(
+    before: Mapping[str, ir.Model], after: Mapping[str, ir.Model], digest: Digest = content
+) -> Difference:
     """Return what changed between the components of two models.
 
     Args:
         before: Models by the name of the component.
-        after: Likewise.
+        after: Models by the name of the component.
+        digest: The function that gives weights their digest: by their numbers, or by how they
+            are made, which is enough for two states of one Program and reads no large ones.
 
     Raises:
         LlmoptError: A weight cannot be read.
@@ -111,14 +131,15 @@ def difference(before: Mapping[str, ir.Model], after: Mapping[str, ir.Model]) ->
         if name not in before or name not in after:
             edges.append(f"component {name} {'removed' if name in before else 'added'}")
             continue
-        found = _Comparison(_inlined(before[name]), _inlined(after[name]), label)
-        lines, changed = [*found.edges()], found.changes()
-        if not lines and not changed and not found.computes_the_same():
+        sides = [Fingerprints.of(_inlined(side[name]), digest) for side in (before, after)]
+        comparison = _Comparison(sides[0], sides[1], label)
+        lines, changed = [*comparison.edges()], comparison.changes()
+        if not lines and not changed and not comparison.computes_the_same():
             lines.append("the outputs are computed otherwise, though every node has a like one")
         edges += [f"{label}: {line}" if label else line for line in lines]
         changes += changed
-        weights = weights.plus(found.weights())
-        for count, prints in zip(counts, (found.before, found.after), strict=True):
+        weights = weights.plus(comparison.weights())
+        for count, prints in zip(counts, sides, strict=True):
             count.update(operator(node) for node in prints.nodes)
     operators = {name: (counts[0][name], counts[1][name]) for name in sorted(counts[0] | counts[1])}
     return Difference(tuple(edges), tuple(changes), operators, weights)
@@ -140,40 +161,46 @@ def _inlined(model: ir.Model) -> ir.Model:
 class _Comparison:
     """Two graphs and which node of one is which of the other."""
 
-    def __init__(self, before: ir.Model, after: ir.Model, component: str) -> None:
-        self.before, self.after = Fingerprints.of(before), Fingerprints.of(after)
+    def __init__(self, before: Fingerprints, after: Fingerprints, component: str) -> None:
+        self.before, self.after = before, after
         self.component = component
         self.pairs = pair(self.before, self.after)
         self.back = {new: old for old, new in self.pairs.items()}
 
     def changes(self) -> list[NodeChange]:
         """Return changed nodes in the order of the graphs."""
-        found: list[tuple[float, NodeChange]] = []
+        placed: list[tuple[float, NodeChange]] = []
         for index, node in enumerate(self.before.nodes):
             change = self._change_of(node)
             if change is not None:
-                found.append((index / len(self.before.nodes), change))
+                placed.append((index / len(self.before.nodes), change))
         for index, node in enumerate(self.after.nodes):
             if node not in self.back:
-                added = self._change("added", node, wording.shown(self.after.attributes(node)))
-                found.append((index / len(self.after.nodes), added))
-        return [change for _, change in sorted(found, key=lambda each: each[0])]
+                added = self._change(
+                    "added", node, wording.spelled_out(self.after.attributes(node))
+                )
+                placed.append(
+                    (index / len(self.after.nodes), replace(added, node_after=added.node))
+                )
+        return [change for _, change in sorted(placed, key=lambda each: each[0])]
 
     def _change_of(self, node: ir.Node) -> NodeChange | None:
         """Return what became of a node of the first graph, if anything did."""
         new = self.pairs.get(node)
         if new is None:
-            return self._change("removed", node, wording.shown(self.before.attributes(node)))
+            return self._change("removed", node, wording.spelled_out(self.before.attributes(node)))
         if self.before.above[node] == self.after.above[new]:
             return None
-        told = tuple(self._told(node, new))
-        return self._change("changed", node, told) if told else None
+        details = tuple(self._details(node, new))
+        if not details:
+            return None
+        return replace(self._change("changed", node, details), node_after=str(new.name))
 
     def _change(self, kind: Kind, node: ir.Node, details: tuple[str, ...]) -> NodeChange:
         name = str(node.name)
         return NodeChange(kind, g.scope_of(node), operator(node), details, name, self.component)
 
-    def _told(self, old: ir.Node, new: ir.Node) -> Iterator[str]:
+    def _details(self, old: ir.Node, new: ir.Node) -> Iterator[str]:
         """Yield what is different in a pair; what only follows from other nodes is not."""
         yield from wording.attributes(self.before.attributes(old), self.after.attributes(new))
         if len(old.outputs) != len(new.outputs):
@@ -201,7 +228,7 @@ class _Comparison:
 
     def _operand(self, left: ir.Value | None, right: ir.Value | None) -> str | None:
         """Return what is different in an operand, or None; or where another node tells it."""
-        held = self.before.held(left), self.after.held(right)
+        held = self.before.digest_of(left), self.after.digest_of(right)
         if held != (None, None):
             return None if held[0] == held[1] else wording.numbers(left, right)
         if left is None or right is None:
@@ -250,7 +277,7 @@ class _Comparison:
         """Whether every output is made in the same way, by what its value is known by."""
         sides = [
             {
-                str(v.name): prints.held(v) or prints.values.get(v, str(v.name))
+                str(v.name): prints.digest_of(v) or prints.values.get(v, str(v.name))
                 for v in prints.graph.outputs
             }
             for prints in (self.before, self.after)
@@ -280,6 +307,6 @@ def _weights(prints: Fingerprints) -> Iterator[tuple[str, int]]:
     """Yield digest and bytes of every weight that a node reads."""
     for node in prints.nodes:
         for value in node.inputs:
-            if value is not None and (digest := prints.held(value)) is not None:
+            if value is not None and (digest := prints.digest_of(value)) is not None:
                 tensor = ir.convenience.get_const_tensor(value)
                 yield digest, 0 if tensor is None else tensor.nbytes

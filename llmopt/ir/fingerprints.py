@@ -8,15 +8,49 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from llmopt.ir import weights
 from llmopt.ir.match import COMMUTATIVE
+from llmopt.ir.program import Program
+
+Digest = Callable[[ir.TensorProtocol], str]
+_SMALL_BYTES: Final = 1 << 16
+
+
+def content(tensor: ir.TensorProtocol) -> str:
+    """Return the digest of a tensor's type, shape and numbers."""
+    digest = hashlib.sha256(f"{tensor.dtype.name} {list(tensor.shape.numpy())} ".encode())
+    digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def origin(tensor: ir.TensorProtocol) -> str:
+    """Return the digest of how a tensor is made from the source's, without reading large ones.
+
+    Two states of one Program have the same digest only where they have the same numbers.
+    """
+    if isinstance(tensor, weights.Derived | weights.Leaf) or tensor.nbytes > _SMALL_BYTES:
+        return _hashed([repr(weights.identity(tensor))])
+    return content(tensor)
+
+
+def fingerprint(program: Program) -> str:
+    """Return the digest of what a Program computes, for another state of the same Program."""
+    parts = [repr(program.signatures)]
+    for model in program.components.values():
+        prints = Fingerprints.of(model, origin)
+        edge = (*model.graph.inputs, *model.graph.outputs)
+        parts += [f"{value.name} {value.dtype} {value.shape}" for value in edge]
+        parts += [repr(sorted(prints.imports.items())), *prints.above.values()]
+        parts += [prints.key(value) for value in model.graph.outputs]
+    return _hashed(parts)
 
 
 @dataclass
@@ -26,52 +60,53 @@ class Fingerprints:
     Args:
         graph: The graph.
         imports: The versions of the operator sets that it uses.
-        values: Of every value: equal ones compute the same from the same inputs.
-        above: Of every node, by all that feeds it.
-        below: Of every node, by all that reads it.
-        local: Of every node, by itself and the weights it reads.
+        digest: The function that gives weights and constants their digest.
+        values: Keys of values: equal ones compute the same from the same inputs.
+        above: Keys of nodes, by all that feeds them.
+        below: Keys of nodes, by all that reads them.
+        local: Keys of nodes, by themselves and the weights they read.
     """
 
     graph: ir.Graph
     imports: Mapping[str, int]
+    digest: Digest = content
     values: dict[ir.Value, str] = field(default_factory=dict)
     above: dict[ir.Node, str] = field(default_factory=dict)
     below: dict[ir.Node, str] = field(default_factory=dict)
     local: dict[ir.Node, str] = field(default_factory=dict)
-    _spelled: dict[ir.Node, str] = field(default_factory=dict)
-    _held: dict[ir.Value, str] = field(default_factory=dict)
+    _digests: dict[ir.Value, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: ir.Model) -> Fingerprints:
-        """Return the fingerprints of a model's graph; every weight is read once."""
-        made = cls(model.graph, dict(model.graph.opset_imports))
+    def of(cls, model: ir.Model, digest: Digest = content) -> Fingerprints:
+        """Return the fingerprints of a model's graph; every weight is digested once."""
+        prints = cls(model.graph, dict(model.graph.opset_imports), digest)
         for value in model.graph.inputs:
-            made.values[value] = f"input {value.name}"
-        made._downwards(model.graph)
-        made._upwards()
-        return made
+            prints.values[value] = f"input {value.name}"
+        prints._downwards(model.graph)
+        prints._upwards()
+        return prints
 
     @property
     def nodes(self) -> list[ir.Node]:
         """Every node but those that only hold a constant, in order."""
         return list(self.above)
 
-    def held(self, value: ir.Value | None) -> str | None:
-        """Return the digest of a weight or constant; None for what is computed or given."""
+    def digest_of(self, value: ir.Value | None) -> str | None:
+        """Return the digest of a weight or constant; None for an input or a result."""
         if value is None or value.is_graph_input():
             return None
-        if value not in self._held:
+        if value not in self._digests:
             tensor = ir.convenience.get_const_tensor(value)
             if tensor is None:
                 return None
-            self._held[value] = digest(tensor)
-        return self._held[value]
+            self._digests[value] = self.digest(tensor)
+        return self._digests[value]
 
     def attributes(self, node: ir.Node) -> dict[str, str]:
         """Return the attributes of a node as text, but those that say the default."""
         usual = _defaults(node.op_type, node.domain, self.imports.get(node.domain, 1))
-        found = {name: self._attribute(attr) for name, attr in sorted(node.attributes.items())}
-        return {name: text for name, text in found.items() if usual.get(name) != text}
+        texts = {name: self._attribute(attr) for name, attr in sorted(node.attributes.items())}
+        return {name: text for name, text in texts.items() if usual.get(name) != text}
 
     def _attribute(self, attr: ir.Attr) -> str:
         if attr.type is ir.AttributeType.GRAPH:
@@ -79,35 +114,35 @@ class Fingerprints:
         if attr.type is ir.AttributeType.GRAPHS:
             return " ".join(self._subgraph(graph) for graph in attr.as_graphs())
         if attr.type is ir.AttributeType.TENSOR:
-            return digest(attr.as_tensor())
+            return self.digest(attr.as_tensor())
         return spelled(attr.value)
 
     def _subgraph(self, graph: ir.Graph) -> str:
         for index, value in enumerate(graph.inputs):
             self.values[value] = f"inner {index}"
-        inner = Fingerprints(graph, self.imports, values=self.values)
+        inner = Fingerprints(graph, self.imports, self.digest, values=self.values)
         inner._downwards(graph)
-        return _hashed([self._key(value) for value in graph.outputs])
+        return _hashed([self.key(value) for value in graph.outputs])
 
     def _downwards(self, graph: ir.Graph) -> None:
         for node in graph:
             if node.op_type == "Constant" and node.domain == "":
                 continue
             spelling = f"{node.domain}.{node.op_type} {self.attributes(node)} {len(node.outputs)}"
-            self._spelled[node] = spelling
-            keys = [self._key(value) for value in _given(node)]
-            held = [str(self.held(value)) for value in _given(node)]
+            keys = [self.key(value) for value in _operands(node)]
+            digests = [str(self.digest_of(value)) for value in _operands(node)]
             if node.op_type in COMMUTATIVE and len(keys) == 2:
-                keys, held = sorted(keys), sorted(held)
-            self.local[node] = _hashed([spelling, *held])
+                keys, digests = sorted(keys), sorted(digests)
+            self.local[node] = _hashed([spelling, *digests])
             self.above[node] = _hashed([spelling, *keys])
             for index, value in enumerate(node.outputs):
                 self.values[value] = f"{self.above[node]} {index}"
 
-    def _key(self, value: ir.Value | None) -> str:
+    def key(self, value: ir.Value | None) -> str:
+        """Return the key of a value: the digest of a constant, else by what feeds it."""
         if value is None:
             return ""
-        return self.held(value) or self.values.get(value, f"outer {value.name}")
+        return self.digest_of(value) or self.values.get(value, f"outer {value.name}")
 
     def _upwards(self) -> None:
         for node in reversed(self.nodes):
@@ -119,15 +154,8 @@ class Fingerprints:
             self.below[node] = _hashed([self.local[node], *sorted(reads)])
 
     def _read(self, node: ir.Node, index: int) -> str:
-        place = 0 if node.op_type in COMMUTATIVE else index
-        return f"{self.below.get(node, 'inner')} {place}"
-
-
-def digest(tensor: ir.TensorProtocol) -> str:
-    """Return the digest of a tensor's type, shape and numbers."""
-    found = hashlib.sha256(f"{tensor.dtype.name} {list(tensor.shape.numpy())} ".encode())
-    found.update(tensor.tobytes())
-    return found.hexdigest()
+        operand = 0 if node.op_type in COMMUTATIVE else index
+        return f"{self.below.get(node, 'inner')} {operand}"
 
 
 def spelled(value: Any) -> str:
@@ -160,7 +188,7 @@ def _defaults(op_type: str, domain: str, version: int) -> dict[str, str]:
     return {n: spelled(onnx.helper.get_attribute_value(value)) for n, value in given.items()}
 
 
-def _given(node: ir.Node) -> list[ir.Value | None]:
+def _operands(node: ir.Node) -> list[ir.Value | None]:
     """Return the inputs of a node, without those at the end that are left out."""
     inputs = list(node.inputs)
     while inputs and inputs[-1] is None:

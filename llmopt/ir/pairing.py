@@ -28,7 +28,7 @@ class _NodePairs:
     """Pairs, and what is left on both sides.
 
     Args:
-        before: One graph.
+        before: The one graph.
         after: The other.
     """
 

@@ -1,4 +1,4 @@
-"""How a difference is told: types, attributes and constants in few words."""
+"""The words of a difference: types, attributes and constants in few of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 import onnx_ir as ir
 
 from llmopt.ir import graph as g
-from llmopt.ir.fingerprints import digest
+from llmopt.ir.fingerprints import content
 
-_MOST: Final = 8  # numbers: of a larger constant only type and shape are told
+_MOST: Final = 8  # numbers: a larger constant is worded by type and shape
 
 
 def ports(
@@ -79,13 +79,13 @@ def defaults(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> Iterator[str]:
         if value.name not in theirs:
             continue
         tensors = [each.const_value for each in (value, theirs[value.name])]
-        digests = [None if tensor is None else digest(tensor) for tensor in tensors]
+        digests = [None if tensor is None else content(tensor) for tensor in tensors]
         if digests[0] != digests[1]:
-            told = ["none" if tensor is None else values(tensor) for tensor in tensors]
-            yield f"input {value.name}: default {' → '.join(told)}"
+            texts = ["none" if tensor is None else values(tensor) for tensor in tensors]
+            yield f"input {value.name}: default {' → '.join(texts)}"
 
 
-def shown(attributes: Mapping[str, str]) -> tuple[str, ...]:
+def spelled_out(attributes: Mapping[str, str]) -> tuple[str, ...]:
     """Return attributes as ``name=value``, long values cut."""
     return tuple(f"{name}={_short(text)}" for name, text in attributes.items())
 
@@ -101,10 +101,10 @@ def numbers(left: ir.Value | None, right: ir.Value | None) -> str:
     tensors = [None if v is None else ir.convenience.get_const_tensor(v) for v in (left, right)]
     if tensors[0] is None or tensors[1] is None:
         return f"{source(left)} → {source(right)}"
-    shown = [values(tensor) for tensor in tensors if tensor is not None]
-    if shown[0] == shown[1]:
-        return f"has other numbers, {shown[0]}"
-    return f"{shown[0]} → {shown[1]}"
+    texts = [values(tensor) for tensor in tensors if tensor is not None]
+    if texts[0] == texts[1]:
+        return f"has other numbers, {texts[0]}"
+    return f"{texts[0]} → {texts[1]}"
 
 
 def values(tensor: ir.TensorProtocol) -> str:
@@ -126,9 +126,9 @@ def source(value: ir.Value | None) -> str:
 def type_of(value: ir.Value) -> str:
     """Return the type and shape of a value: ``float[B, S, 64]``."""
     dims = g.shape(value)
-    shown = (
+    sizes = (
         "[…]"
         if dims is None
         else f"[{', '.join('?' if str(d)[:1] == '?' else str(d) for d in dims)}]"
     )
-    return f"{'?' if value.dtype is None else value.dtype.name.lower()}{shown}"
+    return f"{'?' if value.dtype is None else value.dtype.name.lower()}{sizes}"

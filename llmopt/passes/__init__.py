@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Final
 
+from llmopt import lazy
 from llmopt.passes.base import Miss, Outcome, Pass
 from llmopt.passes.plugins import installed
 
@@ -63,11 +63,5 @@ DEFAULT: Final[tuple[str, ...]] = (
 
 def known_passes() -> dict[str, type[Pass]]:
     """Return every pass by name: the built-in ones and those of installed packages."""
-    ours = {name: _load(where) for name, where in PASSES.items()}
+    ours: dict[str, type[Pass]] = {name: lazy.load(path) for name, path in PASSES.items()}
     return ours | installed("llmopt.passes", PASSES, Pass)
-
-
-def _load(where: str) -> type[Pass]:
-    module, _, name = where.partition(":")
-    cls: type[Pass] = getattr(importlib.import_module(module), name)
-    return cls

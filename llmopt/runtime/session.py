@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from llmopt import lazy
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array
@@ -153,8 +153,7 @@ def open_session(folder: Path, manifest: Manifest, threads: int | None = None) -
     if name not in ENGINES:
         known = ", ".join(ENGINES)
         raise BackendUnavailableError(name, f"{folder} is built for it, this runs: {known}")
-    module, _, kind = ENGINES[name].partition(":")
-    session: Session = getattr(importlib.import_module(module), kind)(folder, manifest, threads)
+    session: Session = lazy.load(ENGINES[name])(folder, manifest, threads)
     return session
 
 

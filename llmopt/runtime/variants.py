@@ -80,7 +80,7 @@ def choose(contents: Contents, machine: Machine, path: Path) -> Variant:
     best = best_of(contents, machine)
     if best is None:
         reasons = [f"{each.name}: {obstacle(each.needs, machine)}" for each in contents.variants]
-        raise NoVariantError(path, reasons)
+        raise NoVariantError(str(path), "; ".join(reasons))
     if is_tight(best.needs, machine):
         words = "%s may take %d MB of memory, and there are %d"
         there = machine.memory_bytes or 0

@@ -33,7 +33,7 @@ class Compared:
     """One case of the matrix.
 
     Args:
-        label: Its sizes and padding.
+        label: The sizes and padding of the case.
         output: The output that was furthest off.
         error_rel: ``max|a - b| / max|b|`` over unpadded positions.
     """
@@ -45,13 +45,13 @@ class Compared:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked and how far off it was.
+    """The cases that were checked, and how far off each was.
 
     Args:
         status: ``"passed"`` or ``"off"``.
         cases: Every case.
-        tolerance: What each had to keep.
-        proven_by: What ran the artifact, where that is not the target itself.
+        tolerance: The largest error that is allowed.
+        proven_by: The backend that ran the artifact, where that is not the target itself.
     """
 
     status: str
@@ -87,11 +87,11 @@ def verify(
     """Compare an artifact with its source on the matrix.
 
     Args:
-        program: What the inputs and outputs mean.
+        program: The Program, which says what inputs and outputs mean.
         run: The artifact.
         reference: The source.
         tolerance: The largest relative error of any case.
-        transform: What was done to the source's weights on purpose.
+        transform: The change that was made to the source's weights on purpose.
 
     Raises:
         AccuracyError: a case is further off, or gives a number that is not finite.
@@ -114,27 +114,26 @@ def measure(
     """Return how far a Program is from its source in each case of the matrix.
 
     Args:
-        program: What the inputs and outputs mean.
-        run: It, or what became of it.
+        program: The Program, which says what inputs and outputs mean.
+        run: A function that runs it, or what was lowered from it.
         reference: The source.
-        transform: What was done to the source's weights on purpose.
+        transform: The change that was made to the source's weights on purpose.
     """
     cases = list(matrix(program))
     vocabulary = program.facts.model.vocabulary or 2
-    batches = [_whole(program, case, vocabulary) for case in cases]
+    batches = [_full_pass(program, case, vocabulary) for case in cases]
     compared = []
     for case, batch, wanted in zip(cases, batches, reference.run(batches, transform), strict=True):
         tokens = tokens_of(Case(case.batch, case.new + case.past, 0, case.padding), batch)
-        if told := told_of(program.signature, wanted, tokens):
-            found = _run(program, run, case, batch)
-            compared.append(compare(case.label, found, told, tokens))
+        if expected := comparable(program.signature, wanted, tokens):
+            compared.append(compare(case.label, _run(program, run, case, batch), expected, tokens))
     return tuple(compared)
 
 
 def matrix(program: Program) -> Iterator[Case]:
     """Yield the cases of a Program; ``past`` counts the tokens that are decoded one by one.
 
-    All but the shortest have room for an image, where the Program sees any.
+    All but the shortest have room for an image, where the Program takes any.
     """
     limit = program.facts.max_length or 1 << 20
     padded = program.signature.find(Role.MASK) is not None
@@ -152,7 +151,7 @@ def matrix(program: Program) -> Iterator[Case]:
 
 
 def tokens_of(case: Case, batch: Arrays) -> Tokens:
-    """Return where the tokens of a case are, and of what an encoder reads beside it."""
+    """Return where the tokens of a case are, and those of the encoder."""
     read = batch.get(f"{FIRST}attention_mask")
     return Tokens(case.mask() == 1, case.new, None if read is None else read == 1)
 
@@ -162,32 +161,34 @@ def _window(program: Program) -> int | None:
     return min((size + 1 for size in windows if size >= 0), default=None)
 
 
-def _whole(program: Program, case: Case, vocabulary: int) -> Arrays:
+def _full_pass(program: Program, case: Case, vocabulary: int) -> Arrays:
     """Return the inputs of one full pass of the source: prefill and decoded tokens together."""
-    whole = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
-    batch = without_caches(program, feeds(edge(program), whole, vocabulary))
-    batch = illustrated(program, batch, whole.mask(), case.new, case.seed)
-    return batch | read_beside(program, case)
+    full = Case(case.batch, case.new + case.past, 0, case.padding, case.seed)
+    batch = without_caches(program, feeds(edge(program), full, vocabulary))
+    batch = illustrated(program, batch, full.mask(), case.new, case.seed)
+    return batch | source_inputs(program, case)
 
 
 def without_caches(program: Program, batch: Arrays) -> Arrays:
     """Return the inputs that a source takes: no cache, and nothing that it hands over itself."""
-    inner = {Role.PAST_KEY, Role.PAST_VALUE, *(_READ_BEFORE if len(program.components) > 1 else ())}
+    inner = {Role.PAST_KEY, Role.PAST_VALUE}
+    if len(program.components) > 1:
+        inner |= {*_FROM_ENCODER}
     left = {port.name for port in program.signature.inputs if port.role in inner}
     return {name: array for name, array in batch.items() if name not in left}
 
 
-_READ_BEFORE: Final = (Role.SOURCE_KEY, Role.SOURCE_VALUE, Role.SOURCE_MASK)
-"""What a decoder is given of what was read."""
+_FROM_ENCODER: Final = (Role.SOURCE_KEY, Role.SOURCE_VALUE, Role.SOURCE_MASK)
+"""Inputs of a decoder that its encoder makes."""
 
 
-def read_beside(program: Program, case: Case) -> Arrays:
-    """Return what an encoder reads beside a case of what is written; nothing if there is none."""
-    return source_feeds(program, _beside(case, program.facts.model.max_source))
+def source_inputs(program: Program, case: Case) -> Arrays:
+    """Return the inputs of the encoder that belong to a case of the decoder; {} without one."""
+    return source_feeds(program, _source_case(case, program.facts.model.max_source))
 
 
-def _beside(case: Case, limit: int) -> Case:
-    """Return a case of another length and padding."""
+def _source_case(case: Case, limit: int) -> Case:
+    """Return a case of the encoder: of another length and padding."""
     length = {1: 7, 7: 33}.get(case.new, 1)
     padding = {"none": "left", "left": "right"}.get(case.padding, "none")
     return Case(case.batch, min(length, limit or length), 0, padding, case.seed + 100)
@@ -196,21 +197,21 @@ def _beside(case: Case, limit: int) -> Case:
 def _run(program: Program, run: Run, case: Case, batch: Arrays) -> Arrays:
     if not program.signature.has_cache:
         return run(batch)
-    shown: Arrays = {}
+    others: Arrays = {}
 
     def keeping(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        found = run(step)
-        shown.update({name: found[name] for name in _BEFORE if name in found})
-        return found
+        outputs = run(step)
+        others.update({name: outputs[name] for name in _BEFORE if name in outputs})
+        return outputs
 
     logits = decode(program.signature, keeping, batch, case.new)
-    return {"logits": logits} | shown
+    return {"logits": logits} | others
 
 
 _READ: Final = "last_hidden_state"
 _SEEN: Final = "image_features"
 _BEFORE: Final = (_READ, _SEEN)
-"""What a component gives that stands before a decoder, and a source shows, too."""
+"""Outputs of the components before a decoder that a source has too."""
 
 
 def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array:
@@ -222,7 +223,7 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         batch: ``input_ids`` of all tokens; ``attention_mask`` and ``position_ids``, if it has them;
             and what is the same in every step, of a model of several components, or was read, of
             the last one alone.
-        prefill: How many tokens the first step takes.
+        prefill: The number of tokens of the first step.
     """
     total = batch["input_ids"].shape[1]
     sizes = {"B": len(batch["input_ids"]), "P": 0}
@@ -232,26 +233,26 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
         if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
     pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
-    known = {port.name for port in signature.inputs if port.role in _READ_BEFORE}
+    known = {port.name for port in signature.inputs if port.role in _FROM_ENCODER}
     read = {name: array for name, array in batch.items() if is_steady(name) or name in known}
     logits, start = [], 0
     for end in (prefill, *range(prefill + 1, total + 1)):
         parts = {"input_ids": start, "attention_mask": 0, "position_ids": start}
         step = {n: batch[n][:, first:end] for n, first in parts.items() if n in batch}
-        found = run({**step, "logits_to_keep": np.asarray(0, np.int64), **caches, **read})
-        logits.append(found["logits"])
-        caches = {past: found[present] for past, present in pairs}
+        outputs = run({**step, "logits_to_keep": np.asarray(0, np.int64), **caches, **read})
+        logits.append(outputs["logits"])
+        caches = {past: outputs[present] for past, present in pairs}
         start = end
     return np.concatenate(logits, axis=1)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where there are tokens, and where padding.
+    """The positions of tokens among padding.
 
     Args:
         mask: [B, T] bool, of past and new ones.
-        new: S, how many are new.
+        new: S, the number of new ones.
         read: [B, C] bool, of what an encoder reads; None if there is none.
     """
 
@@ -269,8 +270,8 @@ class Tokens:
         return output[new] if output.shape[:2] == new.shape else output
 
 
-def told_of(signature: Signature, wanted: Arrays, tokens: Tokens | None) -> Arrays:
-    """Return what can be told of ``wanted``: not what may be taken from a token of padding.
+def comparable(signature: Signature, wanted: Arrays, tokens: Tokens | None) -> Arrays:
+    """Return the outputs that can be compared: not what may be taken from a token of padding.
 
     An output that is no row for each token is the source's choice of one, often the first.
     """
@@ -281,20 +282,24 @@ def told_of(signature: Signature, wanted: Arrays, tokens: Tokens | None) -> Arra
 
 
 def compare(
-    label: str, found: Arrays, wanted: Arrays, tokens: Tokens | None, caches: Collection[str] = ()
+    label: str,
+    actual: Arrays,
+    expected: Arrays,
+    tokens: Tokens | None,
+    caches: Collection[str] = (),
 ) -> Compared:
     """Return the output that is furthest off.
 
     Args:
-        label: What the case is called.
-        found: Outputs by name.
-        wanted: Those that they should be.
-        tokens: Where they are; None if nothing is padded.
+        label: The name of the case.
+        actual: Outputs by name.
+        expected: The outputs to compare with, by name.
+        tokens: The positions of tokens; None if nothing is padded.
         caches: Names of outputs [B, G, T, D], whose third axis is that of tokens.
     """
     errors = []
-    for name, right in wanted.items():
-        left = found[name]
+    for name, right in expected.items():
+        left = actual[name]
         if left.shape != right.shape:
             return Compared(f"{label}: shape {left.shape}, not {right.shape}", name, np.inf)
         pair = [left, right]
@@ -304,13 +309,13 @@ def compare(
     return max(errors, key=lambda each: each.error_rel)
 
 
-def relative_error(found: Array, wanted: Array) -> float:
-    """Return ``max|found - wanted| / max|wanted|``; infinite where a number is not finite.
+def relative_error(actual: Array, expected: Array) -> float:
+    """Return ``max|actual - expected| / max|expected|``; infinite where a number is not finite.
 
     >>> relative_error(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
     0.5
     """
-    if not np.all(np.isfinite(found)) or found.size == 0:
+    if not np.all(np.isfinite(actual)) or actual.size == 0:
         return float("inf")
-    scale = float(np.max(np.abs(wanted))) or 1.0
-    return float(np.max(np.abs(found - wanted))) / scale
+    scale = float(np.max(np.abs(expected))) or 1.0
+    return float(np.max(np.abs(actual - expected))) / scale

@@ -9,16 +9,19 @@ from typing import Final
 from llmopt.errors import LlmoptError, PassError
 from llmopt.frontend.base import Source
 from llmopt.interface.arrays import Array, Arrays
+from llmopt.ir.difference import Difference, difference
+from llmopt.ir.fingerprints import origin
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.hits import run_hits
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.verification import Compared, compare
-from llmopt.verification.difference import Difference, difference
-from llmopt.verification.each import BEFORE, STEP, Checked, Finding, Watch, evaluated
-from llmopt.verification.places import FaultyComponent, broken, changed, moved, unrunnable
-from llmopt.verification.trials import Trial, caches, given
-from llmopt.verification.values import first_difference
+from llmopt.verification.checks import BEFORE, STEP, Checked, Finding
+from llmopt.verification.components import FaultyComponent, broken, changed, moved, unrunnable
+from llmopt.verification.each import Watch
+from llmopt.verification.neighbourhood import marked_text, rewired
+from llmopt.verification.trials import Trial, caches, trial_of
+from llmopt.verification.values import evaluated, first_difference
 
 SAME: Final = "same"
 UNTRACED: Final = "source"
@@ -30,20 +33,40 @@ class Rewrite:
     """One change of a pass, and the Program around it.
 
     Args:
-        number: Which of the pass's changes it is, from 1; 0 where they are not told apart.
-        of: How many changes the pass made.
+        number: Number of the change among those of the pass, from 1; 0 where they cannot be made
+            one by one.
+        of: The number of changes that the pass made.
         node: The node that says best where it is.
-        difference: What it did to the graph.
+        difference: The change of the graph.
+        rewired: The nodes that only read other values than before.
         first: The first value that is another after it, and how far off, if one is.
         before: The Program without it.
+        after: The Program with it.
     """
 
     number: int
     of: int
     node: str
     difference: Difference
+    rewired: tuple[str, ...]
     first: Compared | None
     before: Program
+    after: Program
+
+    @property
+    def nodes_before(self) -> set[str]:
+        """The nodes of the Program without it that it concerns."""
+        return {*self.difference.nodes_before, *self.rewired}
+
+    @property
+    def text_before(self) -> str:
+        """The nodes that it removed or changed, and their neighbours, as text."""
+        return marked_text(self.nodes_before, self.before)
+
+    @property
+    def text_after(self) -> str:
+        """The nodes that it added or changed, and their neighbours, as text."""
+        return marked_text({*self.difference.nodes_after, *self.rewired}, self.after)
 
 
 @dataclass(frozen=True)
@@ -52,12 +75,12 @@ class Culprit:
 
     Args:
         item: The pass.
-        before: The Program that it was given.
-        rewrite: What it did, as closely as it can be told.
+        before: The Program before it.
+        rewrite: The change that is wrong, as closely as it can be singled out.
         finding: The comparison that shows it, the smallest case; None where nothing can be run.
-        problem: Why the Program cannot be run after it, if it cannot.
+        problem: The reason why the Program cannot be run after it, if it cannot.
         exact: Whether what is rounded was computed in float32.
-        component: Which of several components it is in, and the rest speaks of; empty where there
+        component: The component it is in, of several, which the rest is about; empty where there
             is one alone, None where it does not show in one alone.
     """
 
@@ -72,13 +95,13 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What was found.
+    """The result of a bisection.
 
     Args:
         status: ``SAME`` (nothing is wrong), ``UNTRACED`` (the source computes something else than
             its Program, before any pass) or ``GUILTY``.
-        checks: What was compared: before any pass, then after each.
-        ran: What each pass did.
+        checks: Every comparison: before any pass, then after each.
+        ran: The result of each pass.
         culprit: The pass, if one is guilty.
     """
 
@@ -97,16 +120,16 @@ def bisect(
     """Run a pipeline on a source's Program in place, and stop at the first pass that is wrong.
 
     Args:
-        source: What to run it on, and to compare with.
+        source: The source, whose Program is changed.
         pipeline: The passes.
-        inputs: Inputs by name to compare on; the matrix if not given.
-        progress: Told what is being done.
+        inputs: Inputs by name to compare on; None for the matrix.
+        progress: A function that shows what is being done.
     """
     program = source.program
-    trial = None if inputs is None else [given(program, inputs)]
-    watch = Watch(source.reference, trial)
+    trial = None if inputs is None else [trial_of(program, inputs)]
     progress("comparing with the source")
-    if watch.start(program).wrong:
+    watch = Watch.started(source.reference, program, trial)
+    if watch.checks[0].wrong:
         return Bisection(UNTRACED, tuple(watch.checks), ())
     ran: list[Ran] = []
     for item in pipeline.passes:
@@ -134,25 +157,26 @@ def _blamed(
 ) -> Culprit:
     """Return the change of a guilty pass that shows first what the pass does wrong."""
     finding = _smallest(checked.wrong)
-    place = _placed(item, before, after, checked, exact=exact)
-    if place is None:
-        unknown = Rewrite(0, 0, "", difference(before, before), None, before)
+    faulty = _component(item, before, after, checked, exact=exact)
+    if faulty is None:
+        unknown = Rewrite(0, 0, "", Difference(), (), None, before, before)
         return Culprit(item, before, unknown, finding, checked.problem, exact, None)
-    trial = place.trial
-    if finding is not None and place.component:
+    trial = faulty.trial
+    if finding is not None and faulty.component:
         finding = replace(finding, trial=trial)
-    states = _States(place.before, item, trial, exact=exact)
-    number, good, bad = 0, place.before, place.after
+    states = _States(faulty.before, item, trial, exact=exact)
+    number, good, bad = 0, faulty.before, faulty.after
     if trial is not None or checked.problem:
-        number, good, bad = states.first_wrong(place.after)
-    change = difference(good, bad)
+        number, good, bad = states.first_wrong(faulty.after)
+    change = difference(good.components, bad.components, origin)
     first = None if trial is None else first_difference(good, bad, trial, exact=exact)
-    rewrite = Rewrite(number, states.count, _node(change, bad, first), change, first, good)
-    where = place.component
-    return Culprit(item, place.before, rewrite, finding, checked.problem, exact, where)
+    readers = rewired(change, good, bad)
+    node = _node(change, readers, bad, first)
+    rewrite = Rewrite(number, states.count, node, change, readers, first, good, bad)
+    return Culprit(item, faulty.before, rewrite, finding, checked.problem, exact, faulty.component)
 
 
-def _placed(
+def _component(
     item: Pass, before: Program, after: Program, checked: Checked, *, exact: bool
 ) -> FaultyComponent | None:
     """Return the component in which a pass goes wrong; None if it does not show in one alone."""
@@ -169,7 +193,7 @@ def _placed(
 
 def _smallest(wrong: Sequence[Finding]) -> Finding | None:
     """Return the failure that is easiest to look at: of one pass against itself, few numbers."""
-    order = {id(each): place for place, each in enumerate(wrong)}
+    order = {id(each): index for index, each in enumerate(wrong)}
 
     def ease(each: Finding) -> tuple[bool, bool, int, int]:
         padded, numbers = each.trial.size if each.trial is not None else (True, 0)
@@ -182,7 +206,7 @@ class _States:
     """A Program after each number of a pass's changes.
 
     Args:
-        before: The Program that the pass is given.
+        before: The Program before the pass.
         item: The pass.
         trial: The inputs that show what is wrong; None if it cannot be run at all.
         exact: Whether what is rounded is computed in float32.
@@ -193,13 +217,13 @@ class _States:
         self._item = item
         self._trial = trial
         self._exact = exact
-        self._wanted: Arrays = {}
+        self._expected: Arrays = {}
         self.count = run_hits(item, before.clone())
         if trial is not None:
-            self._wanted = evaluated(before, exact=exact)(trial.feeds)
+            self._expected = evaluated(before, exact=exact)(trial.feeds)
 
     def at(self, changes: int) -> Program:
-        """Return the Program after so many changes."""
+        """Return the Program after a number of changes."""
         program = self._before.clone()
         run_hits(self._item, program, changes)
         return program
@@ -207,7 +231,7 @@ class _States:
     def first_wrong(self, after: Program) -> tuple[int, Program, Program]:
         """Return which change is the first that shows, and the Program without and with it.
 
-        By halves. A state that nothing can be told of, in the midst of a change, is passed over.
+        By halves. A state that cannot be run, in the midst of a change, is passed over.
         """
         good, bad, end = 0, self.count + 1, self.count + 1
         while good + 1 < end:
@@ -228,17 +252,24 @@ class _States:
         if self._trial is None:
             return not unrunnable(program, exact=self._exact)
         try:
-            found = evaluated(program, exact=self._exact)(self._trial.feeds)
+            outputs = evaluated(program, exact=self._exact)(self._trial.feeds)
         except LlmoptError:
             return None
         names = [*caches(program)]
-        return compare("", found, self._wanted, self._trial.tokens, names).error_rel <= STEP
+        return compare("", outputs, self._expected, self._trial.tokens, names).error_rel <= STEP
 
 
-def _node(change: Difference, after: Program, first: Compared | None) -> str:
-    """Return the node that says best where a change is."""
-    if not change.nodes:
+def _node(
+    change: Difference, readers: Sequence[str], after: Program, first: Compared | None
+) -> str:
+    """Return the node that says best where a change is.
+
+    That is a node that changed; else the end of what was replaced; else what reads other values
+    now: of these the maker of the first value that is off, or the last.
+    """
+    names = change.nodes("changed") or change.nodes("removed") or readers or change.nodes("added")
+    if not names:
         return ""
-    made = {str(v.name): str(n.name) for n in after.graph for v in n.outputs}
-    maker = made.get(first.output, "") if first is not None else ""
-    return maker if maker in change.nodes else change.nodes[-1]
+    makers = {str(v.name): str(n.name) for n in after.graph for v in n.outputs}
+    maker = makers.get(first.output, "") if first is not None else ""
+    return maker if maker in names else names[-1]

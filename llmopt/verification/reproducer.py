@@ -21,10 +21,10 @@ from llmopt.ir.program import Program
 from llmopt.passes.options import spell
 from llmopt.runtime.npz import write_npz
 from llmopt.verification.bisection import Culprit
-from llmopt.verification.difference import neighbourhood
-from llmopt.verification.each import STEP, evaluated
-from llmopt.verification.places import fails, unrunnable
-from llmopt.verification.values import error_of, values
+from llmopt.verification.checks import STEP
+from llmopt.verification.components import fails, unrunnable
+from llmopt.verification.neighbourhood import neighbourhood
+from llmopt.verification.values import error_of, evaluated, values
 
 MODEL: Final = "model.onnx"
 INPUTS: Final = "inputs.npz"
@@ -38,8 +38,8 @@ class Example:
     """A Program on which a pass goes wrong.
 
     Args:
-        program: It: a part of a model, or the whole.
-        inputs: What shows it; empty where the pass is wrong on any inputs.
+        program: The Program: a part of a model, or all of it.
+        inputs: Inputs that show it; empty where the pass is wrong on any.
     """
 
     program: Program
@@ -47,16 +47,16 @@ class Example:
 
 
 def write_reproducer(
-    culprit: Culprit, place: Path, plugins: Sequence[str] = (), *, force: bool = False
+    culprit: Culprit, output: Path, plugins: Sequence[str] = (), *, force: bool = False
 ) -> str:
     """Write an example of what a pass does wrong; return the command that shows it.
 
     Args:
         culprit: The pass and what it did.
-        place: A folder to make: ``model.onnx``, ``inputs.npz``, ``reproduce.sh``, and copies of
+        output: A folder to make: ``model.onnx``, ``inputs.npz``, ``reproduce.sh``, and copies of
             the plugins that are files.
-        plugins: What defines the pass, where it is not one of ours.
-        force: Whether what is there is replaced.
+        plugins: The plugins that define the pass, where it is not one of ours.
+        force: Whether an existing folder is replaced.
 
     Raises:
         UsageError: What the pass does wrong does not show in one component alone.
@@ -66,7 +66,7 @@ def write_reproducer(
     if culprit.component is None:
         raise UsageError("an example has one component, and none shows it alone")
     example = reduced(culprit)
-    with staged_folder(place, force=force) as folder:
+    with staged_folder(output, force=force) as folder:
         save_program(example.program, folder / MODEL)
         if example.inputs:
             write_npz(folder / INPUTS, example.inputs, force=False)
@@ -77,7 +77,7 @@ def write_reproducer(
         text = f'#!/bin/sh\ncd "$(dirname "$0")" && {command} "$@"\n'
         (folder / SCRIPT).write_text(text, encoding="utf-8")
         (folder / SCRIPT).chmod(0o755)
-    return f"cd {shlex.quote(str(place))} && {command}"
+    return f"cd {shlex.quote(str(output))} && {command}"
 
 
 def _copied(plugin: str, folder: Path) -> str:
@@ -89,15 +89,15 @@ def _copied(plugin: str, folder: Path) -> str:
 
 
 def reduced(culprit: Culprit) -> Example:
-    """Return the smallest part that was found on which the pass does the same."""
+    """Return the smallest part tried on which the pass does the same."""
     finding, rewrite = culprit.finding, culprit.rewrite
     if finding is None or finding.trial is None:
-        whole = Example(culprit.before, {})
+        full = Example(culprit.before, {})
         parts = _parts(culprit, rewrite.before, None) if culprit.problem else iter(())
     else:
-        whole = Example(culprit.before, _taken(culprit.before, finding.trial.feeds))
+        full = Example(culprit.before, _taken(culprit.before, finding.trial.feeds))
         parts = _parts(culprit, rewrite.before, finding.trial.feeds)
-    return next((part for part in parts if _shows(culprit, part)), whole)
+    return next((part for part in parts if _shows(culprit, part)), full)
 
 
 def _taken(program: Program, arrays: Arrays) -> Arrays:
@@ -107,7 +107,7 @@ def _taken(program: Program, arrays: Arrays) -> Arrays:
 
 def _parts(culprit: Culprit, program: Program, feeds: Arrays | None) -> Iterator[Example]:
     """Yield parts around the change, from the smallest on."""
-    names = culprit.rewrite.difference.touched_before
+    names = culprit.rewrite.nodes_before
     size = 0
     for hops in _HOPS:
         nodes = neighbourhood(names, program, hops)
@@ -120,11 +120,11 @@ def _parts(culprit: Culprit, program: Program, feeds: Arrays | None) -> Iterator
         if feeds is None:
             yield Example(part, {})
             continue
-        made = [str(v.name) for v in part.graph.inputs if str(v.name) not in feeds]
+        others = [str(v.name) for v in part.graph.inputs if str(v.name) not in feeds]
         known = {str(v.name) for node in program.graph for v in node.outputs}
-        wanted = [name for name in made if name in known]
-        found = values(program, feeds, wanted, exact=culprit.exact)
-        yield Example(part, _taken(part, {**feeds, **found}))
+        inner = [name for name in others if name in known]
+        computed = values(program, feeds, inner, exact=culprit.exact)
+        yield Example(part, _taken(part, {**feeds, **computed}))
 
 
 def cut(program: Program, nodes: Sequence[ir.Node]) -> Program | None:
@@ -132,24 +132,24 @@ def cut(program: Program, nodes: Sequence[ir.Node]) -> Program | None:
 
     None if a type is not known, or a node holds a graph.
     """
-    made = program.clone()
+    part = program.clone()
     names = {node.name for node in nodes}
-    inside = [node for node in made.graph if node.name in names]
+    inside = [node for node in part.graph if node.name in names]
     if any(a.type == ir.AttributeType.GRAPH for n in inside for a in n.attributes.values()):
         return None
     outputs = [v for node in inside for v in node.outputs if _is_read_outside(v, names)]
-    inputs = _severed(made.graph, inside, names)
+    inputs = _severed(part.graph, inside, names)
     if not outputs or any(value.dtype is None for value in (*inputs, *outputs)):
         return None
-    made.graph.outputs.clear()
-    made.graph.outputs.extend(outputs)
-    made.graph.inputs.clear()
-    made.graph.inputs.extend(inputs)
-    g.remove_dead(made.model)
+    part.graph.outputs.clear()
+    part.graph.outputs.extend(outputs)
+    part.graph.inputs.clear()
+    part.graph.inputs.extend(inputs)
+    g.remove_dead(part.model)
     known = {port.name: port for port in (*program.signature.inputs, *program.signature.outputs)}
     ports = [tuple(_port(v, known) for v in values) for values in (inputs, outputs)]
-    made.signature = Signature(*ports)
-    return made
+    part.signature = Signature(*ports)
+    return part
 
 
 def _is_read_outside(value: ir.Value, names: set[str | None]) -> bool:
@@ -157,8 +157,8 @@ def _is_read_outside(value: ir.Value, names: set[str | None]) -> bool:
 
 
 def _severed(graph: ir.Graph, inside: Sequence[ir.Node], names: set[str | None]) -> list[ir.Value]:
-    """Return the inputs of a part, each in place of a value that other nodes make."""
-    found: dict[ir.Value, ir.Value] = {}
+    """Return the inputs of a part, each instead of a value that other nodes make."""
+    inputs: dict[ir.Value, ir.Value] = {}
     for node in inside:
         for index, value in enumerate(node.inputs):
             if value is None or g.weight(value) is not None:
@@ -166,11 +166,11 @@ def _severed(graph: ir.Graph, inside: Sequence[ir.Node], names: set[str | None])
             maker = value.producer()
             if maker is not None and maker.name in names:
                 continue
-            if value not in found:
-                found[value] = value if maker is None else _input_like(value)
-            node.replace_input_with(index, found[value])
-    order = {value: place for place, value in enumerate(graph.inputs)}
-    return sorted(found.values(), key=lambda value: order.get(value, len(order)))
+            if value not in inputs:
+                inputs[value] = value if maker is None else _input_like(value)
+            node.replace_input_with(index, inputs[value])
+    order = {value: index for index, value in enumerate(graph.inputs)}
+    return sorted(inputs.values(), key=lambda value: order.get(value, len(order)))
 
 
 def _input_like(value: ir.Value) -> ir.Value:
@@ -200,10 +200,10 @@ def _shows(culprit: Culprit, example: Example) -> bool:
         return False
     try:
         before = evaluated(example.program, exact=culprit.exact)(example.inputs)
-        found = evaluated(after, exact=culprit.exact)(example.inputs)
+        outputs = evaluated(after, exact=culprit.exact)(example.inputs)
     except LlmoptError:
         return False
     assert culprit.finding is not None
     trial = culprit.finding.trial
     assert trial is not None
-    return any(not error_of(found[name], each, trial) <= STEP for name, each in before.items())
+    return any(not error_of(outputs[name], each, trial) <= STEP for name, each in before.items())

@@ -15,7 +15,7 @@ from llmopt.ir.components import edge
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program
-from llmopt.verification import Tokens, matrix, read_beside, tokens_of
+from llmopt.verification import Tokens, matrix, source_inputs, tokens_of
 
 PAST: Final = 5
 """Tokens in the caches of random numbers that a Program with caches is run on."""
@@ -27,9 +27,9 @@ class Trial:
     """One set of inputs.
 
     Args:
-        label: Its sizes and padding.
+        label: The sizes and padding.
         feeds: An array for every input.
-        tokens: Where tokens are, and where padding; None if nothing is padded.
+        tokens: The positions of tokens among padding; None if nothing is padded.
         past: Tokens in the cache: the source, which has none, is not run on them.
     """
 
@@ -63,23 +63,23 @@ def trials(program: Program) -> list[Trial]:
 
 
 def _trial(program: Program, case: Case, vocabulary: int) -> Trial:
-    arrays = feeds(edge(program), case, vocabulary) | read_beside(program, case)
+    arrays = feeds(edge(program), case, vocabulary) | source_inputs(program, case)
     arrays = illustrated(program, arrays, case.mask()[:, case.past :], seed=case.seed)
     return Trial(case.label, arrays, tokens_of(case, arrays), case.past)
 
 
-def given(program: Program, arrays: Mapping[str, npt.NDArray[Any]]) -> Trial:
-    """Return the trial of inputs that a user gave."""
+def trial_of(program: Program, arrays: Mapping[str, npt.NDArray[Any]]) -> Trial:
+    """Return the trial of a user's own inputs."""
     mask, tokens = (program.signature.find(role) for role in (Role.MASK, Role.TOKENS))
     past = program.signature.find(Role.PAST_KEY)
     length = 0 if past is None or past.name not in arrays else arrays[past.name].shape[2]
     real = None
     if mask is not None and mask.name in arrays:
-        whole = np.asarray(arrays[mask.name]) != 0
-        new = whole.shape[1] - length
+        valid = np.asarray(arrays[mask.name]) != 0
+        new = valid.shape[1] - length
         if tokens is not None and tokens.name in arrays:
             new = arrays[tokens.name].shape[1]
-        real = Tokens(whole, new)
+        real = Tokens(valid, new)
     return Trial("the given inputs", dict(arrays), real, length)
 
 

@@ -6,12 +6,27 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llmopt.backends.reference import runner
 from llmopt.errors import LlmoptError
-from llmopt.interface.arrays import Array, Arrays
+from llmopt.interface.arrays import Array, Arrays, Run
+from llmopt.ir.components import chained
 from llmopt.ir.program import Program
 from llmopt.verification import Compared
-from llmopt.verification.each import STEP, evaluated
+from llmopt.verification.checks import STEP
 from llmopt.verification.trials import Trial
+
+
+def evaluated(program: Program, *, exact: bool) -> Run:
+    """Return a function from inputs to outputs of a Program, operator by operator.
+
+    Args:
+        program: The Program; it is not changed.
+        exact: Whether what it rounds is computed in float32.
+
+    Raises:
+        LlmoptError: An operator has no implementation.
+    """
+    return chained(program, {p.main: runner(p.model, exact=exact) for p in program.parts()})
 
 
 def first_difference(
@@ -19,7 +34,7 @@ def first_difference(
 ) -> Compared | None:
     """Return the first value that both Programs have and that differs, in the order of the second.
 
-    Only what is computed of tokens that are no padding counts, where that can be told.
+    Only what is computed of tokens that are no padding counts, as far as shapes say.
     """
     old, new = (_computed(of) for of in (before, after))
     names = [name for name in new if name in old]
@@ -38,22 +53,22 @@ def _computed(program: Program) -> list[str]:
     return [str(v.name) for n in program.graph for v in n.outputs if v.name and v.type is not None]
 
 
-def error_of(found: Array, wanted: Array, trial: Trial) -> float:
-    """Return how far a value is off where there are tokens, as far as its shape tells."""
-    if found.shape != wanted.shape:
+def error_of(actual: Array, expected: Array, trial: Trial) -> float:
+    """Return how far a value is off where there are tokens, as far as its shape says."""
+    if actual.shape != expected.shape:
         return float("inf")
-    pair = [found, wanted]
+    pair = [actual, expected]
     if trial.tokens is not None:
         pair = [trial.tokens.of(each, cache=False) for each in pair]
     return distance(*pair)
 
 
-def distance(found: Array, wanted: Array) -> float:
-    """Return ``max|found - wanted| / max|wanted|`` of any two arrays of a shape.
+def distance(actual: Array, expected: Array) -> float:
+    """Return ``max|actual - expected| / max|expected|`` of any two arrays of a shape.
 
     What is infinite, as masks are, or no number in both is the same; in one alone, it is not.
     """
-    left, right = (np.asarray(each).astype(np.float64) for each in (found, wanted))
+    left, right = (np.asarray(each).astype(np.float64) for each in (actual, expected))
     same = (left == right) | (np.isnan(left) & np.isnan(right))
     with np.errstate(invalid="ignore"):
         apart = np.where(same, 0.0, np.abs(left - right))
@@ -66,9 +81,9 @@ def values(
     program: Program, feeds: Mapping[str, Array], names: Sequence[str], *, exact: bool
 ) -> Arrays:
     """Return any values of a Program by name, computed of ``feeds``."""
-    shown = program.clone()
-    known = {str(v.name): v for node in shown.graph for v in node.outputs}
-    outputs = {value.name for value in shown.graph.outputs}
-    shown.graph.outputs.extend(known[name] for name in names if name not in outputs)
-    found = evaluated(shown, exact=exact)(feeds)
-    return {name: found[name] for name in names}
+    copy = program.clone()
+    known = {str(v.name): v for node in copy.graph for v in node.outputs}
+    outputs = {value.name for value in copy.graph.outputs}
+    copy.graph.outputs.extend(known[name] for name in names if name not in outputs)
+    arrays = evaluated(copy, exact=exact)(feeds)
+    return {name: arrays[name] for name in names}

@@ -22,8 +22,12 @@ class Device:
             return PathFinder.find_spec(name, path, target)
 
 sys.meta_path = [finder for finder in sys.meta_path if finder is not PathFinder][:2] + [Device]
-sys.argv = ["llmopt.runtime", *sys.argv[2:]]
-runpy.run_module("llmopt.runtime", run_name="__main__", alter_sys=True)
+option, code = sys.argv[2:4]
+sys.argv = [code, *sys.argv[4:]]
+if option == "-m":
+    runpy.run_module(code, run_name="__main__", alter_sys=True)
+else:
+    exec(code)
 """
 
 
@@ -31,8 +35,18 @@ def on_device(packages: tuple[str, ...], *arguments: object) -> subprocess.Compl
     """Run ``python -m llmopt.runtime`` where only these packages can be imported.
 
     Args:
-        packages: What runs artifacts there.
-        *arguments: Of the command.
+        packages: The packages that run artifacts there.
+        *arguments: Arguments of the command.
+    """
+    return bare_python(packages, "-m", "llmopt.runtime", *arguments)
+
+
+def bare_python(packages: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python where only these packages, and those that the runtime needs, can be imported.
+
+    Args:
+        packages: The packages.
+        *arguments: ``-m`` and a module, or ``-c`` and code, and its arguments.
     """
     return subprocess.run(
         [sys.executable, "-c", _BARE, ",".join([*_ALWAYS, *packages]), *map(str, arguments)],

@@ -12,7 +12,7 @@ from llmopt.frontend.base import Source
 from llmopt.frontend.reference import Transform
 from llmopt.interface.arrays import Arrays
 from llmopt.ir.program import Program
-from llmopt.verification.each import evaluated
+from llmopt.verification.values import evaluated
 from support.programs import bound
 
 HEADS, WIDTH, HIDDEN, VOCABULARY = 4, 8, 32, 11

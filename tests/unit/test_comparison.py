@@ -21,8 +21,9 @@ from support.tiny_sources import bigram_file
 import llmopt
 from llmopt.cli import app, diff
 from llmopt.comparison import compare
-from llmopt.ir import fingerprints
+from llmopt.ir import fingerprints, weights
 from llmopt.ir.difference import Difference, difference
+from llmopt.ir.fingerprints import fingerprint
 from llmopt.ir.program import Program
 
 PORTS = "main (float[B,S,4] x) => (float[B,S,4] y)"
@@ -161,6 +162,43 @@ def test_a_single_change_anywhere_is_found_and_nothing_else(kind: str) -> None:
         touched = {name} if kind == "attribute" else {str(node.name) for node in readers}
         assert {change.node for change in found.changes} == touched, name
         assert {change.kind for change in found.changes} == {"changed"}
+
+
+@pytest.mark.parametrize("kind", ["attribute", "weight"])
+def test_a_single_change_anywhere_gives_another_fingerprint(kind: str) -> None:
+    before = tiny_decoder(keep=True)
+    known = {fingerprint(before), fingerprint(before.clone())}
+    names = [name for name, of in mutants() if of == kind]
+    for name in names:
+        after = before.clone()
+        mutate(after, name, kind)
+        known.add(fingerprint(after))
+
+    assert len(known) == 1 + len(names)
+
+
+def test_a_fingerprint_knows_versions_and_the_edge_but_no_names_of_nodes() -> None:
+    before = tiny_decoder(keep=True)
+    older, renamed, other = (before.clone() for _ in range(3))
+    older.graph.opset_imports[""] = 24
+    for node in renamed.graph:
+        node.name = f"{node.name} again"
+    other.graph.outputs[0].name = "scores"
+
+    assert fingerprint(renamed) == fingerprint(before)
+    assert len({fingerprint(each) for each in (before, older, other)}) == 3
+
+
+def test_a_fingerprint_reads_no_weight_that_is_still_to_be_made() -> None:
+    def unread() -> Any:
+        raise AssertionError("it was read")
+
+    text = "main (float[4] x) => (float[4] y) <float[4] w = {1,2,3,4}> { y = Add (x, w) }"
+    made = program(text)
+    leaf = weights.Leaf("model.w", unread, ir.DataType.FLOAT, [4])
+    made.graph.initializers["w"].const_value = leaf
+
+    assert fingerprint(made) == fingerprint(made.clone())
 
 
 def mutate(after: Program, name: str, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""TVM's names, which move between releases: the rest of the compiler asks here."""
+"""TVM's names that move between releases; kernels write TVMScript, and import tvm themselves."""
 
 from __future__ import annotations
 

@@ -119,9 +119,9 @@ def _object(name: str, raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise SourceError(name, f"is not valid JSON ({error})", _AGAIN) from error
+        raise SourceError(Path(name), f"is not valid JSON ({error})", _AGAIN) from error
     if not isinstance(value, dict):
-        raise SourceError(name, "is not a JSON object", _AGAIN)
+        raise SourceError(Path(name), "is not a JSON object", _AGAIN)
     return value
 
 

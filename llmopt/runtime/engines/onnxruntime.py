@@ -1,4 +1,4 @@
-"""The one place that touches onnxruntime: opening a model, running it, binding buffers to it."""
+"""Artifacts run by onnxruntime: opening a model, running it, binding buffers to it."""
 
 from __future__ import annotations
 

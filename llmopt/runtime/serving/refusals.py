@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
-
-from typing_extensions import override
 
 from llmopt.errors import LlmoptError
 
 
+@dataclass(eq=False)
 class RefusedError(LlmoptError):
-    """A request is not answered; the client is told, and nobody else.
+    """A request is not answered; the client alone sees why.
 
     Args:
-        status: Of HTTP.
-        problem: What is wrong, and what to do next.
-        parameter: The key of the request that it is about; None for none.
-        code: OpenAI's name for it; None where it has none.
+        status: The status code of HTTP.
+        problem: The fault, and what to do next.
+        parameter: The key of the request that is at fault; None for none.
+        code: The code that OpenAI has for it; None where it has none.
     """
 
-    def __init__(
-        self, status: int, problem: str, parameter: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(status, problem, parameter, code)
-        self.status = status
-        self.problem = problem
-        self.parameter = parameter
-        self.code = code
-
-    @override
-    def __str__(self) -> str:
-        return self.problem
+    status: int
+    problem: str
+    parameter: str | None = None
+    code: str | None = None
+    message = "{problem}"
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object that says so."""

@@ -72,7 +72,7 @@ def test_the_doctor_tells_versions_and_costs(
     assert "cores allowed" in shown
     [row] = [line for line in shown.splitlines() if line.startswith("gguf")]
     assert row.split()[1] == "missing"
-    assert "GGUF files are not read; pip install 'llmopt[compile]'" in row
+    assert "GGUF files are not read; pip install 'llmopt[cpu]'" in row
     found = {each["name"]: each["version"] for each in data["packages"]}
     assert list(found) == list(doctor.PACKAGES)
     assert found["numpy"] == known("numpy")

@@ -24,6 +24,8 @@ from llmopt.frontend.base import Source, SourceOptions
 from llmopt.frontend.onnx.saved import KEY, save_program
 from llmopt.frontend.source import open_source
 from llmopt.ir import graph as g
+from llmopt.ir.difference import Difference, difference
+from llmopt.ir.fingerprints import origin
 from llmopt.ir.program import Program
 from llmopt.passes import PASSES
 from llmopt.passes.base import Outcome, Pass
@@ -32,7 +34,6 @@ from llmopt.passes.pipeline import Pipeline
 from llmopt.passes.remove_dead import RemoveDead
 from llmopt.runtime.npz import read_npz
 from llmopt.verification.bisection import GUILTY, SAME, UNTRACED, bisect
-from llmopt.verification.difference import difference
 from llmopt.verification.reproducer import reduced, write_reproducer
 from llmopt.verification.values import distance
 
@@ -65,6 +66,10 @@ CHANGES = {
 FEW: Final = 12  # tokens at most: fewer cases
 
 
+def changes(before: Program, after: Program) -> Difference:
+    return difference(before.components, after.components, origin)
+
+
 @pytest.mark.parametrize("bug", CHANGES)
 def test_the_pass_the_change_and_the_node_are_named(bug: str) -> None:
     kind, item = BUGS[bug]
@@ -78,7 +83,7 @@ def test_the_pass_the_change_and_the_node_are_named(bug: str) -> None:
     assert culprit.item == item
     assert culprit.rewrite.node == item.wrong
     assert culprit.rewrite.number == CHANGES[bug]
-    assert f"> [{item.wrong}]" in culprit.rewrite.difference.before
+    assert f"> [{item.wrong}]" in culprit.rewrite.text_before
     example = reduced(culprit)
     assert len(example.program.graph) < 6  # a few nodes around it, and not the model
     assert set(example.inputs) == {value.name for value in example.program.graph.inputs}
@@ -120,7 +125,7 @@ def test_a_change_that_is_made_last_is_found_too() -> None:
 
     assert found.culprit is not None
     assert found.culprit.rewrite.number == 0  # after its last change was counted
-    assert found.culprit.rewrite.difference.changed == ("l0_attention", "l1_attention")
+    assert found.culprit.rewrite.difference.nodes("changed") == ("l0_attention", "l1_attention")
     assert found.culprit.rewrite.node == "l0_attention"  # the first value that is off
 
 
@@ -159,7 +164,7 @@ def test_a_pass_that_rounds_wrongly_is_shown_whole(tmp_path: Path) -> None:
     assert found.culprit is not None
     assert found.culprit.rewrite.number == 0
     assert found.culprit.rewrite.node == "logits"
-    assert "head = float[32,11]" in found.culprit.rewrite.difference.after
+    assert "head = float[32,11]" in found.culprit.rewrite.text_after
     command = write_reproducer(found.culprit, tmp_path / "example")
     assert "--inputs" not in command  # any inputs show it
     names = [path.name for path in (tmp_path / "example").iterdir()]
@@ -179,7 +184,7 @@ def test_a_pass_stops_after_some_of_its_changes() -> None:
     for limit in range(6):
         part = program.clone()
         assert run_hits(item, part, limit) == limit
-        assert len(difference(program, part).added) == limit
+        assert len(changes(program, part).nodes("added")) == limit
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,7 @@ def test_a_pass_that_fails_is_left_where_it_did() -> None:
     program = encoder()
 
     assert run_hits(Fails(), program) == 1
-    assert difference(encoder(), program).rewired == ("l0_residual",)
+    assert changes(encoder(), program).nodes("changed") == ("l0_residual",)
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ def test_a_copy_of_a_program_takes_names_for_itself_alone() -> None:
     for _ in range(2):
         copy = program.clone()
         run_hits(Seeded("Add"), copy)
-        texts.append(difference(program, copy))
+        texts.append(changes(program, copy))
 
     assert texts[0] == texts[1]
 
@@ -344,7 +349,7 @@ def test_a_saved_program_is_read_as_it_is(sources: Path) -> None:
 
     assert opened.signature == written.signature
     assert opened.facts.model == written.facts.model
-    assert not difference(written, opened).removed
+    assert not changes(written, opened).nodes("removed")
 
 
 def test_a_saved_program_that_says_nonsense_is_refused(tmp_path: Path) -> None:

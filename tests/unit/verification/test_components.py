@@ -51,7 +51,7 @@ def test_the_component_the_change_and_the_node_are_named(
 
     assert (culprit.component, culprit.rewrite.node) == (component, node)
     assert (culprit.rewrite.number, culprit.rewrite.of) == (change, of)
-    assert f"> [{node}]" in culprit.rewrite.difference.before
+    assert f"> [{node}]" in culprit.rewrite.text_before
     assert len(reduced(culprit).program.graph) < 6  # a few nodes around it
 
     write_reproducer(culprit, tmp_path / "example")

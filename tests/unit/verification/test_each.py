@@ -24,8 +24,9 @@ from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.convert_float import ConvertFloat
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantize_weights import QuantizeWeights
-from llmopt.verification.each import BEFORE, ELSEWHERE, SOURCE, Watch
-from llmopt.verification.trials import given, trials
+from llmopt.verification.checks import BEFORE, ELSEWHERE, SOURCE
+from llmopt.verification.each import Watch
+from llmopt.verification.trials import trial_of, trials
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def programs() -> dict[str, tuple[Program, Watch]]:
     """A decoder and an encoder that were compared with their sources."""
     found = {}
     for kind, made in (("decoder", decoder()), ("encoder", encoder())):
-        watch = Watch(source_of(made).reference)
-        watch.start(made).require()
+        watch = Watch.started(source_of(made).reference, made)
+        watch.checks[0].require()
         found[kind] = made, watch
     return found
 
@@ -148,16 +149,16 @@ def test_a_source_that_disagrees_before_any_pass_is_told_apart() -> None:
     Rounds().run(other)
 
     with pytest.raises(AccuracyError, match="before any pass, the traced Program is not"):
-        Watch(source.reference).start(other).require()
+        Watch.started(source.reference, other).checks[0].require()
 
 
 def test_inputs_that_are_given_take_the_place_of_the_matrix() -> None:
     made = decoder()
     trial = next(t for t in trials(made) if t.label == "B3 S7 P5 left")
-    asked = given(made, trial.feeds)
+    asked = trial_of(made, trial.feeds)
 
-    watch = Watch(source_of(made).reference, [asked])
-    assert watch.start(made).findings == ()  # the source takes no cache
+    watch = Watch.started(source_of(made).reference, made, [asked])
+    assert watch.checks[0].findings == ()  # the source takes no cache
     with pytest.raises(AccuracyError, match="at the given inputs"):
         Pipeline((BUGS["a wrong scale in attention"][1],)).run(made, watch)
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from llmopt.errors import LlmoptError
 from llmopt.ir import dialect
 from llmopt.ir.components import apart
+from llmopt.ir.fingerprints import fingerprint
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline
 from llmopt.verification import compare
-from llmopt.verification.difference import fingerprint
-from llmopt.verification.each import STEP, evaluated
-from llmopt.verification.trials import Trial, caches, given, trials
+from llmopt.verification.checks import STEP
+from llmopt.verification.trials import Trial, caches, trial_of, trials
+from llmopt.verification.values import evaluated
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class FaultyComponent:
     """A Program of one component in which a pass goes wrong.
 
     Args:
-        component: What it is called; empty where there is no other.
-        before: It, as the pass was given it.
-        after: It, as the pass left it.
+        component: The name of the component; empty where there is no other.
+        before: The Program of the component before the pass.
+        after: The Program of the component after the pass.
         trial: The inputs that show what is wrong; None where none of one component do.
     """
 
@@ -38,48 +39,48 @@ class FaultyComponent:
 def moved(before: Program, after: Program, trial: Trial, *, exact: bool) -> FaultyComponent | None:
     """Return the first component that computes something else after a pass, if one does.
 
-    Each is given what it was given before the pass, so that none is blamed for what the one before
-    it hands over.
+    Each takes the inputs that it took before the pass, so that none is blamed for what the one
+    before it hands over.
 
     Args:
-        before: The Program that the pass was given.
-        after: The Program that it left.
-        trial: Inputs of the whole that show it.
+        before: The Program before the pass.
+        after: The Program after the pass.
+        trial: Inputs of every component together that show it.
         exact: Whether what is rounded is computed in float32.
     """
     runs = {part.main: evaluated(part, exact=exact) for part in before.parts()}
     feeds = apart(before, runs, trial.feeds)
-    for place in _pairs(before, after):
-        if not feeds[place.component]:  # no images were given
+    for part in _pairs(before, after):
+        if not feeds[part.component]:  # there are no images
             continue
-        wanted = runs[place.component](feeds[place.component])
-        own = given(place.before, feeds[place.component])
+        expected = runs[part.component](feeds[part.component])
+        own = trial_of(part.before, feeds[part.component])
         try:
-            found = evaluated(place.after, exact=exact)(own.feeds)
+            outputs = evaluated(part.after, exact=exact)(own.feeds)
         except LlmoptError:
-            found = {}
-        names = [*caches(place.before)]
-        if not found or not compare("", found, wanted, own.tokens, names).error_rel <= STEP:
-            return dataclasses.replace(place, trial=dataclasses.replace(own, label=trial.label))
+            outputs = {}
+        names = [*caches(part.before)]
+        if not outputs or not compare("", outputs, expected, own.tokens, names).error_rel <= STEP:
+            return dataclasses.replace(part, trial=dataclasses.replace(own, label=trial.label))
     return None
 
 
 def broken(item: Pass, before: Program, after: Program, *, exact: bool) -> FaultyComponent | None:
     """Return the first component that a pass fails on, or leaves so that nothing runs."""
-    for place in _pairs(before, after):
-        if fails(item, place.before.clone()) or unrunnable(place.after, exact=exact):
-            return place
+    for part in _pairs(before, after):
+        if fails(item, part.before.clone()) or unrunnable(part.after, exact=exact):
+            return part
     return None
 
 
 def changed(before: Program, after: Program) -> FaultyComponent | None:
     """Return the component that a pass changed, if it is one alone."""
-    found = [
-        place
-        for place in _pairs(before, after)
-        if fingerprint(place.before) != fingerprint(place.after)
+    parts = [
+        part
+        for part in _pairs(before, after)
+        if fingerprint(part.before) != fingerprint(part.after)
     ]
-    return found[0] if len(found) == 1 else None
+    return parts[0] if len(parts) == 1 else None
 
 
 def _pairs(before: Program, after: Program) -> Iterator[FaultyComponent]:
@@ -108,7 +109,7 @@ def unrunnable(program: Program, *, exact: bool) -> bool:
 
 
 def fails(item: Pass, program: Program) -> bool | None:
-    """Whether a pass leaves a Program that is none (True), or does something else (False)."""
+    """Whether a pass leaves no valid Program (True), or fails in another way (False)."""
     try:
         Pipeline((item,)).run(program)
     except LlmoptError:
