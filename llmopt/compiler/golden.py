@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from llmopt.interface.arrays import Arrays, Run
 from llmopt.interface.signature import Role
-from llmopt.ir.components import source_feeds
+from llmopt.interface.stepping import RunDecoder, Sequences
+from llmopt.ir.components import edge, is_steady, source_feeds
 from llmopt.ir.feeds import Case, feeds, positions
 from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program
 from llmopt.runtime.golden import Golden, columns_of, kept
 from llmopt.runtime.tokenizer import TOKENIZER, Tokenizer
-from llmopt.verification import decode
 
 ROWS: Final = 2
 TOKENS: Final = 16
@@ -89,23 +89,22 @@ def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
 
     Of its own text it is sure, as it never is of random tokens.
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    given = {name: array for name, array in batch.items() if name != "position_ids"}
-    length, end = ids.shape[1], 0
-
-    def going_on(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        nonlocal end
-        found = run(step)
-        end += step["input_ids"].shape[1]
-        if end < length:  # the next step reads it there
-            ids[:, end] = _likeliest(program, found["logits"][:, -1])
-        return found
-
+    mask, ids = batch["attention_mask"], batch["input_ids"].copy()
+    inputs = {name: array for name, array in batch.items() if name != "position_ids"}
+    rows, length = ids.shape
     prefill = _prefill(program, length)
-    logits = decode(program.signature, going_on, batch, prefill).astype(np.float32)
+    steady = {name: array for name, array in batch.items() if is_steady(name)}
+    sequences = Sequences(RunDecoder(edge(program), run), rows, length, steady)
+    step = sequences.extend(ids[:, :prefill], mask[:, :prefill], every=True)
+    parts = [step.astype(np.float32)]
+    for end in range(prefill, length):
+        ids[:, end] = _likeliest(program, step[:, -1])
+        step = sequences.extend(ids[:, end : end + 1], every=True)
+        parts.append(step.astype(np.float32))
+    logits = np.concatenate(parts, axis=1)
     columns = columns_of(logits)
     return Golden(
-        inputs=given,
+        inputs=inputs | {"input_ids": ids},
         outputs={
             "columns": columns,
             "logits": np.take_along_axis(logits, columns.astype(np.int64), axis=-1),

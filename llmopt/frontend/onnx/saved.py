@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import onnx_ir as ir
 
 from llmopt.artifact.fields import Fields
@@ -23,7 +22,6 @@ from llmopt.frontend.reference import Transform
 from llmopt.interface.arrays import Arrays
 from llmopt.interface.facts import SourceRecord
 from llmopt.ir.evaluator import Evaluator
-from llmopt.ir.feeds import resolve
 from llmopt.ir.program import Facts, Program
 from llmopt.ir.saving import save_with_data
 from llmopt.ir.weights import Leaf
@@ -87,8 +85,8 @@ class SavedReference:
         """Yield the outputs of each batch."""
         program = self._program if transform is None else self._changed(transform)
         evaluator = Evaluator(program.model)
-        ports = program.signature.outputs
-        names = [port.name for port in ports if not port.role.startswith("present_")]
+        presents = program.signature.presents
+        names = [port.name for port in program.signature.outputs if port not in presents]
         for batch in batches:
             yield evaluator.run({**self._empty(batch), **batch}, names)
 
@@ -103,9 +101,6 @@ class SavedReference:
 
     def _empty(self, batch: Arrays) -> Arrays:
         """Return caches of no tokens for those that ``batch`` has none for."""
-        sizes = {"B": len(next(iter(batch.values()))), "P": 0} if batch else {}
-        return {
-            port.name: np.zeros([resolve(dim, sizes) for dim in port.shape], port.dtype)
-            for port in self._program.signature.inputs
-            if port.role.startswith("past_") and port.name not in batch
-        }
+        rows = len(next(iter(batch.values()), ()))
+        empty = self._program.signature.empty_caches(rows)
+        return {name: array for name, array in empty.items() if name not in batch}
