@@ -21,6 +21,7 @@ from llmopt.frontend.base import Source
 from llmopt.frontend.reference import Transform
 from llmopt.interface.arrays import Arrays
 from llmopt.interface.facts import SourceRecord
+from llmopt.interface.signature import Role
 from llmopt.ir.evaluator import Evaluator
 from llmopt.ir.program import Facts, Program
 from llmopt.ir.saving import save_with_data
@@ -28,6 +29,7 @@ from llmopt.ir.weights import Leaf
 
 KEY: Final = "llmopt.program"
 """The entry of the model's metadata that holds the signature and the facts, as JSON."""
+_PRESENTS: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE)
 
 
 def save_program(program: Program, path: Path) -> None:
@@ -85,8 +87,8 @@ class SavedReference:
         """Yield the outputs of each batch."""
         program = self._program if transform is None else self._changed(transform)
         evaluator = Evaluator(program.model)
-        presents = program.signature.presents
-        names = [port.name for port in program.signature.outputs if port not in presents]
+        ports = program.signature.outputs
+        names = [port.name for port in ports if port.role not in _PRESENTS]
         for batch in batches:
             yield evaluator.run({**self._empty(batch), **batch}, names)
 
