@@ -32,19 +32,19 @@ def make_golden(program: Program, run: Run, artifact: Path, rows: int = ROWS) ->
     """Return inputs, and what an artifact makes of them here; how far off others may be is 0.
 
     Args:
-        program: What inputs and outputs mean.
+        program: Meaning of inputs and outputs.
         run: The artifact, or what is proven in its place.
-        artifact: Its folder, for the tokenizer.
-        rows: How many sequences.
+        artifact: Folder of the artifact, for the tokenizer.
+        rows: Sequences.
     """
-    told = tuple(Tokenizer(artifact).encode(TEXT)) if (artifact / TOKENIZER).is_file() else ()
+    tokens = tuple(Tokenizer(artifact).encode(TEXT)) if (artifact / TOKENIZER).is_file() else ()
     if program.signature.find(Role.LOGITS) is not None and program.signature.has_cache:
         longest = program.facts.model.max_source or PREFILL
         read = source_feeds(program, Case(rows, min(PREFILL, longest), 0, "right"))
-        made = _decoder(program, run, _beginning(program, told, rows) | read)
+        made = _decoder(program, run, _beginning(program, tokens, rows) | read)
     else:
         made = _plain(program, run, rows)
-    return replace(made, text=TEXT, tokens=told) if told else made
+    return replace(made, text=TEXT, tokens=tokens) if tokens else made
 
 
 def _plain(program: Program, run: Run, rows: int) -> Golden:
@@ -63,7 +63,7 @@ def _plain(program: Program, run: Run, rows: int) -> Golden:
     )
 
 
-def _beginning(program: Program, told: Sequence[int], rows: int) -> Arrays:
+def _beginning(program: Program, tokens: Sequence[int], rows: int) -> Arrays:
     """Return the inputs of a decoder, the tokens after the first step still to come.
 
     Each row begins elsewhere in the text; the last is padded in front if there is a mask. There is
@@ -73,7 +73,9 @@ def _beginning(program: Program, told: Sequence[int], rows: int) -> Arrays:
     length = TOKENS + program.facts.model.image_length
     length = min(length, program.facts.max_length or length)
     prefill = _prefill(program, length)
-    text = np.asarray(told or np.random.default_rng(0).integers(0, vocabulary, TOKENS)) % vocabulary
+    text = (
+        np.asarray(tokens or np.random.default_rng(0).integers(0, vocabulary, TOKENS)) % vocabulary
+    )
     ids = np.zeros((rows, length), np.int64)
     for row in range(rows):
         ids[row, :prefill] = np.resize(np.roll(text, -row * PREFILL), prefill)

@@ -23,31 +23,31 @@ _BATCH: Final = 2
 _PADDED: Final = 2
 
 
-def check_steps(whole: Program, made: Program) -> None:
+def check_steps(plain: Program, cached: Program) -> None:
     """Run both on the same tokens and compare the logits.
 
     Args:
-        whole: The decoder without a cache.
-        made: The decoder with one.
+        plain: The decoder without a cache.
+        cached: The decoder with one.
 
     Raises:
         NotIncrementalError: they differ, or one cannot be run.
     """
-    steps = _steps(whole.facts.max_length)
+    steps = _steps(plain.facts.max_length)
     tokens = np.random.default_rng(0).integers(
-        0, whole.facts.model.vocabulary or 2, (_BATCH, sum(steps))
+        0, plain.facts.model.vocabulary or 2, (_BATCH, sum(steps))
     )
     mask = np.ones_like(tokens)
-    if made.signature.find(Role.MASK) is not None and steps[0] > _PADDED:
+    if cached.signature.find(Role.MASK) is not None and steps[0] > _PADDED:
         mask[1, :_PADDED] = 0
     try:
-        wanted = _one_pass(whole, tokens, mask)
-        found = _step_by_step(made, tokens, mask, steps)
+        expected = _one_pass(plain, tokens, mask)
+        stepped = _step_by_step(cached, tokens, mask, steps)
     except LlmoptError as error:
         raise NotIncrementalError("logits", f"the check could not be run: {error}") from error
     real = mask == 1
-    scale = float(np.abs(wanted[real]).max()) or 1.0
-    error_rel = float(np.abs(found[real] - wanted[real]).max()) / scale
+    scale = float(np.abs(expected[real]).max()) or 1.0
+    error_rel = float(np.abs(stepped[real] - expected[real]).max()) / scale
     if not error_rel <= TOLERANCE:
         reason = f"step by step it is off by {error_rel:.2g} relative from one full pass"
         raise NotIncrementalError("logits", reason)
