@@ -223,7 +223,7 @@ class Llmopt:
 
     def prefill_and_decode(self, prompt: Tokens, decode: int) -> Seconds:
         """Return seconds until the first token, and for each after it."""
-        from llmopt.runtime.steps import Sequences
+        from llmopt.interface.stepping import Sequences
 
         sequences = Sequences(self.runner.session, 1, len(prompt) + decode + 1)
         start = time.perf_counter()

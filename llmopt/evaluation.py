@@ -16,8 +16,9 @@ import numpy.typing as npt
 from llmopt.errors import AccuracyError, UsageError
 from llmopt.interface.arrays import Arrays, Run
 from llmopt.interface.signature import Role, Signature
-from llmopt.ir.components import source_feeds
-from llmopt.ir.feeds import Case, feeds, resolve
+from llmopt.interface.stepping import RunDecoder, Sequences
+from llmopt.ir.components import edge, source_feeds
+from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.program import Program
 from llmopt.quantization.evaluation import Estimate, Quality, QualityMeter
 from llmopt.runtime import Runner
@@ -52,13 +53,13 @@ def _language(program: Program, run: Run, reference: Reference) -> dict[str, Any
     read = source_feeds(program, Case(ROWS, _source_length(program), 0, "right", seed=1))
     tokens = sample(program, run, read, min(TOKENS, longest))
     meter = QualityMeter()
-    batches = [
-        full_feeds(row[None, :-1]) | {name: array[i : i + 1] for name, array in read.items()}
-        for i, row in enumerate(tokens)
-    ]
-    for row, batch, wanted in zip(tokens, batches, reference.run(batches), strict=True):
-        found = run({**batch, **_no_past(program, 1), "logits_to_keep": np.asarray(0, np.int64)})
-        meter.add(wanted["logits"][0], found["logits"][0], row[1:])
+    decoder = RunDecoder(edge(program), run)
+    steady = [{name: array[i : i + 1] for name, array in read.items()} for i in range(len(tokens))]
+    batches = [full_feeds(row[None, :-1]) | own for row, own in zip(tokens, steady, strict=True)]
+    for row, own, wanted in zip(tokens, steady, reference.run(batches), strict=True):
+        sequences = Sequences(decoder, 1, len(row) - 1, own)
+        logits = sequences.extend(row[None, :-1], every=True)
+        meter.add(wanted["logits"][0], logits[0], row[1:])
     result = meter.result()
     return {
         "text": f"{ROWS} x {tokens.shape[1] - 1} tokens written by the model itself",
@@ -88,15 +89,6 @@ def full_feeds(tokens: npt.NDArray[np.int64]) -> Arrays:
     }
 
 
-def _no_past(program: Program, batch: int) -> Arrays:
-    sizes = {"B": batch, "P": 0}
-    return {
-        port.name: np.zeros([resolve(dim, sizes) for dim in port.shape], port.dtype)
-        for port in program.signature.inputs
-        if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
-    }
-
-
 def sample(program: Program, run: Run, read: Arrays, length: int) -> npt.NDArray[np.int64]:
     """Return [ROWS, length + 1] tokens that the artifact writes at temperature 1, seeded.
 
@@ -107,24 +99,14 @@ def sample(program: Program, run: Run, read: Arrays, length: int) -> npt.NDArray
         length: How many tokens to write.
     """
     rng = np.random.default_rng(0)
-    model, rows = program.facts.model, ROWS
+    model = program.facts.model
     start = next((t for t in (model.start, model.bos, *model.eos) if t is not None), 0)
-    tokens = np.full((rows, 1), start, np.int64)
-    caches = _no_past(program, rows)
-    presents = [port.name for port in program.signature.outputs[1:]]
-    for position in range(length):
-        step = {
-            "input_ids": tokens[:, -1:],
-            "attention_mask": np.ones((rows, position + 1), np.int64),
-            "position_ids": np.full((rows, 1), position, np.int64),
-        }
-        if program.signature.find(Role.POSITIONS) is None:
-            del step["position_ids"]
-        found = run({**step, **caches, **read})
-        caches = dict(zip(caches, (found[name] for name in presents), strict=True))
-        scores = found["logits"][:, -1].astype(np.float64)
+    tokens = np.full((ROWS, length + 1), start, np.int64)
+    sequences = Sequences(RunDecoder(edge(program), run), ROWS, length, read)
+    for i in range(length):
+        scores = sequences.extend(tokens[:, i : i + 1])[:, -1].astype(np.float64)
         noise = rng.gumbel(size=scores.shape)  # the largest of score + noise is a sample
-        tokens = np.concatenate([tokens, np.argmax(scores + noise, 1)[:, None]], axis=1)
+        tokens[:, i + 1] = np.argmax(scores + noise, axis=1)
     return tokens
 
 
@@ -208,7 +190,7 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
     """
     require_one_model(candidate)
     language = candidate.manifest.task == "generate"
-    if candidate.session.find("tokens") is None:
+    if candidate.session.find(Role.TOKENS) is None:
         raise UsageError(
             f"{candidate.folder}: takes no tokens (task {candidate.manifest.task!r}); compare "
             "what `llmopt run --inputs` gives instead"
@@ -250,7 +232,7 @@ def runner_results(runner: Runner) -> Results:
             if runner.manifest.task == "generate":
                 yield {"logits": runner.logits(row[None])}
             else:
-                yield runner.run({runner.session.need("tokens").name: row[None]})
+                yield runner.run({runner.session.need(Role.TOKENS).name: row[None]})
 
     return results
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llmopt.benchmark.gate import worker
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime import Runner
-from llmopt.runtime.steps import Sequences
 
 
 def slowed(call: Callable[..., Any], share: float) -> Callable[..., Any]:

@@ -20,11 +20,12 @@ from llmopt.benchmark.warmup import NEEDED, warmups_in
 from llmopt.benchmark.workload import Encode, Generate, Inputs, Workload
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime import Runner, load
 from llmopt.runtime.feeds import complete_feeds
 from llmopt.runtime.generation import capacity_for
 from llmopt.runtime.npz import read_npz
-from llmopt.runtime.steps import Sequences
 
 Sample = dict[str, list[float]]
 """Measurements of one repetition, by metric."""
@@ -189,7 +190,7 @@ def check_fits(runner: Runner, workload: Workload) -> None:
         complete_feeds(runner.session, read_npz(Path(workload.path)))
         return
     facts = runner.manifest.model
-    wanted = "logits" if isinstance(workload, Generate) else "tokens"
+    wanted = Role.LOGITS if isinstance(workload, Generate) else Role.TOKENS
     fitting = runner.session.find(wanted) is not None
     if isinstance(workload, Encode):
         fitting = fitting and runner.manifest.task in {"embed", "encode"}
@@ -241,7 +242,7 @@ def _generate_once(runner: Runner, workload: Generate, random: np.random.Generat
 
 
 def _encode_once(runner: Runner, workload: Encode, random: np.random.Generator) -> Sample:
-    tokens_port = runner.session.need("tokens")
+    tokens_port = runner.session.need(Role.TOKENS)
     tokens = random_tokens(runner, (workload.batch, workload.length), random)
     feeds = {tokens_port.name: tokens.astype(tokens_port.dtype)}
     start = time.perf_counter()

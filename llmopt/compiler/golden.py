@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from llmopt.interface.arrays import Arrays, Run
 from llmopt.interface.signature import Role
-from llmopt.ir.components import source_feeds
+from llmopt.interface.stepping import RunDecoder, Sequences
+from llmopt.ir.components import edge, is_steady, source_feeds
 from llmopt.ir.feeds import Case, feeds, positions
 from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program
 from llmopt.runtime.golden import Golden, columns_of, kept
 from llmopt.runtime.tokenizer import TOKENIZER, Tokenizer
-from llmopt.verification import decode
 
 ROWS: Final = 2
 TOKENS: Final = 16
@@ -32,19 +32,19 @@ def make_golden(program: Program, run: Run, artifact: Path, rows: int = ROWS) ->
     """Return inputs, and what an artifact makes of them here; how far off others may be is 0.
 
     Args:
-        program: What inputs and outputs mean.
+        program: Meaning of inputs and outputs.
         run: The artifact, or what is proven in its place.
-        artifact: Its folder, for the tokenizer.
-        rows: How many sequences.
+        artifact: Folder of the artifact, for the tokenizer.
+        rows: Sequences.
     """
-    told = tuple(Tokenizer(artifact).encode(TEXT)) if (artifact / TOKENIZER).is_file() else ()
+    tokens = tuple(Tokenizer(artifact).encode(TEXT)) if (artifact / TOKENIZER).is_file() else ()
     if program.signature.find(Role.LOGITS) is not None and program.signature.has_cache:
         longest = program.facts.model.max_source or PREFILL
         read = source_feeds(program, Case(rows, min(PREFILL, longest), 0, "right"))
-        made = _decoder(program, run, _beginning(program, told, rows) | read)
+        made = _decoder(program, run, _beginning(program, tokens, rows) | read)
     else:
         made = _plain(program, run, rows)
-    return replace(made, text=TEXT, tokens=told) if told else made
+    return replace(made, text=TEXT, tokens=tokens) if tokens else made
 
 
 def _plain(program: Program, run: Run, rows: int) -> Golden:
@@ -63,7 +63,7 @@ def _plain(program: Program, run: Run, rows: int) -> Golden:
     )
 
 
-def _beginning(program: Program, told: Sequence[int], rows: int) -> Arrays:
+def _beginning(program: Program, tokens: Sequence[int], rows: int) -> Arrays:
     """Return the inputs of a decoder, the tokens after the first step still to come.
 
     Each row begins elsewhere in the text; the last is padded in front if there is a mask. There is
@@ -73,7 +73,9 @@ def _beginning(program: Program, told: Sequence[int], rows: int) -> Arrays:
     length = TOKENS + program.facts.model.image_length
     length = min(length, program.facts.max_length or length)
     prefill = _prefill(program, length)
-    text = np.asarray(told or np.random.default_rng(0).integers(0, vocabulary, TOKENS)) % vocabulary
+    text = (
+        np.asarray(tokens or np.random.default_rng(0).integers(0, vocabulary, TOKENS)) % vocabulary
+    )
     ids = np.zeros((rows, length), np.int64)
     for row in range(rows):
         ids[row, :prefill] = np.resize(np.roll(text, -row * PREFILL), prefill)
@@ -89,23 +91,22 @@ def _decoder(program: Program, run: Run, batch: Arrays) -> Golden:
 
     Of its own text it is sure, as it never is of random tokens.
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    given = {name: array for name, array in batch.items() if name != "position_ids"}
-    length, end = ids.shape[1], 0
-
-    def going_on(step: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        nonlocal end
-        found = run(step)
-        end += step["input_ids"].shape[1]
-        if end < length:  # the next step reads it there
-            ids[:, end] = _likeliest(program, found["logits"][:, -1])
-        return found
-
+    mask, ids = batch["attention_mask"], batch["input_ids"].copy()
+    inputs = {name: array for name, array in batch.items() if name != "position_ids"}
+    rows, length = ids.shape
     prefill = _prefill(program, length)
-    logits = decode(program.signature, going_on, batch, prefill).astype(np.float32)
+    steady = {name: array for name, array in batch.items() if is_steady(name)}
+    sequences = Sequences(RunDecoder(edge(program), run), rows, length, steady)
+    step = sequences.extend(ids[:, :prefill], mask[:, :prefill], every=True)
+    parts = [step.astype(np.float32)]
+    for end in range(prefill, length):
+        ids[:, end] = _likeliest(program, step[:, -1])
+        step = sequences.extend(ids[:, end : end + 1], every=True)
+        parts.append(step.astype(np.float32))
+    logits = np.concatenate(parts, axis=1)
     columns = columns_of(logits)
     return Golden(
-        inputs=given,
+        inputs=inputs | {"input_ids": ids},
         outputs={
             "columns": columns,
             "logits": np.take_along_axis(logits, columns.astype(np.int64), axis=-1),

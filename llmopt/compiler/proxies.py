@@ -237,10 +237,9 @@ def _attention_macs(node: ir.Node) -> int:
 def _cache_bytes(program: Program) -> int:
     """Return the bytes of all keys and values of one token."""
     total = 0
-    for port in program.signature.inputs:
-        if port.role in (Role.PAST_KEY, Role.PAST_VALUE):
-            width = 2 if port.dtype in {"float16", "bfloat16"} else 1 if "8" in port.dtype else 4
-            total += width * math.prod(size for size in port.shape if isinstance(size, int))
+    for port in program.signature.pasts:
+        width = 2 if port.dtype in {"float16", "bfloat16"} else 1 if "8" in port.dtype else 4
+        total += width * math.prod(size for size in port.shape if isinstance(size, int))
     return total
 
 

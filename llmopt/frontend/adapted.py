@@ -12,7 +12,7 @@ from llmopt.frontend.reference import Reference, Transform
 from llmopt.interface.arrays import Arrays
 from llmopt.interface.signature import Role, Signature
 
-_NAMED: Final = ("tokens", "mask", "positions", "logits")
+_NAMED: Final = (Role.TOKENS, Role.MASK, Role.POSITIONS, Role.LOGITS)
 
 
 def adapted(reference: Reference, before: Signature, after: Signature) -> Reference:

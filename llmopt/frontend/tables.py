@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from llmopt.interface.signature import Role
 from llmopt.ir import graph as g
 from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.probe import Probe
@@ -34,7 +35,7 @@ def _limits(program: Program, vocabulary: int) -> Iterator[int]:
 
 
 def _is_token(program: Program, value: ir.Value) -> bool:
-    return any(p.name == value.name and p.role == "tokens" for p in program.signature.inputs)
+    return any(p.name == value.name and p.role == Role.TOKENS for p in program.signature.inputs)
 
 
 def _highest(program: Program, index: ir.Value, tokens: int, vocabulary: int) -> int | None:
@@ -47,7 +48,7 @@ def _highest(program: Program, index: ir.Value, tokens: int, vocabulary: int) ->
     same = {
         port.name: np.full_like(arrays[port.name], 2)
         for port in program.signature.inputs
-        if port.role == "tokens" and port.name in arrays
+        if port.role == Role.TOKENS and port.name in arrays
     }
     (found,) = probe.run({**arrays, **same}, sizes)
     return int(found.max()) if found.size and found.dtype.kind == "i" else None

@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from llmopt.errors import LlmoptError, UsageError
 from llmopt.interface.arrays import Arrays
 
 
@@ -56,11 +57,11 @@ class Port:
     """One input or output of the model.
 
     Args:
-        name: Its name in the model file.
-        role: What it means: ``"tokens"``, ``"mask"``, ``"past_key"``, ``"logits"``, …
+        name: The name in the model file.
+        role: The meaning.
         dtype: Element type as numpy spells it.
         shape: A number for a fixed dimension, a letter of the glossary for a free one.
-        layer: Which layer's cache it is, for the four cache roles.
+        layer: The layer whose cache it is, for the four cache roles.
     """
 
     name: str
@@ -68,6 +69,22 @@ class Port:
     dtype: str
     shape: tuple[str | int, ...]
     layer: int | None = None
+
+    def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """Return the shape [B, G, length, D] of a cache input; a fixed dimension is left as it is.
+
+        Raises:
+            UsageError: Heads or width are free.
+        """
+        free = (batch, None, length, None)
+        shape = [
+            dim if isinstance(dim, int) else size
+            for dim, size in zip(self.shape, free, strict=True)
+        ]
+        sizes = tuple(size for size in shape if size is not None)
+        if len(sizes) < len(shape):
+            raise UsageError(f"{self.name}: the signature leaves heads or width of the cache open")
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,17 @@ class Signature:
     def find(self, role: Role) -> Port | None:
         """Return the first input, else output, that has ``role``."""
         return next((p for p in (*self.inputs, *self.outputs) if p.role == role), None)
+
+    def need(self, role: Role) -> Port:
+        """Return the first input, else output, that has ``role``.
+
+        Raises:
+            LlmoptError: There is none.
+        """
+        port = self.find(role)
+        if port is None:
+            raise LlmoptError(f"the model has no '{role}' input or output")
+        return port
 
     @property
     def pasts(self) -> tuple[Port, ...]:
@@ -103,13 +131,7 @@ class Signature:
 
     def empty_caches(self, batch: int) -> Arrays:
         """Return every cache input of no past tokens, [B, G, 0, D], by name."""
-        sizes = {"B": batch, "P": 0}
-        return {
-            port.name: np.zeros(
-                [dim if isinstance(dim, int) else sizes[dim] for dim in port.shape], port.dtype
-            )
-            for port in self.pasts
-        }
+        return {p.name: np.zeros(p.cache_shape(batch, 0), p.dtype) for p in self.pasts}
 
 
 def forwarded(first: Signature, second: Signature) -> dict[str, str]:

@@ -180,9 +180,7 @@ def _past(program: Program, value: ir.Value) -> tuple[ir.Value, ir.Value] | None
     if concat is None or len(concat.inputs) != 2 or g.attribute(concat, "axis", 0) not in (2, -2):
         return None
     past, new = g.operand(concat, 0), g.operand(concat, 1)
-    caches = {
-        p.name for p in program.signature.inputs if p.role in (Role.PAST_KEY, Role.PAST_VALUE)
-    }
+    caches = {port.name for port in program.signature.pasts}
     return (past, new) if past.name in caches and value.is_graph_output() else None
 
 

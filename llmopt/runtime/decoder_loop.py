@@ -11,12 +11,12 @@ import numpy as np
 from llmopt.errors import UsageError
 from llmopt.interface.arrays import Array
 from llmopt.interface.signature import forwarded
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime.beam_search import Beams, Search, log_softmax
 from llmopt.runtime.generation import Request, capacity_for, padding_token
 from llmopt.runtime.logits_processors import Rules
 from llmopt.runtime.sampling import Sampler
 from llmopt.runtime.session import Session
-from llmopt.runtime.steps import Sequences
 
 _NEW: Final = 128  # tokens, where neither the caller nor the checkpoint says how many
 
@@ -39,7 +39,7 @@ class EncoderRun:
         Args:
             feeds: The encoder's inputs, by name.
         """
-        handed = forwarded(self.encoder.manifest.signature, self.decoder.manifest.signature)
+        handed = forwarded(self.encoder.signature, self.decoder.signature)
         outputs = [name for name in handed.values() if name in self.encoder.outputs]
         found = {**feeds, **self.encoder.run(feeds, outputs)}
         return {name: found[origin] for name, origin in handed.items()}

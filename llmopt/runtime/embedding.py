@@ -9,6 +9,7 @@ import numpy as np
 
 from llmopt.errors import UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
 from llmopt.runtime.generation import padding_token
 from llmopt.runtime.session import Session
 from llmopt.runtime.tokenizer import pad
@@ -49,10 +50,10 @@ def check_embeds(session: Session) -> None:
     Raises:
         UsageError: It has no embedding output, and no hidden states with a known pooling.
     """
-    if session.find("embedding") is not None:
+    if session.find(Role.EMBEDDING) is not None:
         return
     pooling = session.manifest.model.pooling
-    if session.find("hidden") is None or pooling not in POOLINGS:
+    if session.find(Role.HIDDEN) is None or pooling not in POOLINGS:
         raise UsageError(
             f"this artifact (task {session.manifest.task!r}, pooling {pooling!r}) makes no "
             "embeddings; compile a sentence encoder with --task embed"
@@ -62,15 +63,15 @@ def check_embeds(session: Session) -> None:
 def _embed(session: Session, rows: Sequence[Sequence[int]]) -> Array:
     facts = session.manifest.model
     tokens, mask = pad(rows, padding_token(facts.pad, ()), "right")
-    by_role = {"tokens": tokens, "mask": mask, "token_types": np.zeros_like(tokens)}
+    by_role = {Role.TOKENS: tokens, Role.MASK: mask, Role.TOKEN_TYPES: np.zeros_like(tokens)}
     feeds = {
         port.name: array.astype(port.dtype)
         for role, array in by_role.items()
         if (port := session.find(role)) is not None
     }
-    output = session.find("embedding") or session.need("hidden")
+    output = session.find(Role.EMBEDDING) or session.need(Role.HIDDEN)
     result: Array = session.run(feeds, [output.name])[output.name].astype(np.float32)
-    return result if output.role == "embedding" else POOLINGS[str(facts.pooling)](result, mask)
+    return result if output.role == Role.EMBEDDING else POOLINGS[str(facts.pooling)](result, mask)
 
 
 def _mean(hidden: Array, mask: Array) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
 from llmopt.runtime.decoder_loop import DecoderLoop, EncoderRun
 from llmopt.runtime.generation import Request, check_tokens, padding_token
 from llmopt.runtime.logits_processors import Rules
@@ -123,7 +124,7 @@ class Seq2Seq:
             UsageError: A row is empty or too long, or holds a token that the model does not have.
         """
         encoder, facts = self.reader.encoder, self.manifest.model
-        if encoder.find("tokens") is None:
+        if encoder.find(Role.TOKENS) is None:
             raise UsageError("this model reads sounds, not text: give it features")
         if not rows or min(map(len, rows)) == 0:
             raise UsageError("the text is empty: give at least one token")
@@ -134,7 +135,7 @@ class Seq2Seq:
             )
         tokens, mask = pad(rows, padding_token(facts.pad, facts.eos), "right")
         check_tokens(tokens, facts.source_vocabulary or facts.vocabulary)
-        named = {encoder.need("tokens").name: tokens, encoder.need("mask").name: mask}
+        named = {encoder.need(Role.TOKENS).name: tokens, encoder.need(Role.MASK).name: mask}
         return self.reader.read(named)
 
     def _start(self) -> int:
@@ -147,7 +148,7 @@ class Seq2Seq:
         return start
 
     def _sounds(self, features: Any) -> dict[str, Array]:
-        port = self.reader.encoder.find("features")
+        port = self.reader.encoder.find(Role.FEATURES)
         if port is None:
             raise UsageError("this model reads text, not sounds")
         array = np.asarray(features, port.dtype)

@@ -9,9 +9,8 @@ import numpy as np
 
 from llmopt.errors import UsageError
 from llmopt.interface.arrays import Array
-from llmopt.interface.signature import Port
+from llmopt.interface.signature import Port, Role
 from llmopt.runtime.session import Session
-from llmopt.runtime.steps import cache_shape
 
 
 def complete_feeds(session: Session, feeds: Mapping[str, Any]) -> dict[str, Array]:
@@ -42,14 +41,14 @@ def complete_feeds(session: Session, feeds: Mapping[str, Any]) -> dict[str, Arra
 def describe(port: Port) -> str:
     """Return what an input takes, in words.
 
-    >>> describe(Port("input_ids", "tokens", "int64", ("B", "S")))
+    >>> describe(Port("input_ids", Role.TOKENS, "int64", ("B", "S")))
     'int64 [B, S]'
     """
     return f"{port.dtype} [{', '.join(map(str, port.shape))}]"
 
 
 def _optional(port: Port) -> bool:
-    return port.role in {"logits_to_keep", "pixels"}
+    return port.role in {Role.LOGITS_TO_KEEP, Role.PIXELS}
 
 
 def _check(port: Port, array: Array) -> None:
@@ -79,7 +78,7 @@ def _check_letters(session: Session, arrays: Mapping[str, Array]) -> None:
 
 
 def _defaults(session: Session, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    tokens_port = session.find("tokens")
+    tokens_port = session.find(Role.TOKENS)
     if tokens_port is None or tokens_port.name not in arrays:
         return {}
     tokens = arrays[tokens_port.name]
@@ -90,15 +89,14 @@ def _defaults(session: Session, arrays: Mapping[str, Array]) -> dict[str, Array]
 def _without_past(
     session: Session, tokens: Array, arrays: Mapping[str, Array]
 ) -> Iterator[tuple[str, Array]]:
-    pasts = [*session.layered("past_key"), *session.layered("past_value")]
-    types = session.find("token_types")
+    signature = session.signature
+    types = session.find(Role.TOKEN_TYPES)
     if types is not None:
         yield types.name, np.zeros(tokens.shape, types.dtype)
-    if any(port.name in arrays for port in pasts):
+    if any(port.name in arrays for port in signature.pasts):
         return
-    for port in pasts:
-        yield port.name, np.zeros(cache_shape(port, len(tokens), 0), port.dtype)
-    mask_port, positions_port = session.find("mask"), session.find("positions")
+    yield from signature.empty_caches(len(tokens)).items()
+    mask_port, positions_port = session.find(Role.MASK), session.find(Role.POSITIONS)
     mask = np.ones(tokens.shape, np.int64)
     if mask_port is not None:
         mask = arrays.get(mask_port.name, mask.astype(mask_port.dtype))

@@ -10,10 +10,10 @@ import numpy as np
 
 from llmopt.errors import UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime.detokenizer import Detokenizer, StopText
 from llmopt.runtime.sampling import Sampler, Sampling
 from llmopt.runtime.session import Session
-from llmopt.runtime.steps import Sequences
 from llmopt.runtime.tokenizer import pad
 
 _BLOCK = 64

@@ -13,6 +13,8 @@ import numpy as np
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Sequences, forced, one_by_one
 from llmopt.runtime.embedding import check_embeds, embed_rows
 from llmopt.runtime.encoder_decoder import ENCODER, Asked, Seq2Seq
 from llmopt.runtime.feeds import complete_feeds
@@ -26,7 +28,6 @@ from llmopt.runtime.generation import (
 )
 from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
 from llmopt.runtime.session import open_session
-from llmopt.runtime.steps import Sequences, forced
 from llmopt.runtime.tokenizer import Tokenizer
 from llmopt.runtime.vision import shown, shown_in, with_sight
 
@@ -219,7 +220,11 @@ class Runner:
         memory, first = self._memory(source), prefill or length
         if images is not None:
             memory |= shown_in(self.session, tokens[:, :first], images)
-        return forced(Sequences(self.session, batch, length, memory), tokens, real, first)
+        sequences = Sequences(self.session, batch, length, memory)
+        logits = forced(sequences, tokens, real, one_by_one(first, length))
+        if logits.shape[1] != length:
+            raise UsageError("the model gives logits of its last token only; pass prefill=1")
+        return logits.astype(np.float32, copy=False)
 
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> Array:
         """Return one embedding a text.
@@ -302,7 +307,7 @@ class Runner:
                 raise UsageError(f"{name}: {problem}")
         self._warn_without_cache()
         prompts, given = shown(self.session, prompts, images)
-        together = self.session.find("mask") is not None or len(set(map(len, prompts))) == 1
+        together = self.session.find(Role.MASK) is not None or len(set(map(len, prompts))) == 1
         if together or not prompts:
             if prompts:
                 yield 0, Generation(self.session, prompts, request, given)

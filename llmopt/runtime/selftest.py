@@ -20,12 +20,13 @@ import numpy as np
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, LlmoptError, UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime.cores import usable_cores
 from llmopt.runtime.generation import capacity_for
 from llmopt.runtime.golden import FOLDER, Golden, kept
 from llmopt.runtime.memory import peak_bytes
 from llmopt.runtime.runner import Runner
-from llmopt.runtime.steps import Sequences
 
 SCHEMA: Final = 1
 _PACKAGES: Final = ("onnxruntime", "apache-tvm", "numpy", "tokenizers")
@@ -165,7 +166,7 @@ def _logits(runner: Runner, golden: Golden) -> Iterator[Check]:
     """Compare teacher-forced logits, and the best token wherever it leads clearly."""
     ids, mask = golden.inputs["input_ids"], golden.inputs["attention_mask"]
     columns, wanted = golden.outputs["columns"], golden.outputs["logits"]
-    given = mask if runner.session.find("mask") is not None else None
+    given = mask if runner.session.find(Role.MASK) is not None else None
     images = golden.inputs.get("pixel_values")
     source = _source(golden)
     logits = runner.logits(ids, golden.prefill, mask=given, source=source, images=images)
@@ -194,7 +195,7 @@ def _counted(name: str, found: Array, wanted: Array, golden: Golden) -> Check:
 
 def _outputs(runner: Runner, golden: Golden) -> Iterator[Check]:
     found = runner.session.run(golden.inputs, list(golden.outputs))
-    port = runner.session.find("mask")
+    port = runner.session.find(Role.MASK)
     mask = golden.inputs.get(port.name) if port is not None else None
     for name, wanted in golden.outputs.items():
         yield _within(name, kept(found[name], mask), wanted, golden)

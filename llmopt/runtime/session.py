@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
@@ -15,11 +15,9 @@ from llmopt import lazy
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array
-from llmopt.interface.signature import Port
+from llmopt.interface.signature import Port, Role
+from llmopt.interface.stepping import RunDecoder, Stepper
 from llmopt.runtime.cores import usable_cores
-
-if TYPE_CHECKING:
-    from llmopt.runtime.steps import Stepper
 
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
 
@@ -78,6 +76,7 @@ class Session(abc.ABC):
 
     def __init__(self, manifest: Manifest, threads: int | None = None) -> None:
         self.manifest = manifest
+        self.signature = manifest.signature
         self.threads = threads or usable_cores()
         self.inputs = {port.name: port for port in manifest.signature.inputs}
         self.outputs = {port.name: port for port in manifest.signature.outputs}
@@ -101,6 +100,13 @@ class Session(abc.ABC):
             capacity: Most tokens a row can come to.
         """
 
+    def plain_stepper(self, batch: int, capacity: int) -> Stepper:
+        """Return one over `run`: caches are fed back as arrays, or none are kept."""
+        outputs = [self.need(Role.LOGITS), *self.signature.presents]
+        names = [port.name for port in outputs]
+        decoder = RunDecoder(self.signature, lambda feeds: self.run(feeds, names))
+        return decoder.stepper(batch, capacity)
+
     @property
     def profiles(self) -> bool:
         """Whether the engine tells how long each operator takes."""
@@ -114,12 +120,11 @@ class Session(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has profiles = {self.profiles}")
 
-    def find(self, role: str) -> Port | None:
+    def find(self, role: Role) -> Port | None:
         """Return the first input or output with this role, if there is one."""
-        ports = [*self.inputs.values(), *self.outputs.values()]
-        return next((port for port in ports if port.role == role), None)
+        return self.signature.find(role)
 
-    def need(self, role: str) -> Port:
+    def need(self, role: Role) -> Port:
         """Return the first input or output with this role.
 
         Raises:
@@ -128,13 +133,8 @@ class Session(abc.ABC):
         port = self.find(role)
         if port is None:
             task = self.manifest.task
-            raise LlmoptError(f"this artifact (task {task!r}) has no {role!r} input or output")
+            raise LlmoptError(f"this artifact (task {task!r}) has no '{role}' input or output")
         return port
-
-    def layered(self, role: str) -> list[Port]:
-        """Return the inputs or outputs with this role, by layer."""
-        ports = [*self.inputs.values(), *self.outputs.values()]
-        return sorted((p for p in ports if p.role == role), key=lambda port: port.layer or 0)
 
 
 def open_session(folder: Path, manifest: Manifest, threads: int | None = None) -> Session:

@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from llmopt.errors import UsageError
 from llmopt.interface.arrays import Array
-from llmopt.interface.signature import FORWARDED, Port, Signature
+from llmopt.interface.signature import FORWARDED, Port, Role, Signature
+from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime.session import Session, open_session
-from llmopt.runtime.steps import Step, Stepper
 
 VISION: Final = "vision"
 EMBEDDING: Final = "embedding"
@@ -61,7 +61,7 @@ class SeeingSession(Session):
     def __init__(self, vision: Session, embedding: Session, decoder: Session) -> None:
         every = (vision, embedding, decoder)
         inputs = [p for each in every for p in each.inputs.values() if p.role not in FORWARDED]
-        signature = Signature(tuple(inputs), decoder.manifest.signature.outputs)
+        signature = Signature(tuple(inputs), decoder.signature.outputs)
         super().__init__(replace(decoder.manifest, signature=signature), decoder.threads)
         self._vision = vision
         self._embedding = embedding
@@ -74,11 +74,11 @@ class SeeingSession(Session):
     def run(
         self, feeds: Mapping[str, Array], names: Sequence[str] | None = None
     ) -> dict[str, Array]:
-        pixels = feeds.get(self.need("pixels").name)
+        pixels = feeds.get(self.need(Role.PIXELS).name)
         features = None if pixels is None else self._features(pixels)
-        embeds = self.embeds(feeds[self.need("tokens").name], features)
+        embeds = self.embeds(feeds[self.need(Role.TOKENS).name], features)
         rest = {name: array for name, array in feeds.items() if name in self._decoder.inputs}
-        return self._decoder.run({**rest, self._decoder.need("embeds").name: embeds}, names)
+        return self._decoder.run({**rest, self._decoder.need(Role.EMBEDS).name: embeds}, names)
 
     @override
     def stepper(self, batch: int, capacity: int) -> Stepper:
@@ -94,7 +94,7 @@ class SeeingSession(Session):
         Raises:
             UsageError: They are of another shape.
         """
-        port = self.need("pixels")
+        port = self.need(Role.PIXELS)
         array = np.asarray(images, port.dtype)
         size = tuple(n for n in port.shape[1:] if isinstance(n, int))
         if array.shape[-len(size) :] != size or array.ndim > len(size) + 2 or not array.size:
@@ -104,17 +104,17 @@ class SeeingSession(Session):
 
     def embeds(self, tokens: Array, features: Array | None) -> Array:
         """Return the embeddings [B, S, E] of tokens, features of images among them if given."""
-        port = self._embedding.need(FEATURES)
+        port = self._embedding.need(Role.IMAGE_FEATURES)
         if features is None:
             features = np.zeros(_none_of(port), port.dtype)
-        taken = self._embedding.need("tokens")
+        taken = self._embedding.need(Role.TOKENS)
         given = {taken.name: np.ascontiguousarray(tokens, taken.dtype), port.name: features}
-        name = self._embedding.need("embeds").name
+        name = self._embedding.need(Role.EMBEDS).name
         return self._embedding.run(given, [name])[name]
 
     def _features(self, pixels: Array) -> Array:
-        name = self._vision.need(FEATURES).name
-        return self._vision.run({self.need("pixels").name: pixels}, [name])[name]
+        name = self._vision.need(Role.IMAGE_FEATURES).name
+        return self._vision.run({self.need(Role.PIXELS).name: pixels}, [name])[name]
 
 
 class _SeeingStepper:
@@ -135,10 +135,10 @@ class _SeeingStepper:
 
     def run(self, step: Step) -> Array:
         """Return logits [B, K, V]; the array is overwritten by the next run."""
-        features = None if self._begun else step.given.get(FEATURES)
+        features = None if self._begun else step.steady.get(FEATURES)
         self._begun = True
         embeds = self._session.embeds(step.tokens, features)
-        return self._decoder.run(replace(step, embeds=embeds, given={}))
+        return self._decoder.run(replace(step, embeds=embeds, steady={}))
 
 
 def _none_of(port: Port) -> list[int]:

@@ -18,9 +18,10 @@ from llmopt.errors import AccuracyError
 from llmopt.frontend.reference import Reference, Transform
 from llmopt.interface.arrays import Array, Arrays, Run
 from llmopt.interface.signature import Role, Signature
+from llmopt.interface.stepping import RunDecoder, Sequences, forced, one_by_one
 from llmopt.ir.attention import AttentionAttributes
 from llmopt.ir.components import FIRST, edge, is_steady, source_feeds
-from llmopt.ir.feeds import Case, feeds, resolve
+from llmopt.ir.feeds import Case, feeds
 from llmopt.ir.images import illustrated
 from llmopt.ir.program import Program
 
@@ -204,7 +205,7 @@ def _run(program: Program, run: Run, case: Case, batch: Arrays) -> Arrays:
         others.update({name: outputs[name] for name in _BEFORE if name in outputs})
         return outputs
 
-    logits = decode(program.signature, keeping, batch, case.new)
+    logits = decode(edge(program), keeping, batch, case.new)
     return {"logits": logits} | others
 
 
@@ -218,32 +219,19 @@ def decode(signature: Signature, run: Run, batch: Arrays, prefill: int) -> Array
     """Return the logits [B, S, V] of a prefill and one step for each token after it.
 
     Args:
-        signature: The caches.
+        signature: Inputs and outputs of ``run``.
         run: The artifact.
-        batch: ``input_ids`` of all tokens; ``attention_mask`` and ``position_ids``, if it has them;
-            and what is the same in every step, of a model of several components, or was read, of
-            the last one alone.
-        prefill: The number of tokens of the first step.
+        batch: ``input_ids`` of all tokens; ``attention_mask``, if any are padded; and what is the
+            same in every step, of a model of several components, or was read, of the last one
+            alone.
+        prefill: Tokens of the first step.
     """
-    total = batch["input_ids"].shape[1]
-    sizes = {"B": len(batch["input_ids"]), "P": 0}
-    caches = {
-        port.name: np.zeros([resolve(d, sizes) for d in port.shape], port.dtype)
-        for port in signature.inputs
-        if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
-    }
-    pairs = list(zip(caches, (p.name for p in signature.outputs[1:]), strict=True))
-    known = {port.name for port in signature.inputs if port.role in _FROM_ENCODER}
-    read = {name: array for name, array in batch.items() if is_steady(name) or name in known}
-    logits, start = [], 0
-    for end in (prefill, *range(prefill + 1, total + 1)):
-        parts = {"input_ids": start, "attention_mask": 0, "position_ids": start}
-        step = {n: batch[n][:, first:end] for n, first in parts.items() if n in batch}
-        outputs = run({**step, "logits_to_keep": np.asarray(0, np.int64), **caches, **read})
-        logits.append(outputs["logits"])
-        caches = {past: outputs[present] for past, present in pairs}
-        start = end
-    return np.concatenate(logits, axis=1)
+    tokens, mask = batch["input_ids"], batch.get("attention_mask")
+    rows, total = tokens.shape
+    forwarded = {port.name for port in signature.inputs if port.role in _FROM_ENCODER}
+    steady = {name: array for name, array in batch.items() if is_steady(name) or name in forwarded}
+    sequences = Sequences(RunDecoder(signature, run), rows, total, steady)
+    return forced(sequences, tokens, mask, one_by_one(prefill, total))
 
 
 @dataclass(frozen=True)

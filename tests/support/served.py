@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.interface.arrays import Array
+from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime import Runner, load
 from llmopt.runtime.serving.line import Line
 from llmopt.runtime.serving.server import ListenOptions, listen, make_server
-from llmopt.runtime.steps import Step, Stepper
 
 PATIENCE_S = 20.0
 

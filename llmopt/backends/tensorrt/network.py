@@ -13,7 +13,6 @@ from llmopt.ir.landmarks import Landmark, is_landmark
 from llmopt.ir.program import Program
 from llmopt.runtime.engines.tensorrt_recipe import InputRange, Profile, Sizes
 
-_PASTS: Final = (Role.PAST_KEY, Role.PAST_VALUE)
 USUAL: Final = 128  # tokens: what kernels are chosen for where a length is free
 
 
@@ -33,7 +32,7 @@ def _of_cache(program: Program) -> Iterator[str]:
     """Yield what would change its meaning when a cache is a buffer of fixed capacity."""
     if not program.facts.max_length:
         yield "no limit of tokens is known, and the cache needs one: give --max-length"
-    names = {port.name for port in program.signature.inputs if port.role in _PASTS}
+    names = {port.name for port in program.signature.pasts}
     for value in program.graph.inputs:
         readers = g.users(value) if value.name in names else []
         for node in readers:

@@ -22,10 +22,11 @@ from llmopt.benchmark.measuring import check_fits, random_tokens
 from llmopt.benchmark.probe import peak_rss_bytes
 from llmopt.benchmark.workload import Encode, Generate, Inputs, Workload, parse_workload
 from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime import Runner, load
 from llmopt.runtime.generation import capacity_for
 from llmopt.runtime.npz import read_npz
-from llmopt.runtime.steps import Sequences
 
 _DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG, see prctl(2)
 
@@ -83,7 +84,7 @@ class Worker:
     def _encode(self, random: np.random.Generator) -> float:
         workload = self._workload
         assert isinstance(workload, Encode)
-        port = self._runner.session.need("tokens")
+        port = self._runner.session.need(Role.TOKENS)
         tokens = random_tokens(self._runner, (workload.batch, workload.length), random)
         return self._run({port.name: tokens.astype(port.dtype)})
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import onnx_ir as ir
 
 from llmopt.artifact.fields import Fields
@@ -22,15 +21,16 @@ from llmopt.frontend.base import Source
 from llmopt.frontend.reference import Transform
 from llmopt.interface.arrays import Arrays
 from llmopt.interface.facts import SourceRecord
+from llmopt.interface.signature import Role
 from llmopt.ir import landmarks
 from llmopt.ir.evaluator import Evaluator
-from llmopt.ir.feeds import resolve
 from llmopt.ir.program import Facts, Program
 from llmopt.ir.saving import save_with_data
 from llmopt.ir.weights import Leaf
 
 KEY: Final = "llmopt.program"
 """The entry of the model's metadata that holds the signature and the facts, as JSON."""
+_PRESENTS: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE)
 
 
 def save_program(program: Program, path: Path) -> None:
@@ -91,7 +91,7 @@ class SavedReference:
         program = self._program if transform is None else self._changed(transform)
         evaluator = Evaluator(program.model)
         ports = program.signature.outputs
-        names = [port.name for port in ports if not port.role.startswith("present_")]
+        names = [port.name for port in ports if port.role not in _PRESENTS]
         for batch in batches:
             yield evaluator.run({**self._empty(batch), **batch}, names)
 
@@ -106,9 +106,6 @@ class SavedReference:
 
     def _empty(self, batch: Arrays) -> Arrays:
         """Return caches of no tokens for those that ``batch`` has none for."""
-        sizes = {"B": len(next(iter(batch.values()))), "P": 0} if batch else {}
-        return {
-            port.name: np.zeros([resolve(dim, sizes) for dim in port.shape], port.dtype)
-            for port in self._program.signature.inputs
-            if port.role.startswith("past_") and port.name not in batch
-        }
+        rows = len(next(iter(batch.values()), ()))
+        empty = self._program.signature.empty_caches(rows)
+        return {name: array for name, array in empty.items() if name not in batch}

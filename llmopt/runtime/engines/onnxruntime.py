@@ -14,12 +14,13 @@ from typing_extensions import override
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime.engines.onnxruntime_device import OnnxRuntimeCache
 from llmopt.runtime.engines.onnxruntime_profile import read_profile
 from llmopt.runtime.engines.providers import CPU, place_of, start
 from llmopt.runtime.huge_pages import large_pages
 from llmopt.runtime.session import Session, TimedRun, aligned_zeros, zeros_together
-from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
 _INSTALL: Final = "it is not installed; pip install 'llmopt[runtime]'"
 _ERRORS_ONLY: Final = 3
@@ -58,7 +59,7 @@ class OnnxRuntimeSession(Session):
             case "concat":
                 return ConcatCache(self, batch)
             case "none":
-                return NoCache(self)
+                return self.plain_stepper(batch, capacity)
 
     @property
     @override
@@ -256,11 +257,11 @@ class SharedCache:
     def __init__(self, session: OnnxRuntimeSession, batch: int, capacity: int) -> None:
         self._session = session
         self._binding = session.bind()
-        self._logits = session.need("logits")
+        self._logits = session.need(Role.LOGITS)
         self._mask_memory = np.ones(batch * capacity, np.int64)
         self._fast: _OneToken | None = None
-        pairs = cache_pairs(session)
-        shapes = [cache_shape(past, batch, capacity) for past, _ in pairs]
+        pairs = session.signature.cache_pairs()
+        shapes = [past.cache_shape(batch, capacity) for past, _ in pairs]
         caches = zeros_together(shapes, [past.dtype for past, _ in pairs])
         self._caches = caches
         for (past, present), cache in zip(pairs, caches, strict=True):
@@ -271,8 +272,8 @@ class SharedCache:
         if step.tokens.shape[1] == 1:
             return self._run_one(step)
         self._fast = None
-        self._bind(step.feeds(self._session))
-        if step.every and self._session.find("logits_to_keep") is not None:
+        self._bind(step.feeds(self._session.signature))
+        if step.every and self._session.find(Role.LOGITS_TO_KEEP) is not None:
             # the artifact declares logits of one token, and a bound output must be as declared
             self._binding.allocate(self._logits.name)
             self._binding.run()
@@ -292,7 +293,8 @@ class SharedCache:
         mask[...] = step.mask
         if self._fast is None:
             # These are written to below, so they must not be the caller's.
-            feeds = {name: array.copy() for name, array in step.feeds(self._session).items()}
+            signature = self._session.signature
+            feeds = {name: array.copy() for name, array in step.feeds(signature).items()}
             self._bind(feeds)
             entering = feeds[self._session.need(step.entering[0]).name]
             self._fast = _OneToken.of(self._session, feeds, entering, self._fetch_logits(step))
@@ -309,7 +311,7 @@ class SharedCache:
 
     def _fetch_logits(self, step: Step) -> Array:
         batch, new = step.tokens.shape
-        free = new if step.every or self._session.find("logits_to_keep") is None else 1
+        free = new if step.every or self._session.find(Role.LOGITS_TO_KEEP) is None else 1
         _, kept, width = self._logits.shape
         vocabulary = self._session.manifest.model.vocabulary
         shape = (
@@ -339,12 +341,12 @@ class _OneToken:
         entering: Array,
         logits: Array,
     ) -> _OneToken:
-        positions = session.find("positions")
+        positions = session.find(Role.POSITIONS)
         return cls(
             entering=entering,
             positions=None if positions is None else feeds[positions.name],
             # Without a mask the model could not tell how much of the buffer is in use.
-            mask_name=session.need("mask").name,
+            mask_name=session.need(Role.MASK).name,
             logits=logits,
         )
 
@@ -359,20 +361,19 @@ class ConcatCache:
 
     def __init__(self, session: OnnxRuntimeSession, batch: int) -> None:
         self._session = session
-        self._pairs = cache_pairs(session)
-        self._names = [session.need("logits").name, *(present.name for _, present in self._pairs)]
+        pasts, presents = session.signature.pasts, session.signature.presents
+        self._names = [port.name for port in (session.need(Role.LOGITS), *presents)]
         self._cache: dict[str, Any] = {
-            past.name: session.empty(cache_shape(past, batch, 0), past.dtype)
-            for past, _ in self._pairs
+            past.name: session.empty(past.cache_shape(batch, 0), past.dtype) for past in pasts
         }
 
     def run(self, step: Step) -> Array:
         """Return logits [B, K, V]."""
         session = self._session
-        feeds = {name: session.value(array) for name, array in step.feeds(session).items()}
+        arrays = step.feeds(session.signature)
+        feeds = {name: session.value(array) for name, array in arrays.items()}
         logits, *presents = session.run_values(self._cache | feeds, self._names)
-        pasts = (past.name for past, _ in self._pairs)
-        self._cache = dict(zip(pasts, presents, strict=True))
+        self._cache = dict(zip(self._cache, presents, strict=True))
         return np.asarray(logits.numpy())
 
     def reorder(self, rows: Sequence[int], length: int) -> None:  # noqa: ARG002 - all of it

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from llmopt.interface.arrays import Array
-from llmopt.runtime.steps import Step, cache_pairs, cache_shape
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Step
 
 if TYPE_CHECKING:
     from llmopt.runtime.engines.onnxruntime import Binding, OnnxRuntimeSession
@@ -35,10 +36,10 @@ class OnnxRuntimeCache:
     def __init__(self, session: OnnxRuntimeSession, batch: int, capacity: int) -> None:
         self._session = session
         self._capacity = capacity
-        self._logits = session.need("logits").name
+        self._logits = session.need(Role.LOGITS).name
         self._caches = [
-            (past, present, session.buffer(cache_shape(past, batch, capacity), past.dtype))
-            for past, present in cache_pairs(session)
+            (past, present, session.buffer(past.cache_shape(batch, capacity), past.dtype))
+            for past, present in session.signature.cache_pairs()
         ]
         self._plain = self._bound()
         self._fixed: _Fixed | None = None
@@ -47,7 +48,7 @@ class OnnxRuntimeCache:
         """Return logits [B, K, V]."""
         if step.tokens.shape[1] == 1 and self._session.place.captures:
             return self._run_fixed(step)
-        for name, array in step.feeds(self._session).items():
+        for name, array in step.feeds(self._session.signature).items():
             self._plain.feed(name, array)
         self._plain.allocate(self._logits)
         self._plain.run(self._session.run_options())
@@ -69,8 +70,10 @@ class OnnxRuntimeCache:
         """Return the feeds with a mask of full capacity."""
         mask = np.zeros((len(step.mask), self._capacity), np.int64)
         mask[:, : step.mask.shape[1]] = step.mask
-        feeds = Step(step.tokens, mask, step.positions, every=False).feeds(self._session)
-        keep = self._session.find("logits_to_keep")  # one of one; the host reads it, not the device
+        widened = Step(step.tokens, mask, step.positions, every=False)
+        feeds = widened.feeds(self._session.signature)
+        # The default is one of one, and the host reads it, not the device.
+        keep = self._session.find(Role.LOGITS_TO_KEEP)
         return {name: array for name, array in feeds.items() if keep is None or name != keep.name}
 
 
@@ -98,8 +101,8 @@ class _Fixed:
         for name, array in feeds.items():
             inputs[name] = session.buffer(array.shape, str(array.dtype))
             binding.feed_value(name, inputs[name])
-        port = session.need("logits")
-        rows = len(feeds[session.need("tokens").name])
+        port = session.need(Role.LOGITS)
+        rows = len(feeds[session.need(Role.TOKENS).name])
         logits = session.buffer((rows, 1, session.manifest.model.vocabulary), port.dtype)
         binding.fetch_value(port.name, logits)
         graph = next(_GRAPHS)

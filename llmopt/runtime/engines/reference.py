@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from typing_extensions import override
 
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import BackendUnavailableError
 from llmopt.interface.arrays import Array
+from llmopt.interface.stepping import Stepper
 from llmopt.runtime.session import Session
-from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
 _EVALUATOR: Final = "llmopt.ir.evaluator"
 _INSTALL: Final = "it needs onnx and onnx-ir; pip install 'llmopt[compile]'"
@@ -50,36 +49,7 @@ class ReferenceSession(Session):
 
     @override
     def stepper(self, batch: int, capacity: int) -> Stepper:
-        return CopiedCache(self, batch) if self.manifest.signature.has_cache else NoCache(self)
-
-
-class CopiedCache:
-    """Present is past and the new tokens, other arrays at each step.
-
-    Args:
-        session: The model.
-        batch: B.
-    """
-
-    def __init__(self, session: Session, batch: int) -> None:
-        self._session = session
-        self._logits = session.need("logits").name
-        self._presents = {past.name: present.name for past, present in cache_pairs(session)}
-        self._cache: dict[str, Array] = {
-            past.name: np.zeros(cache_shape(past, batch, 0), past.dtype)
-            for past, _ in cache_pairs(session)
-        }
-
-    def run(self, step: Step) -> Array:
-        """Return logits [B, K, V]."""
-        feeds = {**self._cache, **step.feeds(self._session)}
-        found = self._session.run(feeds, [self._logits, *self._presents.values()])
-        self._cache = {past: found[present] for past, present in self._presents.items()}
-        return found[self._logits]
-
-    def reorder(self, rows: Sequence[int], length: int) -> None:  # noqa: ARG002 - all of it
-        """Let row i go on from what row ``rows[i]`` remembers."""
-        self._cache = {name: array[list(rows)] for name, array in self._cache.items()}
+        return self.plain_stepper(batch, capacity)
 
 
 def _import_evaluator() -> Any:

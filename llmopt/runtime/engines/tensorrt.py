@@ -19,6 +19,7 @@ from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array
 from llmopt.interface.signature import Port, Role
+from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime.engines.cuda_driver import Driver, Memory
 from llmopt.runtime.engines.tensorrt_build import import_tensorrt
 from llmopt.runtime.engines.tensorrt_cache import cached_engine
@@ -30,7 +31,6 @@ from llmopt.runtime.engines.tensorrt_recipe import (
     engine_file,
 )
 from llmopt.runtime.session import Session
-from llmopt.runtime.steps import NoCache, Step, Stepper, cache_pairs, cache_shape
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -72,7 +72,7 @@ class TensorRtSession(Session):
     @override
     def stepper(self, batch: int, capacity: int) -> Stepper:
         if self.manifest.model.cache == "none":
-            return NoCache(self)
+            return self.plain_stepper(batch, capacity)
         return TensorRtCache(self, batch, capacity)
 
     @override
@@ -205,11 +205,11 @@ class TensorRtSession(Session):
     def _compute(self, given: Mapping[str, Array]) -> dict[str, Array]:
         if self.manifest.model.cache == "none":
             return self.run(given)
-        tokens = given[self.need("tokens").name]
-        mask, positions = given[self.need("mask").name], np.maximum(0, _positions(given, self))
+        tokens = given[self.need(Role.TOKENS).name]
+        mask, positions = given[self.need(Role.MASK).name], np.maximum(0, _positions(given, self))
         step = Step(tokens, mask, positions, every=True)
         batch, length = tokens.shape
-        return {self.need("logits").name: self.stepper(batch, length).run(step)}
+        return {self.need(Role.LOGITS).name: self.stepper(batch, length).run(step)}
 
 
 class TensorRtCache:
@@ -226,7 +226,7 @@ class TensorRtCache:
 
     def __init__(self, session: TensorRtSession, batch: int, capacity: int) -> None:
         self._session = session
-        pairs = cache_pairs(session)
+        pairs = session.signature.cache_pairs()
         slots = pairs[0][0].shape[2]
         assert isinstance(slots, int)
         self._slots = slots
@@ -257,16 +257,16 @@ class TensorRtCache:
         mask = np.zeros((batch, self._slots), step.mask.dtype)
         mask[:, : step.mask.shape[1]] = step.mask
         piece = Step(step.tokens[:, part], mask, step.positions[:, part], step.every)
-        feeds = piece.feeds(session)
+        feeds = piece.feeds(session.signature)
         feeds[Role.WRITE_INDICES] = np.full(batch, start, np.int64)
-        keep = session.find("logits_to_keep")
+        keep = session.find(Role.LOGITS_TO_KEEP)
         if keep is not None:
             feeds[keep.name] = np.asarray(piece.tokens.shape[1] if step.every else 1, np.int64)
-        name = session.need("logits").name
+        name = session.need(Role.LOGITS).name
         return session.execute(feeds, self._held, [name])[name]
 
     def _allocate(self, port: Port, batch: int) -> Memory:
-        shape = cache_shape(port, batch, self._slots)
+        shape = port.cache_shape(batch, self._slots)
         return self._session.driver.allocate(shape, _ITEM_BYTES[port.dtype])
 
 
@@ -295,10 +295,10 @@ def exceeded(profile: Profile, feeds: Mapping[str, Array]) -> _Excess | None:
 
 
 def _positions(given: Mapping[str, Array], session: Session) -> Array:
-    port = session.find("positions")
+    port = session.find(Role.POSITIONS)
     if port is not None and port.name in given:
         return given[port.name]
-    return np.asarray(given[session.need("mask").name].cumsum(axis=1) - 1)
+    return np.asarray(given[session.need(Role.MASK).name].cumsum(axis=1) - 1)
 
 
 def _check_version(manifest: Manifest, package: str, here: str) -> None:

@@ -27,12 +27,12 @@ from llmopt.artifact.manifest import Manifest
 from llmopt.artifact.signature import read_signature
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError, UsageError
 from llmopt.interface.arrays import Array
-from llmopt.interface.signature import Port, Role
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime.cores import usable_cores
 from llmopt.runtime.cpu_features import processor_features, tiles_allowed
 from llmopt.runtime.engines.tvm_profile import Stopwatch
 from llmopt.runtime.session import Session, TimedRun, aligned_zeros, zeros_together
-from llmopt.runtime.steps import NoCache, Step, Stepper, cache_shape
 
 INDEX: Final = "model.json"
 WEIGHTS: Final = "weights.bin"
@@ -190,7 +190,7 @@ def _run_part(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str) -> d
     signature = library.signature
     if signature.has_cache:
         return _run_cached(library, feeds, prefix)
-    ports = [port for port in signature.inputs if port.role != "logits_to_keep"]
+    ports = [port for port in signature.inputs if port.role != Role.LOGITS_TO_KEEP]
     arguments = [library.copied(feeds[port.name], port.dtype) for port in ports]
     results = library.call(f"{prefix}main", arguments)
     found = [np.from_dlpack(result) for result in results]
@@ -201,12 +201,12 @@ def _run_cached(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str) ->
     by_role = {port.role: feeds.get(port.name) for port in library.signature.inputs}
     tokens = by_role[Role.TOKENS]
     assert tokens is not None
-    pasts = [p for p in library.signature.inputs if p.role in ("past_key", "past_value")]
-    before = feeds[pasts[0].name].shape[2]
+    pairs = library.signature.cache_pairs()
+    before = feeds[pairs[0][0].name].shape[2]
     total = before + tokens.shape[1]
     caches = TvmCaches(library, len(tokens), total)
-    for port in pasts:
-        caches.arrays[port.name][:, :, :before] = feeds[port.name]
+    for past, _ in pairs:
+        caches.arrays[past.name][:, :, :before] = feeds[past.name]
     mask, keep = by_role.get(Role.MASK), by_role.get(Role.LOGITS_TO_KEEP)
     positions = by_role.get(Role.POSITIONS)
     if mask is None:
@@ -217,16 +217,8 @@ def _run_cached(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str) ->
     logits = np.array(caches.run(Step(tokens, mask, positions, every), prefix))
     if every and int(np.asarray(keep)) > 0:
         logits = logits[:, -int(np.asarray(keep)) :]
-    outputs = library.signature.outputs
-    presents = zip(outputs[1:], _in_order(pasts, outputs[1:]), strict=True)
-    shown = {port.name: caches.arrays[past.name][:, :, :total] for port, past in presents}
-    return {outputs[0].name: logits, **shown}
-
-
-def _in_order(pasts: Sequence[Port], presents: Sequence[Port]) -> list[Port]:
-    """Return the past that each present continues."""
-    known = {(port.role.removeprefix("past_"), port.layer): port for port in pasts}
-    return [known[port.role.removeprefix("present_"), port.layer] for port in presents]
+    outputs = {present.name: caches.arrays[past.name][:, :, :total] for past, present in pairs}
+    return {library.signature.need(Role.LOGITS).name: logits, **outputs}
 
 
 class TvmCaches:
@@ -240,10 +232,10 @@ class TvmCaches:
 
     def __init__(self, library: TvmLibrary, batch: int, capacity: int) -> None:
         self._library = library
-        self.ports = [p for p in library.signature.inputs if p.role in ("past_key", "past_value")]
-        shapes = [cache_shape(port, batch, capacity) for port in self.ports]
-        made = zeros_together(shapes, [port.dtype for port in self.ports])
-        self.arrays = {port.name: array for port, array in zip(self.ports, made, strict=True)}
+        pasts = library.signature.pasts
+        shapes = [port.cache_shape(batch, capacity) for port in pasts]
+        zeros = zeros_together(shapes, [port.dtype for port in pasts])
+        self.arrays = {port.name: array for port, array in zip(pasts, zeros, strict=True)}
         self._tensors = {name: library.tensor(array) for name, array in self.arrays.items()}
 
     def run(self, step: Step, prefix: str = "") -> Array:
@@ -272,10 +264,10 @@ class TvmCaches:
     def _arguments(self, step: Step) -> Iterator[Any]:
         library = self._library
         by_role = {
-            "tokens": step.tokens,
-            "mask": step.mask,
-            "positions": step.positions,
-            "token_types": np.zeros_like(step.tokens),
+            Role.TOKENS: step.tokens,
+            Role.MASK: step.mask,
+            Role.POSITIONS: step.positions,
+            Role.TOKEN_TYPES: np.zeros_like(step.tokens),
         }
         for port in library.signature.inputs:
             if port.name in self._tensors:
@@ -322,8 +314,8 @@ class TvmSession(Session):
 
     @override
     def stepper(self, batch: int, capacity: int) -> Stepper:
-        if not self.manifest.signature.has_cache:
-            return NoCache(self)
+        if not self.signature.has_cache:
+            return self.plain_stepper(batch, capacity)
         most = self._library.limits.batch
         if batch > most:
             raise UsageError(

@@ -26,10 +26,10 @@ from llmopt.artifact.manifest import Manifest
 from llmopt.artifact.signature import read_signature
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array
-from llmopt.interface.signature import Port, Role
+from llmopt.interface.signature import Role
+from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime.engines.tvm import INDEX, WEIGHTS, another_path
 from llmopt.runtime.session import Session
-from llmopt.runtime.steps import NoCache, Step, Stepper, cache_shape
 
 KERNELS: Final = "kernels.fatbin"
 _TARGET: Final = "tvm-cuda"
@@ -37,7 +37,6 @@ _DRIVER: Final = "libcuda.so.1"
 _INSTALL: Final = "pip install 'llmopt[runtime-tvm]'"
 _COMPILE: Final = "tvm_callback_cuda_compile"  # what TVM calls for kernels that it has no code of
 _COMPILER: Final = "tvm.support.nvcc"  # registers TVM's own
-_PASTS: Final = ("past_key", "past_value")
 _FAILURES: Final = (RuntimeError, ValueError, TypeError, AttributeError, OSError)
 
 
@@ -123,7 +122,7 @@ class DeviceLibrary:
 
     def _arguments(self, feeds: Mapping[str, Any]) -> Iterator[Any]:
         for port in self.signature.inputs:
-            if port.role == "logits_to_keep":
+            if port.role == Role.LOGITS_TO_KEEP:
                 continue
             if port.name not in feeds:
                 raise LlmoptError(f"input {port.name!r} is missing")
@@ -198,7 +197,9 @@ class TvmCudaSession(Session):
 
     @override
     def stepper(self, batch: int, capacity: int) -> Stepper:
-        return KeptCache(self, batch) if self.manifest.signature.has_cache else NoCache(self)
+        if self.signature.has_cache:
+            return KeptCache(self, batch)
+        return self.plain_stepper(batch, capacity)
 
 
 class KeptCache:
@@ -211,27 +212,20 @@ class KeptCache:
 
     def __init__(self, session: TvmCudaSession, batch: int) -> None:
         self._session = session
-        library, ports = session.library, session.inputs.values()
-        self._pasts = {(p.role[5:], p.layer): p for p in ports if p.role in _PASTS}
+        self._signature = signature = session.signature
+        self._pairs = signature.cache_pairs()
         self._cache = {
-            port.name: library.tensor(np.zeros(cache_shape(port, batch, 0)), port.dtype)
-            for port in self._pasts.values()
+            past.name: session.library.tensor(np.zeros(past.cache_shape(batch, 0)), past.dtype)
+            for past in signature.pasts
         }
 
     def run(self, step: Step) -> Array:
         """Return logits [B, K, V]."""
-        feeds = {**self._cache, **step.feeds(self._session)}
+        feeds = {**self._cache, **step.feeds(self._signature)}
         found = self._session.library.call(feeds, every=step.every)
-        self._cache = {
-            self._past(port).name: found[port.name]
-            for port in self._session.outputs.values()
-            if port.role.startswith("present_")
-        }
-        logits: Array = found[self._session.need("logits").name].numpy()
+        self._cache = {past.name: found[present.name] for past, present in self._pairs}
+        logits: Array = found[self._signature.need(Role.LOGITS).name].numpy()
         return logits
-
-    def _past(self, present: Port) -> Port:
-        return self._pasts[present.role.removeprefix("present_"), present.layer]
 
 
 def check_capability(found: str, requires: Mapping[str, Any]) -> None:

@@ -11,11 +11,11 @@ from support.tiny_artifacts import EOS, GROUPS, MAX_LENGTH, VOCABULARY, WIDTH, T
 
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime import Runner, load
 from llmopt.runtime.engines.onnxruntime import OnnxRuntimeSession, SharedCache
 from llmopt.runtime.generation import capacity_for, padding_token
 from llmopt.runtime.session import aligned_zeros
-from llmopt.runtime.steps import Sequences
 
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100]]
 REFERENCE = TinyDecoder()

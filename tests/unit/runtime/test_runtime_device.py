@@ -15,12 +15,12 @@ from llmopt.backends.onnxruntime.artifact import write_model
 from llmopt.backends.onnxruntime.compact_rows import CompactRows
 from llmopt.backends.onnxruntime.lower_attention import LowerAttention
 from llmopt.interface.arrays import Array
+from llmopt.interface.stepping import Sequences, Stepper
 from llmopt.passes.pipeline import Pipeline
 from llmopt.runtime import load
 from llmopt.runtime.engines.onnxruntime import OnnxRuntimeSession, SharedCache
 from llmopt.runtime.engines.onnxruntime_device import OnnxRuntimeCache
 from llmopt.runtime.engines.providers import Provider
-from llmopt.runtime.steps import Sequences, Stepper
 
 CAPTURED = Provider(settings={"enable_cuda_graph": "1"})  # of the processor, which ignores it
 

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, processors
 from llmopt.artifact.manifest import Manifest
 from llmopt.errors import ArtifactError, UsageError
 from llmopt.interface.arrays import Array
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime import Runner, load
 from llmopt.runtime.chat import ChatFormat, Join
 from llmopt.runtime.generation import Request
-from llmopt.runtime.steps import Sequences
 
 REFERENCE = TinyDecoder()
 

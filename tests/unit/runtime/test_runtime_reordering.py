@@ -10,8 +10,8 @@ from support.tiny_artifacts import TinyDecoder
 
 from llmopt.errors import UsageError
 from llmopt.interface.facts import CacheKind
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime import load
-from llmopt.runtime.steps import Sequences
 
 PROMPTS = np.array([[65, 66, 67], [70, 71, 72], [80, 81, 82]])
 NEXT = np.array([[90], [91], [92]])

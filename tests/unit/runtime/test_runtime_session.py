@@ -21,9 +21,9 @@ from support.tiny_artifacts import (
 )
 
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError, UsageError
+from llmopt.interface.stepping import Sequences
 from llmopt.runtime import Runner, load
 from llmopt.runtime.cores import usable_cores
-from llmopt.runtime.steps import Sequences
 
 REFERENCE = TinyDecoder()
 

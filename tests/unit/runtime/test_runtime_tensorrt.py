@@ -26,6 +26,7 @@ from llmopt.backends.base import Demand
 from llmopt.backends.tensorrt.legalize_attention import LegalizeAttention
 from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.interface.facts import ModelFacts
+from llmopt.interface.stepping import Sequences
 from llmopt.ir.program import Program
 from llmopt.runtime.engines import tensorrt, tensorrt_cache
 from llmopt.runtime.engines.cuda_driver import LIBRARY, Driver
@@ -33,7 +34,6 @@ from llmopt.runtime.engines.tensorrt import TensorRtSession
 from llmopt.runtime.engines.tensorrt_build import Built
 from llmopt.runtime.engines.tensorrt_recipe import GOLDEN, NETWORK, RECIPE, EngineRecipe
 from llmopt.runtime.session import open_session
-from llmopt.runtime.steps import Sequences
 
 VOCABULARY, HIDDEN, LENGTH = 11, 32, 24
 DECODER = """main (int64[B,S] input_ids, int64[B,T] attention_mask, float[B,2,P,16] past_key,
