@@ -190,7 +190,7 @@ def test_the_pass_of_the_tutorial_leaves_what_is_no_mean(encoder: Program) -> No
 
     outcome = fuse.run(program)
 
-    assert "128 is not how many it sums" in {miss.reason for miss in outcome.missed}
+    assert "128 is not the length of the axis" in {miss.reason for miss in outcome.missed}
 
 
 def test_the_module_of_the_tutorial_compiles_as_shown(tmp_path: Path) -> None:
