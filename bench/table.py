@@ -49,7 +49,7 @@ def quality(measured: dict[str, Any]) -> str:
     """Return how far an artifact is from its source, in a few words."""
     if "kl_mean" in measured:
         return f"KL {measured['kl_mean']:.2g}, top-1 {100 * measured['top1']:.0f} %"
-    return f"cosine {measured['cosine_mean']:.4f}" if measured else "the source's own"
+    return f"cosine {measured['cosine_mean']:.4f}" if measured else "no loss"
 
 
 def speed(metrics: dict[str, Any], name: str) -> str:

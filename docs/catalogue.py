@@ -1,4 +1,4 @@
-"""What the pages show of the code: passes, rules, schemes, targets, errors, commands.
+"""Generated parts of the pages: passes, rules, schemes, targets, errors, commands.
 
 cog runs these functions where a page calls them, and ``make check`` compares. Each prints
 Markdown; nothing here is written by hand twice.
@@ -56,13 +56,19 @@ def all_passes() -> list[type[Pass]]:
     return [found[name] for name in order]
 
 
+def default_pipeline() -> None:
+    """Print the default passes in order."""
+    names = "\n".join(f"{i}. {name}" for i, name in enumerate(llmopt.passes.DEFAULT, 1))
+    print(f"\n```text\n{names}\n```")
+
+
 def passes() -> None:
     """Print one section a pass: what it rewrites, its numerics, scope, limits and options."""
     shown: dict[str, str] = {}
     for cls in all_passes():
         print(f"\n## {cls.name}\n")
         summary, sections = parts(inspect.getdoc(cls) or "")
-        print(f"{summary}\n\n{place(cls)}".strip())
+        print(f"{summary}\n\n{position(cls)}".strip())
         text = rewrites(inspect.getmodule(cls))
         first = shown.setdefault(text, cls.name)
         if text and first == cls.name:
@@ -73,8 +79,8 @@ def passes() -> None:
         options(cls, sections.get("Args", ""))
 
 
-def place(cls: type[Pass]) -> str:
-    """Return where in a pipeline a pass stands."""
+def position(cls: type[Pass]) -> str:
+    """Return the position of a pass in a pipeline, in words."""
     if cls.lowers:
         return "*Lowering: its backend runs it last.*"
     if cls.name in llmopt.passes.DEFAULT:
@@ -137,7 +143,7 @@ def options(cls: type[Any], described: str) -> None:
 def schemes() -> None:
     """Print the schemes and the targets that have kernels for them."""
     backends = llmopt.backends.known_backends().values()
-    print("\n| scheme | what it is | targets |\n| --- | --- | --- |")
+    print("\n| scheme | description | targets |\n| --- | --- | --- |")
     for name, summary in SCHEMES.items():
         targets = ", ".join(f"`{b.name}`" for b in backends if name in b.schemes)
         print(f"| `{name}` | {summary} | {targets or 'none yet'} |")
@@ -176,7 +182,7 @@ def families() -> None:
     print(f"- encoders: {', '.join(f'`{name}`' for name in ENCODERS)}")
     both = ", ".join(f"`{name}`" for name in ENCODER_DECODERS)
     targets = "`onnxruntime-cpu`, `onnxruntime-arm64`, `reference`"
-    print(f"- models of an encoder and a decoder (for {targets}): {both}")
+    print(f"- encoder-decoder models (for {targets}): {both}")
 
 
 def commands() -> dict[str, click.Context]:
@@ -184,14 +190,14 @@ def commands() -> dict[str, click.Context]:
     from llmopt.cli import app
 
     wide: dict[str, Any] = {"terminal_width": 78, "max_content_width": 78}
-    whole = click.Context(app, info_name="llmopt", **{**app.context_settings, **wide})
-    found = {"llmopt": whole}
-    _add_commands(whole, wide, found)
-    return found
+    root = click.Context(app, info_name="llmopt", **{**app.context_settings, **wide})
+    contexts = {"llmopt": root}
+    _add_commands(root, wide, contexts)
+    return contexts
 
 
 def _add_commands(
-    group: click.Context, wide: dict[str, Any], found: dict[str, click.Context]
+    group: click.Context, wide: dict[str, Any], contexts: dict[str, click.Context]
 ) -> None:
     """Add the commands of a group, and those of the groups among them."""
     assert isinstance(group.command, click.Group)
@@ -200,9 +206,9 @@ def _add_commands(
         assert command is not None
         settings = {**command.context_settings, **wide}
         context = click.Context(command, group, info_name=name, **settings)
-        found[context.command_path] = context
+        contexts[context.command_path] = context
         if isinstance(command, click.Group):
-            _add_commands(context, wide, found)
+            _add_commands(context, wide, contexts)
 
 
 def help_text(context: click.Context) -> str:
@@ -234,11 +240,11 @@ def results() -> None:
     workloads = list(dict.fromkeys(f"`{row['workload']}`" for row in rows))
     load = max(row["load_average"] for row in rows)
     also = f", while the machine also did other work (load average {load})" if load > 2.5 else ""
-    print(f"\nTokens a second, {rows[0]['machine']}, {' and '.join(workloads)}{also}.")
+    print(f"\nTokens per second, {rows[0]['machine']}, {' and '.join(workloads)}{also}.")
 
 
 def conformance() -> None:
-    """Print how far each target was from the source: a table each, a row for each model."""
+    """Print the error of each target: one table each, with a row for each model."""
     rows = json.loads(CONFORMANCE.read_text())["rows"]
     for target in dict.fromkeys(row["target"] for row in rows):
         of = [row for row in rows if row["target"] == target]
@@ -252,11 +258,11 @@ def conformance() -> None:
 
 
 def gate() -> None:
-    """Print how often the gate was right on what was recorded, and how often live."""
+    """Print how often the gate was right on recorded sessions, and how often live."""
     found = json.loads((GATE / "decisions.json").read_text())
     lines = [json.loads(line) for line in (GATE / "live.jsonl").read_text().splitlines()]
     goals = found["goals"]
-    print("\n| what was asked | right | wanted | wrong, at most | inconclusive | median | live |")
+    print("\n| case | right | goal | wrong, at most | inconclusive | median | live |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for goal in goals:
         live = [line["right"] for line in lines if line["goal"] == goal["goal"]]
@@ -272,7 +278,7 @@ def gate() -> None:
 
 
 def matrix() -> None:
-    """Print what became of each family: one row each, and the reason of every miss."""
+    """Print one row for each family, and the reason of every miss."""
     results = json.loads(MATRIX.read_text())
     rows = results["rows"]
     fused = [row["fused"]["attention"] for row in rows if "attention" in row.get("fused", {})]
@@ -311,7 +317,7 @@ def _errors(row: dict[str, Any], target: str) -> str:
 
 
 def _reasons(row: dict[str, Any]) -> list[str]:
-    """Return why something is not as it should be, each reason once."""
+    """Return the reason of every failure and miss, each once."""
     errors = [e for of in row.get("errors", {}).values() for e in of.values()]
     found = [
         row.get("reason", ""),
@@ -328,7 +334,7 @@ def _reasons(row: dict[str, Any]) -> list[str]:
 
 
 def _held(row: dict[str, Any]) -> str:
-    """Return the worst error of a case and what is allowed."""
+    """Return the worst error of a case and its tolerance."""
     if "failed" in row:
         return "failed"
     return f"{max(row['errors'].values()):.0e} of {row['tolerance']:.0e}"

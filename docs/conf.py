@@ -18,11 +18,16 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist", "colon_fence"]
 myst_heading_anchors = 3
+smartquotes = False  # would turn the -- of an option into a dash
 nitpicky = False  # torch and onnx_ir have no inventory to check against
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # a default is printed as it is written
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 html_theme = "furo"
 html_title = f"llmopt {release}"
 html_show_sphinx = False
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]

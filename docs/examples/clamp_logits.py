@@ -21,7 +21,7 @@ class ClampLogits(Pass):
     def run(self, program: Program) -> Outcome:
         outcome, logits = Outcome(), program.output("logits")
         if logits is None or g.producer(logits, "Clip") is not None:
-            outcome.miss("logits", "there are none" if logits is None else "clamped already")
+            outcome.miss("logits", "no such output" if logits is None else "clamped already")
             return outcome
         build = g.Builder(program.graph)
         bounds = [build.constant(bound, "float32") for bound in (-self.limit, self.limit)]

@@ -54,8 +54,8 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(64, 4) for _ in range(2))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x: Tensor = self.tokens(input_ids) + self.positions(places)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x: Tensor = self.tokens(input_ids) + self.positions(positions)
         for layer in self.layers:
             x = layer(x, attention_mask)
         return x

@@ -20,7 +20,7 @@ class FuseMeans(Pass):
             if total is None or count is None:
                 continue
             if g.ints(total.inputs[1]) != [-1] or g.static(total.inputs[0], -1) != count:
-                outcome.miss(division, f"{count:g} is not how many it sums", "norm")
+                outcome.miss(division, f"{count:g} is not the length of the axis", "norm")
                 continue
             mean = g.Builder(division).op("ReduceMean", list(total.inputs), {"keepdims": 1})
             g.replace(division.outputs[0], mean)

@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -125,6 +126,28 @@ def test_every_operator_with_an_invariant_is_in_the_dialect() -> None:
     assert all(operator in headings for operator in INVARIANTS)
 
 
+def test_every_package_and_module_is_listed_in_the_readme() -> None:
+    tree = README.read_text().partition("## Where things are")[2]
+    for path in Path(llmopt.__file__).parent.iterdir():
+        if not path.name.startswith("_") and (
+            path.suffix == ".py" or (path / "__init__.py").exists()
+        ):
+            name = path.name if path.is_file() else f"{path.name}/"
+            assert re.search(rf"^  {re.escape(name)} ", tree, re.MULTILINE), name
+
+
+def test_every_layer_of_the_import_contract_is_in_the_architecture() -> None:
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())
+    (contract,) = (c for c in project["tool"]["importlinter"]["contracts"] if c["id"] == "layers")
+    table = page("architecture").partition("## Layers")[2]
+    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    layers = [set(layer.split(" | ")) for layer in contract["layers"] if layer != "__main__"]
+    listed = [set(re.findall(r"`(\w+)`", row)) for row in rows]
+    assert [layer - names for layer, names in zip(layers, listed, strict=True)] == [set()] * len(
+        rows
+    )
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for file in [*DOCS.rglob("*.md"), README]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
@@ -190,7 +213,7 @@ def test_the_pass_of_the_tutorial_leaves_what_is_no_mean(encoder: Program) -> No
 
     outcome = fuse.run(program)
 
-    assert "128 is not how many it sums" in {miss.reason for miss in outcome.missed}
+    assert "128 is not the length of the axis" in {miss.reason for miss in outcome.missed}
 
 
 def test_the_module_of_the_tutorial_compiles_as_shown(tmp_path: Path) -> None:
