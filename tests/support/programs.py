@@ -30,7 +30,9 @@ _MARKS = {landmark.value for landmark in Landmark}
 _CACHE = re.compile(r"(past|present|source)_(key|value)_?(\d*)")
 
 
-def program(text: str, *, limit: int = 64, weights: Iterable[str] = ()) -> Program:
+def program(
+    text: str, *, limit: int = 64, weights: Iterable[str] = (), vocabulary: int = 11
+) -> Program:
     """Return the Program of a graph in ONNX's text form; roles are told by names.
 
     Args:
@@ -38,6 +40,7 @@ def program(text: str, *, limit: int = 64, weights: Iterable[str] = ()) -> Progr
             landmark marks it.
         limit: The most tokens in a sequence.
         weights: Initializers that are parameters of a source: unread until needed.
+        vocabulary: The number of tokens.
     """
     proto = onnx.parser.parse_model(text if text.startswith("<") else HEAD + text)
     proto = onnx.shape_inference.infer_shapes(proto, data_prop=True, strict_mode=True)
@@ -50,7 +53,8 @@ def program(text: str, *, limit: int = 64, weights: Iterable[str] = ()) -> Progr
         _unread(model.graph.initializers[name])
     inputs = tuple(_port(value) for value in model.graph.inputs)
     outputs = tuple(_port(value) for value in model.graph.outputs)
-    return Program(model, Signature(inputs, outputs), Facts(model=ModelFacts(max_length=limit)))
+    known = ModelFacts(max_length=limit, vocabulary=vocabulary)
+    return Program(model, Signature(inputs, outputs), Facts(model=known))
 
 
 def bound(text: str, arrays: Mapping[str, npt.NDArray[Any]]) -> Program:
