@@ -72,14 +72,27 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     """
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
-    from llmopt.passes.pipeline import Pipeline
+    from llmopt.passes.pipeline import items_of
 
-    items = passes.passes if isinstance(passes, Pipeline) else passes
     options = CompileOptions(
-        quantize, items, plugins, require, verify, max_kl, force, batch, defer_engine
+        quantize=quantize,
+        passes=items_of(passes),
+        plugins=plugins,
+        require=require,
+        verify=verify,
+        max_kl=max_kl,
+        force=force,
+        batch=batch,
+        defer_engine=defer_engine,
     )
     reading = SourceOptions(
-        model, trust_pickle, task, example_inputs, dynamic_shapes, max_length, trust_remote_code
+        model=model,
+        trust_pickle=trust_pickle,
+        task=task,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
     )
     place = None if output is None else Path(output)
     return compile_source(source, [target], place, options, reading, progress)[0]

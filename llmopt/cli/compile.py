@@ -112,8 +112,10 @@ def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[A
     progress("starting")  # torch takes seconds to import
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
+    from llmopt.passes.pipeline import items_of
 
-    making = CompileOptions(**_chosen(CompileOptions, options) | {"quantize": scheme})
+    values = {"quantize": scheme, "passes": items_of(options["passes"])}
+    making = CompileOptions(**_chosen(CompileOptions, options) | values)
     reading = SourceOptions(**_chosen(SourceOptions, options))
     try:
         return compile_source(source, targets, options["output"], making, reading, progress)

@@ -20,13 +20,13 @@ VERIFY: Final = ("each", "final", "off")
 """How much is compared: the Program after each pass and the artifact, the artifact, or nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompileOptions:
     """What to make of a source.
 
     Args:
         quantize: A scheme, ``"w4"`` or ``"w4{block=64}"``; None keeps float32.
-        passes: The pipeline before quantization and lowering: text, or texts and passes.
+        passes: Items of the pipeline before quantization and lowering, see ``items_of``.
         plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
         verify: One of ``VERIFY``.
@@ -38,7 +38,7 @@ class CompileOptions:
     """
 
     quantize: str | None = None
-    passes: str | Sequence[Item] = "default"
+    passes: tuple[Item, ...] = ("default",)
     plugins: Sequence[Plugin] = ()
     require: Sequence[str] = ()
     verify: str = "final"
@@ -47,6 +47,10 @@ class CompileOptions:
     batch: int = 8
     defer_engine: bool = False
     without: frozenset[str] = frozenset()
+
+    def minus(self, name: str) -> CompileOptions:
+        """Return the same options, a pass taken away from their pipeline."""
+        return dataclasses.replace(self, passes=(*self.passes, f"-{name}"))
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Optimized:
         fusion: What was expected and what was fused.
         reading: How it was read.
         watch: What compared the Program after each pass, if that was asked for.
+        uncached: The source as traced, where a pass then added a cache.
     """
 
     source: Source
@@ -72,6 +73,7 @@ class Optimized:
     fusion: Mapping[str, FusionCount]
     reading: SourceOptions
     watch: Watch | None = None
+    uncached: Source | None = None
 
 
 @dataclass(frozen=True)

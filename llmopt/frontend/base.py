@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KINDS: Final = "give a Hugging Face folder, .gguf, .onnx, .pt2, .pt, or module.py:factory"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceOptions:
     """How a source shall be read.
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -142,17 +143,18 @@ class Pipeline:
         return outcome
 
 
-def items_of(text: str | Sequence[Item]) -> list[Item]:
-    """Return the items of a pipeline's text, or of a sequence of such texts and passes.
+def items_of(text: str | Sequence[Item] | Pipeline) -> tuple[Item, ...]:
+    """Return the items of a pipeline, of its text, or of a sequence of such texts and passes.
 
     >>> items_of("default, -merge-qkv, my-pass{limit=3,deep=true}")
-    ['default', '-merge-qkv', 'my-pass{limit=3,deep=true}']
+    ('default', '-merge-qkv', 'my-pass{limit=3,deep=true}')
     """
-    if not isinstance(text, str):
-        return [
-            each for part in text for each in ([part] if isinstance(part, Pass) else items_of(part))
-        ]
-    return [item.strip() for item in _SPLIT.split(text.strip())] if text.strip() else []
+    if isinstance(text, Pipeline):
+        return text.passes
+    if isinstance(text, str):
+        return tuple(item.strip() for item in _SPLIT.split(text.strip()) if text.strip())
+    parts = ((part,) if isinstance(part, Pass) else items_of(part) for part in text)
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 def text_of(items: Sequence[Item]) -> str:

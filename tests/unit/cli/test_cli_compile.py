@@ -165,7 +165,7 @@ def test_every_option_arrives(llmopt: Any, asked: dict[str, Any]) -> None:
     assert asked["targets"] == ("cpu", "other")
     assert asked["options"] == CompileOptions(
         quantize="w4{block=64}",
-        passes="default,-merge-qkv",
+        passes=("default", "-merge-qkv"),
         plugins=("a.py", "b"),
         require=("attention=all", "norm=all"),
         verify="off",

@@ -169,7 +169,7 @@ def test_inputs_that_are_given_take_the_place_of_the_matrix() -> None:
 
 def test_compile_checks_each_pass_and_tells_how_far_it_moved(tmp_path: Path) -> None:
     save_program(decoder(12), tmp_path / "decoder.onnx")
-    options = CompileOptions("w8{block=16}", verify="each")
+    options = CompileOptions(quantize="w8{block=16}", verify="each")
 
     (artifact,) = compile_source(
         tmp_path / "decoder.onnx", ["cpu"], tmp_path / "out", options, SourceOptions()
