@@ -73,9 +73,10 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
     from llmopt.passes.pipeline import items_of
+    from llmopt.quantization.schemes import parse_scheme
 
     options = CompileOptions(
-        quantize=quantize,
+        quantize=None if quantize is None else parse_scheme(quantize),
         passes=items_of(passes),
         plugins=plugins,
         require=require,

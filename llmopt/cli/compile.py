@@ -113,8 +113,10 @@ def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[A
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
     from llmopt.passes.pipeline import items_of
+    from llmopt.quantization.schemes import parse_scheme
 
-    values = {"quantize": scheme, "passes": items_of(options["passes"])}
+    quantize = None if scheme is None else parse_scheme(scheme)
+    values = {"quantize": quantize, "passes": items_of(options["passes"])}
     making = CompileOptions(**_chosen(CompileOptions, options) | values)
     reading = SourceOptions(**_chosen(SourceOptions, options))
     try:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from llmopt.interface.signature import Signature
     from llmopt.ir.program import Program
     from llmopt.passes.pipeline import Pipeline, Ran
-    from llmopt.quantization.schemes import Scheme
 
 __all__ = [
     "Artifact",
@@ -187,39 +186,20 @@ def _check_distinct(backends: Sequence[Backend]) -> None:
 
 
 def _check_scheme(options: CompileOptions, backends: Sequence[Backend]) -> None:
-    from llmopt.errors import UnknownNameError
-    from llmopt.quantization.schemes import parse_scheme
+    from llmopt.backends import known_backends
 
-    if options.quantize is None:
+    scheme = options.quantize
+    if scheme is None:
         if options.max_kl is not None:
             raise UsageError("--max-kl bounds what quantization costs: give --quantize too")
         return
-    scheme = parse_scheme(options.quantize)
-    name = options.quantize.split("{")[0].strip()
     for backend in backends:
-        if name not in backend.schemes:
-            others = _targets_with(name)
-            hint = f"{name} is for {others}" if others else ""
-            raise UnknownNameError(f"scheme for {backend.name}", name, backend.schemes, hint)
-        _check_head(scheme, backend)
-
-
-def _check_head(scheme: Scheme, backend: Backend) -> None:
-    """Refuse a head of 6 bits where nothing multiplies those."""
-    from llmopt.quantization.schemes import Blockwise
-
-    if isinstance(scheme, Blockwise) and scheme.head == 6 and "w6" not in backend.schemes:
-        instead = "head=8" if "w8" in backend.schemes else f"w{scheme.bits} without head"
-        raise UsageError(
-            f"{scheme}: {backend.name} has no codes of 6 bits; write {instead}, "
-            f"or choose one of {_targets_with('w6')}"
-        )
-
-
-def _targets_with(scheme: str) -> str:
-    from llmopt.backends import known_backends
-
-    return ", ".join(name for name, of in known_backends().items() if scheme in of.schemes)
+        if (reason := backend.supports(scheme)) is not None:
+            others = [
+                name for name, of in known_backends().items() if of().supports(scheme) is None
+            ]
+            hint = f"; {scheme} is for {', '.join(others)}" if others else ""
+            raise UsageError(f"--quantize {scheme}: {backend.name} has {reason}{hint}")
 
 
 def _without_lowering(options: CompileOptions, backends: Sequence[Backend]) -> CompileOptions:

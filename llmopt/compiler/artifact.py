@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmopt.fusion import FusionCount
     from llmopt.passes.pipeline import Item, Ran
     from llmopt.passes.plugins import Plugin
+    from llmopt.quantization.schemes import Scheme
     from llmopt.verification.each import Checked
 
 Progress = Callable[[str], None]
@@ -25,7 +26,7 @@ class CompileOptions:
     """What to make of a source.
 
     Args:
-        quantize: A scheme, ``"w4"`` or ``"w4{block=64}"``; None keeps float32.
+        quantize: The scheme of weights and activations; None keeps float32.
         passes: Items of the pipeline before quantization and lowering, see ``items_of``.
         plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
@@ -37,7 +38,7 @@ class CompileOptions:
         without: Lowering passes that are left out.
     """
 
-    quantize: str | None = None
+    quantize: Scheme | None = None
     passes: tuple[Item, ...] = ("default",)
     plugins: Sequence[Plugin] = ()
     require: Sequence[str] = ()

@@ -35,7 +35,7 @@ from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantizers import quantizers
 from llmopt.passes.rounding import Rounding, rounding_of
-from llmopt.quantization.schemes import Blockwise, DynamicInt8, Scheme, Static, parse_scheme
+from llmopt.quantization.schemes import Blockwise, DynamicInt8, Scheme, Static
 from llmopt.verification import Verification, verify
 from llmopt.verification.each import Watch
 
@@ -122,15 +122,15 @@ class Compilation:
     ) -> Self:
         """Let the backend choose what is left to it, and measure what its scheme asks for."""
         _check_components(optimized.source, backend)
-        named = options.quantize or backend.default_scheme
+        scheme = options.quantize or backend.default_scheme
         with clock(f"preparing {backend.name}"):
-            settled, notes = backend.settled(optimized.source.program, named)
-        scheme = None if named is None else settled.stored(parse_scheme(named))
-        chosen = dataclasses.replace(options, quantize=named)
+            resolved, notes = backend.resolved(optimized.source.program, scheme)
+        chosen = dataclasses.replace(options, quantize=scheme)
+        scheme = None if scheme is None else resolved.storage_scheme(scheme)
         if isinstance(scheme, Blockwise) and scheme.searched:
             with clock("measuring activations"):
                 measure_activations(optimized.source)
-        return cls(optimized, settled, scheme, chosen, clock, notes)
+        return cls(optimized, resolved, scheme, chosen, clock, notes)
 
     def run(self, place: Path) -> Artifact:
         """Lower, write, prove, and put the artifact in its place.
@@ -167,7 +167,7 @@ class Compilation:
         return rounding_of(self._passes(), self.optimized.source.program)
 
     def _passes(self) -> tuple[Pass, ...]:
-        every = self.backend.passes(self.options.quantize)
+        every = self.backend.passes(self.scheme)
         own = [each for each in every if each.name not in self.options.without]
         return (*quantizers(self.scheme, self.backend.islands), *own)
 
@@ -189,7 +189,7 @@ class Compilation:
         self, program: Program, files: Mapping[str, Path], demand: Demand
     ) -> Iterator[Written]:
         """Yield what runs here: the artifact, or the same for this machine."""
-        runner = None if self.options.verify == "off" else self.backend.stand_in()
+        runner = None if self.options.verify == "off" else self.backend.proxy_backend()
         if runner is None:
             yield Written(self.backend, program, files)
             return
@@ -208,7 +208,7 @@ class Compilation:
                 program,
                 exact,
                 self.optimized.source.reference,
-                tolerance=self.backend.tolerance(self.options.quantize),
+                tolerance=self.backend.tolerance(self.scheme),
                 transform=self.rounding(),
             )
         # A scheme that rounds activations says how; otherwise kernels do it each their way, and
@@ -235,7 +235,7 @@ class Compilation:
 
     def _exemplify(self, program: Program, run: Run, target: str, folder: Path) -> None:
         """Write the example that the artifact tests itself with on a device."""
-        bounds = self.backend.example_bounds(self.options.quantize)
+        bounds = self.backend.example_bounds(self.scheme)
         if bounds is None:
             return
         with self.clock("making the example"):

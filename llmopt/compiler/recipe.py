@@ -20,7 +20,9 @@ _FROM_PYTHON: Final = "GIVEN_IN_PYTHON"
 def recipe(source: str, target: str, options: CompileOptions, reading: SourceOptions) -> str:
     """Return the command line, without the paths that lead to files.
 
-    >>> recipe("tiny.gguf", "onnxruntime-cpu", CompileOptions(quantize="w4"), SourceOptions())
+    >>> from llmopt.quantization.schemes import Blockwise
+    >>> options = CompileOptions(quantize=Blockwise(bits=4))
+    >>> recipe("tiny.gguf", "onnxruntime-cpu", options, SourceOptions())
     'llmopt compile tiny.gguf --target onnxruntime-cpu --quantize w4'
     """
     words = ["llmopt", "compile", source or _FROM_PYTHON, "--target", target]
@@ -29,6 +31,8 @@ def recipe(source: str, target: str, options: CompileOptions, reading: SourceOpt
             value = getattr(given, field.name)
             if field.name == "passes":
                 words += _passes(options)
+            elif field.name == "quantize":
+                words += [] if value is None else ["--quantize", str(value)]
             elif field.name not in _LEFT_OUT and not _is_default(value, field):
                 words += _spelled(_FLAGS.get(field.name, field.name).replace("_", "-"), value)
     return shlex.join(words)

@@ -18,8 +18,8 @@ def quantizers(scheme: Scheme | None, islands: str) -> tuple[Pass, ...]:
         islands: What ``convert-float`` keeps in float32; ``activations`` for all but weights.
     """
     match scheme:
-        case Blockwise(bits, block, symmetric, positive, scale, head):
-            return (QuantizeWeights(bits, block, symmetric, positive, scale, head),)
+        case Blockwise():
+            return (QuantizeWeights(**scheme.codes, head=scheme.head),)
         case DynamicInt8():
             return (QuantizeDynamic(),)
         case Cast("bfloat16") if islands == "activations":

@@ -257,7 +257,7 @@ class Watch:
     def _partly(self, program: Program) -> Run | None:
         backend = self._backend
         whole = len(program.components) == 1
-        part = backend.in_part(program.clone()) if backend is not None and whole else None
+        part = backend.partially_lowered(program.clone()) if backend is not None and whole else None
         if backend is None or part is None:
             return None
         with tempfile.TemporaryDirectory() as place:

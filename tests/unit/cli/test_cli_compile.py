@@ -22,6 +22,7 @@ from llmopt.fusion import FusionCount
 from llmopt.interface.facts import ModelFacts
 from llmopt.passes.base import Miss
 from llmopt.passes.pipeline import Ran
+from llmopt.quantization.schemes import parse_scheme
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_every_option_arrives(llmopt: Any, asked: dict[str, Any]) -> None:
     assert (asked["source"], asked["output"]) == ("model.pt", Path("place"))
     assert asked["targets"] == ("cpu", "other")
     assert asked["options"] == CompileOptions(
-        quantize="w4{block=64}",
+        quantize=parse_scheme("w4{block=64}"),
         passes=("default", "-merge-qkv"),
         plugins=("a.py", "b"),
         require=("attention=all", "norm=all"),
