@@ -18,6 +18,7 @@ from llmopt.errors import UsageError
 
 if TYPE_CHECKING:
     from llmopt.compiler import Artifact
+    from llmopt.quantization.schemes import Scheme
 
 SCHEMA = 1
 
@@ -113,10 +114,8 @@ def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[A
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
     from llmopt.passes.pipeline import items_of
-    from llmopt.quantization.schemes import parse_scheme
 
-    quantize = None if scheme is None else parse_scheme(scheme)
-    values = {"quantize": quantize, "passes": items_of(options["passes"])}
+    values = {"quantize": scheme, "passes": items_of(options["passes"])}
     making = CompileOptions(**_chosen(CompileOptions, options) | values)
     reading = SourceOptions(**_chosen(SourceOptions, options))
     try:
@@ -133,15 +132,17 @@ def _chosen(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {f.name: options[f.name] for f in dataclasses.fields(kind) if f.name in options}
 
 
-def _scheme(quantize: str | None, block: int | None) -> str | None:
-    """Return the scheme with ``--block`` written into it."""
+def _scheme(quantize: str | None, block: int | None) -> Scheme | None:
+    """Return the scheme, with the block of ``--block``."""
+    from llmopt.quantization.schemes import parse_scheme
+
     if block is None:
-        return quantize
+        return None if quantize is None else parse_scheme(quantize)
     if quantize is None:
         raise UsageError("--block belongs to a scheme: give --quantize w4 or w8 too")
     if "{" in quantize:
         raise UsageError(f"--block {block} and the options of {quantize!r}: give one of them")
-    return f"{quantize}{{block={block}}}"
+    return parse_scheme(f"{quantize}{{block={block}}}")
 
 
 def _tell(artifact: Artifact, *, as_json: bool) -> None:
