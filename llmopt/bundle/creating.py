@@ -129,9 +129,10 @@ def _own_record(folder: Path) -> FileRecord:
 def _name(manifest: Manifest, taken: Sequence[str]) -> str:
     """Return a name for a variant: its target, spelled as a folder's name.
 
-    >>> _name(Manifest("tvm-cpu{mcpu=znver4}", "", ""), [])
+    >>> _name(Manifest(target="tvm-cpu{mcpu=znver4}", entry="", task=""), [])
     'tvm-cpu-mcpu-znver4'
-    >>> _name(Manifest("cpu", "", "", precision={"weights": "w4{block=32}"}), ["cpu-w4"])
+    >>> rounded = {"weights": "w4{block=32}"}
+    >>> _name(Manifest(target="cpu", entry="", task="", precision=rounded), ["cpu-w4"])
     'cpu-w4-2'
     """
     scheme = str(manifest.precision.get("weights", "")).partition("{")[0]

@@ -139,7 +139,15 @@ def _optimized(
     _check_dialect(opened.program)
     if not any(each.name == _ADDS_CACHE and each.applied for each in ran):
         uncached = None
-    return Optimized(opened, str(pipeline), ran, report, reading, watch, uncached)
+    return Optimized(
+        source=opened,
+        pipeline=str(pipeline),
+        ran=ran,
+        fusion=report,
+        reading=reading,
+        watch=watch,
+        uncached=uncached,
+    )
 
 
 def _uncached(opened: Source, pipeline: Pipeline) -> Source | None:

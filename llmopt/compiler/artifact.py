@@ -54,7 +54,7 @@ class CompileOptions:
         return dataclasses.replace(self, passes=(*self.passes, f"-{name}"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A compiled model on disk.
 

@@ -53,7 +53,7 @@ def noted(done: list[Ran], watch: Watch | None) -> AfterPass:
     return after
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimized:
     """A source whose Program has been through the passes that no target asks for.
 
@@ -96,7 +96,7 @@ class Written:
         return chained(self.program, runs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compilation:
     """What one target makes of a source.
 
@@ -130,7 +130,14 @@ class Compilation:
         if isinstance(scheme, Blockwise) and scheme.searched:
             with clock("measuring activations"):
                 measure_activations(optimized.source)
-        return cls(optimized, resolved, scheme, chosen, clock, notes)
+        return cls(
+            optimized=optimized,
+            backend=resolved,
+            scheme=scheme,
+            options=chosen,
+            clock=clock,
+            notes=notes,
+        )
 
     def run(self, place: Path) -> Artifact:
         """Lower, write, prove, and put the artifact in its place.
@@ -160,7 +167,14 @@ class Compilation:
         notes = (*source.notes, *self.notes, *lowered.notes)
         checks = () if watch is None else tuple(watch.checks)
         fusion = self.optimized.fusion
-        return Artifact(place, Manifest.read(place), tuple(done), fusion, notes, checks)
+        return Artifact(
+            path=place,
+            manifest=Manifest.read(place),
+            passes=tuple(done),
+            fusion=fusion,
+            notes=notes,
+            checks=checks,
+        )
 
     def rounding(self) -> Rounding | None:
         """Return what is done to the source's weights on purpose."""

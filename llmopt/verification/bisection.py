@@ -46,7 +46,7 @@ class Rewrite:
     before: Program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Culprit:
     """A pass that changes what a Program computes.
 
@@ -137,7 +137,15 @@ def _blamed(
     place = _placed(item, before, after, checked, exact=exact)
     if place is None:
         unknown = Rewrite(0, 0, "", difference(before, before), None, before)
-        return Culprit(item, before, unknown, finding, checked.problem, exact, None)
+        return Culprit(
+            item=item,
+            before=before,
+            rewrite=unknown,
+            finding=finding,
+            problem=checked.problem,
+            exact=exact,
+            component=None,
+        )
     trial = place.trial
     if finding is not None and place.component:
         finding = replace(finding, trial=trial)
@@ -149,7 +157,15 @@ def _blamed(
     first = None if trial is None else first_difference(good, bad, trial, exact=exact)
     rewrite = Rewrite(number, states.count, _node(change, bad, first), change, first, good)
     where = place.component
-    return Culprit(item, place.before, rewrite, finding, checked.problem, exact, where)
+    return Culprit(
+        item=item,
+        before=place.before,
+        rewrite=rewrite,
+        finding=finding,
+        problem=checked.problem,
+        exact=exact,
+        component=where,
+    )
 
 
 def _placed(

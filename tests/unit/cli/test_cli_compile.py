@@ -42,9 +42,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 def artifact(path: Path, **changes: Any) -> Artifact:
     """Return an artifact with one attention of two fused."""
     manifest = Manifest(
-        "onnxruntime-cpu",
-        "model.onnx",
-        changes.pop("task", "generate"),
+        target="onnxruntime-cpu",
+        entry="model.onnx",
+        task=changes.pop("task", "generate"),
         model=ModelFacts(layers=2),
         precision={"weights": "w8"},
         verification={
@@ -64,7 +64,7 @@ def artifact(path: Path, **changes: Any) -> Artifact:
     }
     ran = (Ran("fuse-attention", 1, (Miss("layer1", "no mask", "attention"),), 0.1),)
     values = {"passes": ran, "fusion": fusion, "notes": ("no chat template",)} | changes
-    return Artifact(path, manifest, **values)
+    return Artifact(path=path, manifest=manifest, **values)
 
 
 def test_a_compiled_artifact_is_described_and_runs(
