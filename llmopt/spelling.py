@@ -99,6 +99,28 @@ def split(text: str, noun: str) -> tuple[str, str]:
     return match["name"], match["options"] or ""
 
 
+def written(text: str) -> tuple[str, dict[str, str]]:
+    """Return the name and the options, unread, of a text that a manifest holds.
+
+    >>> written("onnxruntime-cuda{graph=true,dtype=bfloat16}")
+    ('onnxruntime-cuda', {'graph': 'true', 'dtype': 'bfloat16'})
+    >>> written("from a later version")
+    ('from a later version', {})
+    """
+    name, _, options = text.partition("{")
+    pairs = (pair.partition("=") for pair in options.rstrip("}").split(",") if pair)
+    return name, {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def name_of(text: str) -> str:
+    """Return the name of a text that a manifest holds.
+
+    >>> name_of("w4{block=64}")
+    'w4'
+    """
+    return written(text)[0]
+
+
 def options_of(cls: type[Any], noun: str = "pass") -> tuple[Option, ...]:
     """Return the options of a class in order: its fields, with the text of its docstrings.
 

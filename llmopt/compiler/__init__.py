@@ -89,7 +89,8 @@ def _suited(
     if traced is None or reason is None:
         return optimized
     forked = dataclasses.replace(traced, program=traced.program.clone())
-    again = _optimized(forked, options.minus(_ADDS_CACHE), optimized.reading, clock)
+    pipeline = pipeline_of(options.minus(_ADDS_CACHE))
+    again = _optimized(forked, pipeline, options, optimized.reading, clock)
     note = f"no cache on {backend.name}, every token runs its whole prefix again: {reason}"
     opened = dataclasses.replace(again.source, notes=(*again.source.notes, note))
     return dataclasses.replace(again, source=opened)
@@ -109,22 +110,25 @@ def optimize(
     from llmopt.frontend.source import open_source
     from llmopt.fusion import required_kinds
 
-    pipeline_of(options)  # a wrong one is reported before any work
-    required_kinds(options.require)
+    pipeline = pipeline_of(options)
+    required_kinds(options.require)  # a wrong one is reported before any work
     with clock("tracing"):
         opened = open_source(source, reading)
-    return _optimized(opened, options, reading, clock)
+    return _optimized(opened, pipeline, options, reading, clock)
 
 
 def _optimized(
-    opened: Source, options: CompileOptions, reading: SourceOptions, clock: Clock
+    opened: Source,
+    pipeline: Pipeline,
+    options: CompileOptions,
+    reading: SourceOptions,
+    clock: Clock,
 ) -> Optimized:
     """Return a traced source, which is edited, through the passes that no target asks for."""
     from llmopt.compiler.compilation import Optimized, noted
     from llmopt.fusion import fusion_report, require
     from llmopt.verification.each import Watch
 
-    pipeline = pipeline_of(options)
     uncached = _uncached(opened, pipeline)
     watch = Watch(opened.reference) if options.verify == "each" else None
     ran: list[Ran] = []
