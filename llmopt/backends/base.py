@@ -32,8 +32,8 @@ class Availability:
     """Whether a target can build and run on this machine.
 
     Args:
-        builds: What is missing to build; empty if nothing is.
-        runs: What is missing to run; empty if nothing is.
+        builds: The package or device that is missing to build; empty if nothing is.
+        runs: The package or device that is missing to run; empty if nothing is.
     """
 
     builds: str = ""
@@ -73,10 +73,10 @@ class Lowered:
     Args:
         entry: The file in the folder to open first.
         program: The Program as it was lowered.
-        versions: Of what it was made with.
-        requires: What the machine that runs it must have, and the bounds it was built for:
+        versions: Versions of the libraries that made it.
+        requires: Needs of the machine that runs it, and the bounds it was built for:
             ``{"cpu_features": ["avx2"], "batch": 8}``. A runner refuses what does not fit.
-        notes: What a user should know.
+        notes: Sentences for the user.
         others: The files of further components, by name.
     """
 

@@ -78,7 +78,7 @@ def runner(model: ir.Model, *, exact: bool) -> Run:
     """Return a function from inputs to outputs of a model of standard operators.
 
     Args:
-        model: It is not changed.
+        model: The model, which is not changed.
         exact: Compute in float32 what the model rounds.
 
     Raises:

@@ -48,8 +48,8 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
         source: A path, ``file.py:factory``, or a module.
         targets: Target names.
         output: The artifact itself for one target, else the parent of one for each.
-        options: What to make.
-        reading: How to read the source.
+        options: The artifact to make.
+        reading: Options of reading the source.
         progress: Told what is being done.
 
     Raises:

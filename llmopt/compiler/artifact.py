@@ -30,7 +30,7 @@ class CompileOptions:
         passes: Items of the pipeline before quantization and lowering, see ``items_of``.
         plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
-        verify: One of ``VERIFY``.
+        verify: A word of ``VERIFY``.
         max_kl: The largest mean KL divergence from the source that is accepted, nats.
         force: Whether an existing output is replaced.
         batch: Most sequences at once, for backends that must know.
@@ -59,13 +59,13 @@ class Artifact:
     """A compiled model on disk.
 
     Args:
-        path: Its directory.
-        manifest: What its manifest says.
-        passes: What each pass did.
-        fusion: What was expected and what was fused.
-        notes: What a user should know.
-        checks: How far the Program moved in each pass, where that was measured: first how far it
-            was from its source before any, then one for each of ``passes``.
+        path: The directory.
+        manifest: The manifest in it.
+        passes: The passes that ran, with what each did.
+        fusion: Counts of what was expected and what was fused, by kind.
+        notes: Sentences for the user.
+        checks: The errors of the Program, where they were measured: against its source before any
+            pass, then after each of ``passes``.
     """
 
     path: Path

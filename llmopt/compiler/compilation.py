@@ -58,12 +58,12 @@ class Optimized:
     """A source whose Program has been through the passes that no target asks for.
 
     Args:
-        source: It.
-        pipeline: Those passes, as text.
-        ran: What each did.
-        fusion: What was expected and what was fused.
-        reading: How it was read.
-        watch: What compared the Program after each pass, if that was asked for.
+        source: The source.
+        pipeline: The text of those passes.
+        ran: The passes, with what each did.
+        fusion: Counts of what was expected and what was fused, by kind.
+        reading: The options it was read with.
+        watch: The comparison after each pass, under ``--verify each``.
         uncached: The source as traced, where a pass then added a cache.
     """
 
@@ -81,8 +81,8 @@ class Written:
     """What was written, and what opens it here.
 
     Args:
-        backend: What opens it.
-        program: What inputs and outputs mean.
+        backend: The backend that opens it.
+        program: The lowered Program, whose signature says what inputs and outputs mean.
         files: The file of each component.
     """
 
@@ -103,10 +103,10 @@ class Compilation:
     Args:
         optimized: The source; it is not changed, so that the next target can have it.
         backend: The target, its open options chosen.
-        scheme: How weights are stored; None keeps float32.
-        options: What was asked for.
+        scheme: The scheme as the backend stores it; None keeps float32.
+        options: The request, with the scheme that was chosen.
         clock: Told what is being done.
-        notes: What a user should know of the backend's choices.
+        notes: Sentences for the user on the backend's choices.
     """
 
     optimized: Optimized
@@ -139,7 +139,7 @@ class Compilation:
             notes=notes,
         )
 
-    def run(self, place: Path) -> Artifact:
+    def run(self, output: Path) -> Artifact:
         """Lower, write, prove, and put the artifact in its place.
 
         Raises:
@@ -153,7 +153,7 @@ class Compilation:
             raise UnsupportedModelError(source.name, problems, hint)
         demand = Demand(self.options.batch, self.options.defer_engine)
         watch = None if self.optimized.watch is None else self.optimized.watch.forked(self.backend)
-        with staged_folder(place, force=self.options.force) as folder:
+        with staged_folder(output, force=self.options.force) as folder:
             lowering = self._lower(program, done, watch)
             lowered = self._write(program, folder, demand)
             with self._runnable(program, lowered.within(folder), demand) as runner:
@@ -168,8 +168,8 @@ class Compilation:
         checks = () if watch is None else tuple(watch.checks)
         fusion = self.optimized.fusion
         return Artifact(
-            path=place,
-            manifest=Manifest.read(place),
+            path=output,
+            manifest=Manifest.read(output),
             passes=tuple(done),
             fusion=fusion,
             notes=notes,
@@ -290,7 +290,7 @@ class Compilation:
         return recipe(source, self.backend.target, self.options, self.optimized.reading)
 
     def _compiled(self, done: Sequence[Ran]) -> dict[str, Any]:
-        """Return what passes did, for the manifest; why they left things alone is told once."""
+        """Return what passes did, for the manifest; the report gives the reasons of misses."""
         passes = [{"name": r.name, "applied": r.applied, "missed": len(r.missed)} for r in done]
         fusion = self.optimized.fusion.items()
         fused = {kind: {"expected": f.expected, "fused": f.fused} for kind, f in fusion}

@@ -32,10 +32,10 @@ class Ran:
 
     Args:
         name: The pass.
-        applied: How many changes it made.
-        missed: What it declined, with reasons.
+        applied: Number of changes.
+        missed: Candidates that it declined, with reasons.
         duration_s: Seconds it took.
-        notes: What it found out.
+        notes: Results of an analysis, a sentence each.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Pipeline:
             text: Pass names, comma-separated, options in braces; ``default`` stands for the
                 default passes and ``-name`` takes one of them away. In a sequence, each item is
                 such a text, or a pass itself.
-            default: What ``default`` stands for; the built-in list if not given.
+            default: Passes that ``default`` stands for; the built-in list if not given.
             known: Passes by name; the built-in ones and those of plugins if not given.
             plugins: Files, modules or classes that ``known`` is taken from where it is not given.
 
@@ -103,7 +103,7 @@ class Pipeline:
         """Run every pass on ``program`` in place and return it.
 
         Args:
-            program: What to edit.
+            program: The Program, which is edited.
             after: Called after each pass: printing, timing and verifying are its business.
 
         Raises:

@@ -92,8 +92,9 @@ class _TensorRtBase(Backend):
     Args:
         dtype: The float of activations where a scheme does not say: ``float16`` or ``bfloat16``.
         chunk: Most new tokens of one call of a decoder; longer prompts take several.
-        percentile: For ``w8a8`` and ``fp8``: how much of what calibration saw a scale covers.
-        calibration: For the same: a file, one text a line; random tokens if not given.
+        percentile: Share of the magnitudes of calibration that a scale covers, for ``w8a8`` and
+            ``fp8``.
+        calibration: A file for the same, one text a line; random tokens if not given.
     """
 
     schemes: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "w4", "w8a8", "fp8"})
@@ -331,8 +332,8 @@ def _bytes(value: ir.Value, batch: int) -> int:
     return int(total)
 
 
-def _fused(capability: str, found: Sequence[AttentionFusion]) -> str:
-    fused = sum(each.fused for each in found)
-    text = f"sm {capability}: {fused} of {len(found)} attentions are one layer each"
-    missed = [f"{each.node}: {each.reason}" for each in found if not each.fused]
+def _fused(capability: str, fusions: Sequence[AttentionFusion]) -> str:
+    fused = sum(each.fused for each in fusions)
+    text = f"sm {capability}: {fused} of {len(fusions)} attentions are one layer each"
+    missed = [f"{each.node}: {each.reason}" for each in fusions if not each.fused]
     return text + (f"; {'; '.join(missed[:3])}" if missed else "")
