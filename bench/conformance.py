@@ -125,8 +125,9 @@ class Subject:
         from llmopt.backends import find_backend
         from llmopt.compiler import Clock, CompileOptions
         from llmopt.compiler.compilation import Compilation
+        from llmopt.quantization.schemes import parse_scheme
 
-        quantize = None if scheme == "fp32" else scheme
+        quantize = None if scheme == "fp32" else parse_scheme(scheme)
         options = CompileOptions(quantize=quantize, verify="off", force=True)
         way = Compilation.prepare(self.traced, find_backend(target), options, Clock())
         way.run(place)

@@ -100,8 +100,10 @@ def _error(found: Any, target: str, scheme: str, work: Path) -> float | str:
     from llmopt.compiler import Clock, CompileOptions
     from llmopt.compiler.compilation import Compilation
     from llmopt.errors import LlmoptError
+    from llmopt.quantization.schemes import parse_scheme
 
-    options = CompileOptions(quantize=None if scheme == "fp32" else scheme, force=True)
+    quantize = None if scheme == "fp32" else parse_scheme(scheme)
+    options = CompileOptions(quantize=quantize, force=True)
     clock = Clock(lambda _: None)
     try:
         way = Compilation.prepare(found, find_backend(target), options, clock)

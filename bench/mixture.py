@@ -26,6 +26,7 @@ from llmopt.compiler.compilation import Compilation
 from llmopt.frontend.base import SourceOptions
 from llmopt.passes.base import Pass
 from llmopt.passes.quantize_experts import QuantizeExperts
+from llmopt.quantization.schemes import Scheme, parse_scheme
 
 SHAPE: Final = {
     "vocab_size": 1024,
@@ -49,7 +50,7 @@ class AsWritten(OnnxRuntimeCpu):
     """The backend without what it does to experts."""
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         every = super().passes(scheme)
         return tuple(p for p in every if not isinstance(p, LowerExperts | QuantizeExperts))
 
@@ -91,7 +92,7 @@ def written(folder: Path) -> Path:
 
 def compiled(source: Path, backend: Backend, scheme: str, out: Path, verify: str) -> Path:
     """Compile the checkpoint by a backend and return the artifact."""
-    quantize = None if scheme == "fp32" else scheme
+    quantize = None if scheme == "fp32" else parse_scheme(scheme)
     options = CompileOptions(quantize=quantize, verify=verify)
     clock = Clock(lambda _: None)
     found = optimize(source, options, SourceOptions(), clock)

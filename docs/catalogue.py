@@ -6,7 +6,6 @@ Markdown; nothing here is written by hand twice.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import json
@@ -24,6 +23,7 @@ import llmopt.passes
 from llmopt import errors
 from llmopt.passes.base import Pass
 from llmopt.quantization.schemes import SCHEMES
+from llmopt.spelling import options_of, spell_value
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results.json"
@@ -76,7 +76,7 @@ def passes() -> None:
         elif text:
             print(f"\nWhat it rewrites is shown at [{first}](#{first}).")
         definitions(sections)
-        options(cls, sections.get("Args", ""))
+        options(cls)
 
 
 def position(cls: type[Pass]) -> str:
@@ -128,16 +128,14 @@ def definitions(sections: dict[str, str]) -> None:
             print(f"\n{label}\n: {' '.join(flat.split())}")
 
 
-def options(cls: type[Any], described: str) -> None:
+def options(cls: type[Any]) -> None:
     """Print the options of a pass as a table."""
-    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    if not fields:
+    known = options_of(cls)
+    if not known:
         return
-    texts = dict(re.findall(r"^ *(\w+): ((?:.|\n(?! *\w+: ))+)", described, re.MULTILINE))
     print("\n| option | default | |\n| --- | --- | --- |")
-    for field in fields:
-        default = str(field.default).lower()
-        print(f"| `{field.name}` | `{default}` | {' '.join(texts.get(field.name, '').split())} |")
+    for option in known:
+        print(f"| `{option.name}` | `{spell_value(option.default)}` | {option.text} |")
 
 
 def schemes() -> None:

@@ -62,9 +62,10 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
         batch: Most sequences at once, for targets that must know before they build.
         defer_engine: Whether what needs the device is built there, at the first load.
         model: ``file.py:factory`` of the module that a state_dict belongs to.
-        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; found out if not given.
-        example_inputs: What to call a module with: by name, in order, or the path of an .npz.
-        dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
+        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; recognized if not given.
+        example_inputs: Inputs to call a module with: by name, in order, or the path of an .npz.
+        dynamic_shapes: Dimensions as ``torch.export.export`` takes them; batch and tokens if not
+            given.
         max_length: The most tokens of one sequence; the model's own limit if not given.
         trust_pickle: Whether a file may execute code that it carries.
         trust_remote_code: Whether Python code in a Hugging Face folder may be executed.
@@ -75,14 +76,28 @@ def compile(  # noqa: A001, PLR0913 - the name of the design; every option is a 
     """
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
-    from llmopt.passes.pipeline import Pipeline
+    from llmopt.passes.pipeline import items_of
+    from llmopt.quantization.schemes import parse_scheme
 
-    items = passes.passes if isinstance(passes, Pipeline) else passes
     options = CompileOptions(
-        quantize, items, plugins, require, verify, max_kl, force, batch, defer_engine
+        quantize=None if quantize is None else parse_scheme(quantize),
+        passes=items_of(passes),
+        plugins=plugins,
+        require=require,
+        verify=verify,
+        max_kl=max_kl,
+        force=force,
+        batch=batch,
+        defer_engine=defer_engine,
     )
     reading = SourceOptions(
-        model, trust_pickle, task, example_inputs, dynamic_shapes, max_length, trust_remote_code
+        model=model,
+        trust_pickle=trust_pickle,
+        task=task,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
     )
     place = None if output is None else Path(output)
     return compile_source(source, [target], place, options, reading, progress)[0]
@@ -100,12 +115,12 @@ def load(
     """Return a runner for an artifact.
 
     Args:
-        artifact: What ``compile`` returned, or its directory; or a bundle, of which the variant
-            that suits this machine is taken.
+        artifact: The artifact or its directory; or a bundle, of which the variant that suits
+            this machine is taken.
         threads: Threads inside one operator; the cores this process may use if not given.
         key: A public key: the bundle has to be signed with its private one.
         certificate_chain: Certificates that the signer's own has to lead to; or a key.
-        signature: Of the bundle; the one beside it if not given.
+        signature: Signature of the bundle; the one next to it if not given.
 
     Raises:
         ArtifactError: it is not an artifact, or is damaged.
@@ -126,7 +141,7 @@ def diff(before: Program | str | Path, after: Program | str | Path) -> Differenc
 
     Args:
         before: A Program; or the path of an artifact, of an .onnx file or its text, or a source.
-        after: Likewise.
+        after: The same of the other model.
 
     Raises:
         LlmoptError: One is not there, or is damaged.
@@ -147,8 +162,9 @@ def trace(
 
     Args:
         module: The module.
-        example_inputs: What to call it with, by name or in order.
-        dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
+        example_inputs: Inputs to call it with, by name or in order.
+        dynamic_shapes: Dimensions as ``torch.export.export`` takes them; batch and tokens if not
+            given.
 
     Raises:
         UnsupportedModelError: torch cannot export it.

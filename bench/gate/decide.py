@@ -160,7 +160,9 @@ def decide(goal: Goal, sessions: Sequence[Session], seed: int) -> Decision:
     number = rng.choice([n for n, s in enumerate(sessions) if s["spin"] == goal.spin])
     replay = Replay(sessions[number], rng)
     seconds = sessions[number]["seconds"]
-    request = CheckRequest((), Path(), {"": goal.allowance}, max_time_s=seconds)
+    request = CheckRequest(
+        candidates=(), baseline=Path(), allowances={"": goal.allowance}, max_time_s=seconds
+    )
     asking = Asking([replay], request)  # type: ignore[list-item] # as a Pair is asked
     try:
         asking.measure(lambda _: None)

@@ -23,9 +23,9 @@ from llmopt.benchmark.gate import CheckRequest, check
 def run(artifact: Path, goal: Goal, seed: int, cores: int) -> dict[str, Any]:
     """Return what one check came to."""
     request = CheckRequest(
-        (artifact,),
-        artifact,
-        {"": goal.allowance},
+        candidates=(artifact,),
+        baseline=artifact,
+        allowances={"": goal.allowance},
         seed=seed,
         commands={"candidate": command(goal.spin)},
     )

@@ -16,6 +16,7 @@ from llmopt.interface.arrays import Run
 from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
+from llmopt.quantization.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Evaluator(Backend):
     def check(self, program: Program) -> list[str]:
         return [f"{n.op_type} {n.name!r}: no such operator" for n in program.graph if n.domain]
 
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         return ()
 
     def write(self, program: Program, folder: Path, demand: Demand) -> Lowered:

@@ -81,7 +81,7 @@ def inside(data: Fields, key: str) -> str:
     return str(path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All that is known about an artifact.
 

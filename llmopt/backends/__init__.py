@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from llmopt import lazy
-from llmopt.backends.base import Backend, split_target
+from llmopt import lazy, spelling
+from llmopt.backends.base import Backend
 from llmopt.errors import UnknownNameError
 from llmopt.passes.plugins import installed
 
@@ -40,11 +40,12 @@ def find_backend(target: str) -> Backend:
     """Return the backend of ``name{option=value,...}``.
 
     Raises:
-        UnknownNameError: no such target, or no such option of it.
+        UnknownNameError: There is no such target, or no such option of it.
+        UsageError: The text is not of that form, or an option takes no such value.
     """
-    name, options = split_target(target)
+    name, options = spelling.split(target, "target")
     known = known_backends()
     found = known.get(ALIASES.get(name, name))
     if found is None:
         raise UnknownNameError("target", name, [*known, *ALIASES], "`llmopt targets` lists them")
-    return found.configured(options)
+    return spelling.make(found, options, f"target {found.name}")

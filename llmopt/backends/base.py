@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
-from llmopt.errors import UnknownNameError, UsageError
+from llmopt import spelling
 from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
-from llmopt.quantization.schemes import Scheme
+from llmopt.quantization.schemes import Blockwise, Scheme
 
 TOLERANCE: Final = 1e-3
 """Sums of thousands of float32 products in another order; rounded weights are compared with the
@@ -27,7 +25,6 @@ many more activations together than a block has, and large ones cost the small o
 COUNTED: Final = 0.95
 """Part of the tokens that has to keep it: in a trained model a small change can move a token onto
 or off an attention sink (Xiao et al. 2024, arXiv:2309.17453), and its logits are others then."""
-_TARGET: Final = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,8 @@ class Availability:
     """Whether a target can build and run on this machine.
 
     Args:
-        builds: What is missing to build; empty if nothing is.
-        runs: What is missing to run; empty if nothing is.
+        builds: The package or device that is missing to build; empty if nothing is.
+        runs: The package or device that is missing to run; empty if nothing is.
     """
 
     builds: str = ""
@@ -76,10 +73,10 @@ class Lowered:
     Args:
         entry: The file in the folder to open first.
         program: The Program as it was lowered.
-        versions: Of what it was made with.
-        requires: What the machine that runs it must have, and the bounds it was built for:
+        versions: Versions of the libraries that made it.
+        requires: Needs of the machine that runs it, and the bounds it was built for:
             ``{"cpu_features": ["avx2"], "batch": 8}``. A runner refuses what does not fit.
-        notes: What a user should know.
+        notes: Sentences for the user.
         others: The files of further components, by name.
     """
 
@@ -99,12 +96,14 @@ class Lowered:
 class Backend(abc.ABC):
     """A place to lower a Program to. Subclasses are frozen dataclasses of options.
 
-    Every option is text, has a default, and is written ``name{option=value,...}``.
+    Every option has a default, is of a type that text can spell, and is written
+    ``name{option=value,...}``.
 
     Attributes:
         name: The target's name, without options.
         summary: One line for ``llmopt targets``.
-        schemes: The quantization schemes it has kernels for.
+        schemes: Names of the quantization schemes it has kernels for; ``supports`` may refuse some
+            of their options.
         islands: What ``convert-float`` keeps in float32 for it; with ``"activations"``,
             ``narrow-weights`` runs instead, and weights of products alone are of 16 bits.
         takes_components: Whether it writes models of several components, an encoder and a decoder.
@@ -116,35 +115,30 @@ class Backend(abc.ABC):
     islands: ClassVar[str] = "sums"
     takes_components: ClassVar[bool] = False
 
-    @classmethod
-    def configured(cls, options: Mapping[str, str]) -> Self:
-        """Return the backend with these options.
-
-        Raises:
-            UnknownNameError: it has no such option.
-        """
-        known = [field.name for field in _options(cls)]
-        for key in options:
-            if key not in known:
-                raise UnknownNameError(f"option of target {cls.name}", key, known)
-        return cls(**options)
-
     @property
     def target(self) -> str:
         """The target as text, with the options that were set."""
-        given = [(option, getattr(self, option.name)) for option in _options(type(self))]
-        changed = [f"{o.name}={value}" for o, value in given if value != o.default]
-        return self.name + (f"{{{','.join(changed)}}}" if changed else "")
+        return spelling.spell(self)
 
     @property
-    def default_scheme(self) -> str | None:
-        """The scheme where none is asked for; None keeps float32."""
+    def default_scheme(self) -> Scheme | None:
+        """The scheme where none is requested; None keeps float32."""
         return None
 
-    def settled(
+    def supports(self, scheme: Scheme) -> str | None:
+        """Return why a scheme has no kernels here and what to write instead, None if it has."""
+        if scheme.name not in self.schemes:
+            return f"no kernels for {scheme.name}, only for {', '.join(sorted(self.schemes))}"
+        head = scheme.of(head=True).name if isinstance(scheme, Blockwise) else scheme.name
+        if head not in self.schemes:
+            instead = "head=8" if "w8" in self.schemes else f"{scheme.name} without head"
+            return f"no codes of {head[1:]} bits for the head; write {instead}"
+        return None
+
+    def resolved(
         self,
-        program: Program,  # noqa: ARG002 - most have nothing to settle
-        scheme: str | None,  # noqa: ARG002 - as above
+        program: Program,  # noqa: ARG002 - most have no open option
+        scheme: Scheme | None,  # noqa: ARG002 - as above
     ) -> tuple[Self, tuple[str, ...]]:
         """Return this backend with its open options chosen for ``program``, and notes on why.
 
@@ -153,7 +147,7 @@ class Backend(abc.ABC):
         """
         return self, ()
 
-    def stored(self, scheme: Scheme) -> Scheme:
+    def storage_scheme(self, scheme: Scheme) -> Scheme:
         """Return the scheme as this backend stores it.
 
         Raises:
@@ -168,7 +162,7 @@ class Backend(abc.ABC):
         """Return why the caches that were added to ``program`` do not run here, None if they do."""
         return None
 
-    def in_part(self, program: Program) -> Program | None:  # noqa: ARG002 - most run nothing so
+    def partially_lowered(self, program: Program) -> Program | None:  # noqa: ARG002 - most run nothing so
         """Return what computes the same as ``program``, which only some passes have lowered.
 
         It can be written and opened. None if only what is lowered whole can be. ``program`` is
@@ -176,7 +170,7 @@ class Backend(abc.ABC):
         """
         return None
 
-    def stand_in(self) -> Backend | None:
+    def proxy_backend(self) -> Backend | None:
         """Return what is written and run in this one's place to verify, if it cannot run here.
 
         Its operators are the same, so that the same lowered Program is written for it.
@@ -188,15 +182,16 @@ class Backend(abc.ABC):
         """What runs the artifact while it is verified, where that is not the target itself."""
         return ""
 
-    def tolerance(self, scheme: str | None) -> float:  # noqa: ARG002 - most have one for all
+    def tolerance(self, scheme: Scheme | None) -> float:  # noqa: ARG002 - most have one for all
         """Return the relative error that verification allows."""
         return TOLERANCE
 
-    def example_bounds(self, scheme: str | None) -> ExampleBounds | None:
+    def example_bounds(self, scheme: Scheme | None) -> ExampleBounds | None:
         """Return how far a device may be from an artifact's example; None for no example."""
         if scheme is None:
             return ExampleBounds(self.tolerance(None))
-        rounded = ROUNDED_TOGETHER if scheme.startswith("w4") else ROUNDED
+        few = isinstance(scheme, Blockwise) and scheme.bits == 4
+        rounded = ROUNDED_TOGETHER if few else ROUNDED
         return ExampleBounds(max(self.tolerance(scheme), rounded), COUNTED)
 
     @abc.abstractmethod
@@ -208,7 +203,7 @@ class Backend(abc.ABC):
         """Return every operator that this backend cannot lower; nothing is done yet."""
 
     @abc.abstractmethod
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         """Return the lowering passes, in order."""
 
     @abc.abstractmethod
@@ -226,28 +221,3 @@ class Backend(abc.ABC):
         Raises:
             BackendUnavailableError: the library or the device is not here.
         """
-
-
-def split_target(text: str) -> tuple[str, dict[str, str]]:
-    """Return the name and options of ``name{option=value,...}``.
-
-    >>> split_target("tvm-cpu{mcpu=znver4}")
-    ('tvm-cpu', {'mcpu': 'znver4'})
-
-    Raises:
-        UsageError: the text is not of that form.
-    """
-    match = _TARGET.match(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not a target: write name or name{{option=value,...}}")
-    options = {}
-    for pair in filter(None, (match["options"] or "").split(",")):
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise UsageError(f"target option {pair!r}: write option=value")
-        options[key.strip()] = value.strip()
-    return match["name"], options
-
-
-def _options(backend: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(backend) if dataclasses.is_dataclass(backend) else ()

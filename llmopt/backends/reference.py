@@ -22,9 +22,9 @@ from llmopt.ir.program import Program
 from llmopt.ir.saving import save_all
 from llmopt.passes.base import Pass
 from llmopt.passes.convert_float import LEFT, NARROW
+from llmopt.quantization.schemes import Cast, Scheme
 
 DATA: Final = "model.onnx.data"
-TOLERANCES: Final[Mapping[str, float]] = {"fp16": LEFT["float16"], "bf16": LEFT["bfloat16"]}
 _INSTALL: Final = "pip install 'llmopt[compile]'"
 _TYPES: Final = ("to", "dtype", "output_dtype", PRECISION)
 """Attributes that name an element type."""
@@ -42,8 +42,8 @@ class ReferenceBackend(Backend):
     takes_components: ClassVar[bool] = True
 
     @override
-    def tolerance(self, scheme: str | None) -> float:
-        return TOLERANCES.get(scheme or "", TOLERANCE)
+    def tolerance(self, scheme: Scheme | None) -> float:
+        return LEFT[scheme.dtype] if isinstance(scheme, Cast) else TOLERANCE
 
     @override
     def available(self) -> Availability:
@@ -57,7 +57,7 @@ class ReferenceBackend(Backend):
         return lacking(program.model)
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         return ()
 
     @override
@@ -79,7 +79,7 @@ def runner(model: ir.Model, *, exact: bool) -> Run:
     """Return a function from inputs to outputs of a model of standard operators.
 
     Args:
-        model: It is not changed.
+        model: The model, which is not changed.
         exact: Compute in float32 what the model rounds.
 
     Raises:

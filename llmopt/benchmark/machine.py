@@ -23,7 +23,7 @@ _FEATURES: Final = frozenset({*_X86, *_AMX, *_ARM, "f16c", "fma"})
 """Processor features that decide which kernels run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MachineFingerprint:
     """What has to be the same for two latencies to be comparable.
 

@@ -61,7 +61,7 @@ class Metric:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArtifactResult:
     """What was measured of one artifact.
 
@@ -111,7 +111,7 @@ class ResultRow:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
     """A benchmark of one workload.
 

@@ -78,7 +78,7 @@ def _phase(
     return Phase(name, metric, dict(macs), read, weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reached:
     """How near to the limits a phase came.
 

@@ -16,6 +16,7 @@ from llmopt.bundle.contents import BOM, CONTENTS, LICENSES, Contents, Variant, t
 from llmopt.bundle.needs import needs_of
 from llmopt.bundle.zstd import zstd_version
 from llmopt.errors import UsageError
+from llmopt.spelling import name_of
 
 _SPDX: Final = re.compile(r"[A-Za-z0-9.+() -]+")
 _UNFIT: Final = re.compile(r"[^A-Za-z0-9.+]+")
@@ -129,12 +130,13 @@ def _own_record(folder: Path) -> FileRecord:
 def _name(manifest: Manifest, taken: Sequence[str]) -> str:
     """Return a name for a variant: its target, spelled as a folder's name.
 
-    >>> _name(Manifest("tvm-cpu{mcpu=znver4}", "", ""), [])
+    >>> _name(Manifest(target="tvm-cpu{mcpu=znver4}", entry="", task=""), [])
     'tvm-cpu-mcpu-znver4'
-    >>> _name(Manifest("cpu", "", "", precision={"weights": "w4{block=32}"}), ["cpu-w4"])
+    >>> rounded = {"weights": "w4{block=32}"}
+    >>> _name(Manifest(target="cpu", entry="", task="", precision=rounded), ["cpu-w4"])
     'cpu-w4-2'
     """
-    scheme = str(manifest.precision.get("weights", "")).partition("{")[0]
+    scheme = name_of(str(manifest.precision.get("weights", "")))
     words = f"{manifest.target} {scheme}"
     name = _UNFIT.sub("-", words).strip("-.")[:_VARIANT].strip("-.")
     same = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 2))]

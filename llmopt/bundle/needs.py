@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from llmopt.artifact.manifest import Manifest
 from llmopt.bundle.contents import Needs, Runtime
+from llmopt.spelling import name_of
 
 X86: Final = "x86_64"
 ARM: Final = "aarch64"
@@ -60,7 +61,7 @@ def needs_of(manifest: Manifest) -> Needs:
     Of a target that is not known here, only what its manifest requires is known.
     """
     requires = manifest.requires
-    kind = _KINDS.get(manifest.target.partition("{")[0], _Kind("", "", "newer"))
+    kind = _KINDS.get(name_of(manifest.target), _Kind("", "", "newer"))
     openvino = requires.get("ep") == "openvino"
     machine = X86 if openvino else requires.get("machine")
     weights = sum(

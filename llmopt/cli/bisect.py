@@ -73,12 +73,14 @@ def _bisected(source: str, options: dict[str, Any]) -> tuple[Bisection, dict[str
         from llmopt.compiler import CompileOptions, pipeline_of
         from llmopt.frontend.base import SourceOptions
         from llmopt.frontend.source import open_source
+        from llmopt.passes.pipeline import items_of
         from llmopt.runtime.npz import read_npz
         from llmopt.verification.bisection import bisect
         from llmopt.verification.reproducer import write_reproducer
 
         plugins = options["plugins"]
-        pipeline = pipeline_of(CompileOptions(passes=options["passes"], plugins=plugins))
+        passes = items_of(options["passes"])
+        pipeline = pipeline_of(CompileOptions(passes=passes, plugins=plugins))
         arrays = None if options["inputs"] is None else read_npz(options["inputs"])
         names = [field.name for field in dataclasses.fields(SourceOptions)]
         reading = SourceOptions(**{n: options[n] for n in names if n in options})

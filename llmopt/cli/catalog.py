@@ -93,7 +93,7 @@ def _known(known: Mapping[str, type[Pass]], name: str) -> type[Pass]:
 
 def _summary(cls: type[Pass]) -> dict[str, Any]:
     from llmopt.passes import DEFAULT
-    from llmopt.passes.options import MISSING, options_of, spell_value
+    from llmopt.spelling import MISSING, options_of, spell_value
 
     return {
         "name": cls.name,
@@ -108,7 +108,7 @@ def _summary(cls: type[Pass]) -> dict[str, Any]:
 
 def _describe(cls: type[Pass], *, as_json: bool) -> None:
     from llmopt.origin import defined_at, is_ours
-    from llmopt.passes.options import MISSING, options_of, spell_value
+    from llmopt.spelling import MISSING, options_of, spell_value
 
     place = "llmopt" if is_ours(cls) else defined_at(cls)
     text = _ARGS.sub("\n", inspect.getdoc(cls) or "")

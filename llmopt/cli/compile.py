@@ -18,6 +18,7 @@ from llmopt.errors import UsageError
 
 if TYPE_CHECKING:
     from llmopt.compiler import Artifact
+    from llmopt.quantization.schemes import Scheme
 
 SCHEMA = 1
 
@@ -112,8 +113,10 @@ def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[A
     progress("starting")  # torch takes seconds to import
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
+    from llmopt.passes.pipeline import items_of
 
-    making = CompileOptions(**_chosen(CompileOptions, options) | {"quantize": scheme})
+    values = {"quantize": scheme, "passes": items_of(options["passes"])}
+    making = CompileOptions(**_chosen(CompileOptions, options) | values)
     reading = SourceOptions(**_chosen(SourceOptions, options))
     try:
         return compile_source(source, targets, options["output"], making, reading, progress)
@@ -129,15 +132,17 @@ def _chosen(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {f.name: options[f.name] for f in dataclasses.fields(kind) if f.name in options}
 
 
-def _scheme(quantize: str | None, block: int | None) -> str | None:
-    """Return the scheme with ``--block`` written into it."""
+def _scheme(quantize: str | None, block: int | None) -> Scheme | None:
+    """Return the scheme, with the block of ``--block``."""
+    from llmopt.quantization.schemes import parse_scheme
+
     if block is None:
-        return quantize
+        return None if quantize is None else parse_scheme(quantize)
     if quantize is None:
         raise UsageError("--block belongs to a scheme: give --quantize w4 or w8 too")
     if "{" in quantize:
         raise UsageError(f"--block {block} and the options of {quantize!r}: give one of them")
-    return f"{quantize}{{block={block}}}"
+    return parse_scheme(f"{quantize}{{block={block}}}")
 
 
 def _tell(artifact: Artifact, *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from llmopt.compiler.artifact import VERIFY, Artifact, CompileOptions, Progress
 from llmopt.compiler.clock import Clock
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from llmopt.interface.signature import Signature
     from llmopt.ir.program import Program
     from llmopt.passes.pipeline import Pipeline, Ran
-    from llmopt.quantization.schemes import Scheme
 
 __all__ = [
     "Artifact",
@@ -31,6 +30,8 @@ __all__ = [
     "optimize",
     "pipeline_of",
 ]
+
+_ADDS_CACHE: Final = "add-kv-cache"
 
 
 def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller sets stand alone
@@ -47,8 +48,8 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
         source: A path, ``file.py:factory``, or a module.
         targets: Target names.
         output: The artifact itself for one target, else the parent of one for each.
-        options: What to make.
-        reading: How to read the source.
+        options: The artifact to make.
+        reading: Options of reading the source.
         progress: Told what is being done.
 
     Raises:
@@ -72,7 +73,7 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
     places = [_place(output, name, backend, targets) for backend in backends]
     for place in places:
         check_destination(place, force=options.force)
-    suited = [_suited(source, backend, options, optimized, clock) for backend in backends]
+    suited = [_suited(optimized, backend, options, clock) for backend in backends]
     return [
         Compilation.prepare(each, backend, options, clock).run(place)
         for each, backend, place in zip(suited, backends, places, strict=True)
@@ -80,19 +81,16 @@ def compile_source(  # noqa: PLR0913, PLR0917 - the options that every caller se
 
 
 def _suited(
-    source: str | Path | torch.nn.Module,
-    backend: Backend,
-    options: CompileOptions,
-    optimized: Optimized,
-    clock: Clock,
+    optimized: Optimized, backend: Backend, options: CompileOptions, clock: Clock
 ) -> Optimized:
     """Return the source as it was optimized, or without a cache that this backend cannot run."""
-    added = any(each.name == "add-kv-cache" and each.applied for each in optimized.ran)
-    reason = backend.cache_obstacle(optimized.source.program) if added else None
-    if reason is None:
+    traced = optimized.uncached
+    reason = None if traced is None else backend.cache_obstacle(optimized.source.program)
+    if traced is None or reason is None:
         return optimized
-    without = dataclasses.replace(options, passes=f"{options.passes},-add-kv-cache")
-    again = optimize(source, without, optimized.reading, clock)
+    forked = dataclasses.replace(traced, program=traced.program.clone())
+    pipeline = pipeline_of(options.minus(_ADDS_CACHE))
+    again = _optimized(forked, pipeline, options, optimized.reading, clock)
     note = f"no cache on {backend.name}, every token runs its whole prefix again: {reason}"
     opened = dataclasses.replace(again.source, notes=(*again.source.notes, note))
     return dataclasses.replace(again, source=opened)
@@ -109,15 +107,29 @@ def optimize(
     Raises:
         LlmoptError: as ``open_source`` and the passes do; or what is required was not fused.
     """
-    from llmopt.compiler.compilation import Optimized, noted
     from llmopt.frontend.source import open_source
-    from llmopt.fusion import fusion_report, require, required_kinds
-    from llmopt.verification.each import Watch
+    from llmopt.fusion import required_kinds
 
     pipeline = pipeline_of(options)
-    required_kinds(options.require)  # a wrong one is told before any work
+    required_kinds(options.require)  # a wrong one is reported before any work
     with clock("tracing"):
         opened = open_source(source, reading)
+    return _optimized(opened, pipeline, options, reading, clock)
+
+
+def _optimized(
+    opened: Source,
+    pipeline: Pipeline,
+    options: CompileOptions,
+    reading: SourceOptions,
+    clock: Clock,
+) -> Optimized:
+    """Return a traced source, which is edited, through the passes that no target asks for."""
+    from llmopt.compiler.compilation import Optimized, noted
+    from llmopt.fusion import fusion_report, require
+    from llmopt.verification.each import Watch
+
+    uncached = _uncached(opened, pipeline)
     watch: Watch | None = None
     ran: list[Ran] = []
     before = opened.program.signature
@@ -130,7 +142,26 @@ def optimize(
     report = fusion_report(opened.program, ran)
     require(report, options.require)
     _check_dialect(opened.program)
-    return Optimized(opened, str(pipeline), ran, report, reading, watch)
+    if not any(each.name == _ADDS_CACHE and each.applied for each in ran):
+        uncached = None
+    return Optimized(
+        source=opened,
+        pipeline=str(pipeline),
+        ran=ran,
+        fusion=report,
+        reading=reading,
+        watch=watch,
+        uncached=uncached,
+    )
+
+
+def _uncached(opened: Source, pipeline: Pipeline) -> Source | None:
+    """Return a copy of a traced source where passes may add a cache; unread weights are shared."""
+    program = opened.program
+    adds = any(each.name == _ADDS_CACHE for each in pipeline.passes)
+    if not adds or program.signature.has_cache:
+        return None
+    return dataclasses.replace(opened, program=program.clone())
 
 
 def _as_signed(opened: Source, before: Signature, ran: Sequence[Ran]) -> Source:
@@ -145,7 +176,7 @@ def _as_signed(opened: Source, before: Signature, ran: Sequence[Ran]) -> Source:
 def _cache_notes(program: Program, ran: Sequence[Ran]) -> list[str]:
     """Return what `add-kv-cache` did, or why it did nothing, in words."""
     notes = []
-    for each in (each for each in ran if each.name == "add-kv-cache"):
+    for each in (each for each in ran if each.name == _ADDS_CACHE):
         if each.applied:
             layers = program.facts.model.layers
             notes.append(f"add-kv-cache: keys and values of {layers} layers are remembered")
@@ -168,48 +199,28 @@ def _check_distinct(backends: Sequence[Backend]) -> None:
 
 
 def _check_scheme(options: CompileOptions, backends: Sequence[Backend]) -> None:
-    from llmopt.errors import UnknownNameError
-    from llmopt.quantization.schemes import parse_scheme
+    from llmopt.backends import known_backends
 
-    if options.quantize is None:
+    scheme = options.quantize
+    if scheme is None:
         if options.max_kl is not None:
             raise UsageError("--max-kl bounds what quantization costs: give --quantize too")
         return
-    scheme = parse_scheme(options.quantize)
-    name = options.quantize.split("{")[0].strip()
     for backend in backends:
-        if name not in backend.schemes:
-            others = _targets_with(name)
-            hint = f"{name} is for {others}" if others else ""
-            raise UnknownNameError(f"scheme for {backend.name}", name, backend.schemes, hint)
-        _check_head(scheme, backend)
-
-
-def _check_head(scheme: Scheme, backend: Backend) -> None:
-    """Refuse a head of 6 bits where nothing multiplies those."""
-    from llmopt.quantization.schemes import Blockwise
-
-    if isinstance(scheme, Blockwise) and scheme.head == 6 and "w6" not in backend.schemes:
-        instead = "head=8" if "w8" in backend.schemes else f"w{scheme.bits} without head"
-        raise UsageError(
-            f"{scheme}: {backend.name} has no codes of 6 bits; write {instead}, "
-            f"or choose one of {_targets_with('w6')}"
-        )
-
-
-def _targets_with(scheme: str) -> str:
-    from llmopt.backends import known_backends
-
-    return ", ".join(name for name, of in known_backends().items() if scheme in of.schemes)
+        if (reason := backend.supports(scheme)) is not None:
+            others = [
+                name for name, of in known_backends().items() if of().supports(scheme) is None
+            ]
+            hint = f"; {scheme} is for {', '.join(others)}" if others else ""
+            raise UsageError(f"--quantize {scheme}: {backend.name} has {reason}{hint}")
 
 
 def _without_lowering(options: CompileOptions, backends: Sequence[Backend]) -> CompileOptions:
     """Return the options, lowering passes that ``passes`` takes away moved to ``without``."""
     from llmopt.passes import PASSES
-    from llmopt.passes.pipeline import items_of
 
     lowering = {each.name for b in backends for each in b.passes(options.quantize)} - set(PASSES)
-    items = items_of(options.passes)
+    items = options.passes
     moved = [item for item in items if isinstance(item, str) and item[:1] == "-"]
     moved = [item for item in moved if item[1:] in lowering]
     if not moved:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmopt.fusion import FusionCount
     from llmopt.passes.pipeline import Item, Ran
     from llmopt.passes.plugins import Plugin
+    from llmopt.quantization.schemes import Scheme
     from llmopt.verification.checks import Checked
 
 Progress = Callable[[str], None]
@@ -20,13 +21,13 @@ VERIFY: Final = ("each", "final", "off")
 """How much is compared: the Program after each pass and the artifact, the artifact, or nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompileOptions:
     """What to make of a source.
 
     Args:
-        quantize: A scheme, ``"w4"`` or ``"w4{block=64}"``; None keeps float32.
-        passes: The pipeline before quantization and lowering: text, or texts and passes.
+        quantize: The scheme of weights and activations; None keeps float32.
+        passes: Items of the pipeline before quantization and lowering, see ``items_of``.
         plugins: Python files, modules or classes that define more passes.
         require: ``"attention=all"`` and the like: a miss is then an error.
         verify: Extent of the comparisons, one of ``VERIFY``.
@@ -37,8 +38,8 @@ class CompileOptions:
         without: Lowering passes that are left out.
     """
 
-    quantize: str | None = None
-    passes: str | Sequence[Item] = "default"
+    quantize: Scheme | None = None
+    passes: tuple[Item, ...] = ("default",)
     plugins: Sequence[Plugin] = ()
     require: Sequence[str] = ()
     verify: str = "final"
@@ -48,8 +49,12 @@ class CompileOptions:
     defer_engine: bool = False
     without: frozenset[str] = frozenset()
 
+    def minus(self, name: str) -> CompileOptions:
+        """Return the same options, a pass taken away from their pipeline."""
+        return dataclasses.replace(self, passes=(*self.passes, f"-{name}"))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A compiled model on disk.
 

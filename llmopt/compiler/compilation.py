@@ -34,7 +34,7 @@ from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantizers import quantizers
 from llmopt.passes.rounding import Rounding, rounding_of
-from llmopt.quantization.schemes import Blockwise, DynamicInt8, Scheme, Static, parse_scheme
+from llmopt.quantization.schemes import Blockwise, DynamicInt8, Scheme, Static
 from llmopt.verification import Verification, verify
 from llmopt.verification.each import Watch
 from llmopt.version import __version__
@@ -53,17 +53,18 @@ def noted(done: list[Ran], watch: Watch | None) -> AfterPass:
     return after
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimized:
     """A source whose Program has been through the passes that no target asks for.
 
     Args:
-        source: It.
-        pipeline: Those passes, as text.
-        ran: What each did.
-        fusion: What was expected and what was fused.
-        reading: How it was read.
-        watch: What compared the Program after each pass, if that was asked for.
+        source: The source.
+        pipeline: The text of those passes.
+        ran: The passes, with what each did.
+        fusion: Counts of what was expected and what was fused, by kind.
+        reading: The options it was read with.
+        watch: The comparison after each pass, under ``--verify each``.
+        uncached: The source as traced, where a pass then added a cache.
     """
 
     source: Source
@@ -72,6 +73,7 @@ class Optimized:
     fusion: Mapping[str, FusionCount]
     reading: SourceOptions
     watch: Watch | None = None
+    uncached: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Written:
     """What was written, and what opens it here.
 
     Args:
-        backend: What opens it.
-        program: What inputs and outputs mean.
+        backend: The backend that opens it.
+        program: The lowered Program, whose signature says what inputs and outputs mean.
         files: The file of each component.
     """
 
@@ -94,17 +96,17 @@ class Written:
         return chained(self.program, runs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compilation:
     """What one target makes of a source.
 
     Args:
         optimized: The source; it is not changed, so that the next target can have it.
         backend: The target, its open options chosen.
-        scheme: How weights are stored; None keeps float32.
-        options: What was asked for.
+        scheme: The scheme as the backend stores it; None keeps float32.
+        options: The request, with the scheme that was chosen.
         clock: Told what is being done.
-        notes: What a user should know of the backend's choices.
+        notes: Sentences for the user on the backend's choices.
     """
 
     optimized: Optimized
@@ -120,17 +122,24 @@ class Compilation:
     ) -> Self:
         """Let the backend choose what is left to it, and measure what its scheme asks for."""
         _check_components(optimized.source, backend)
-        named = options.quantize or backend.default_scheme
+        scheme = options.quantize or backend.default_scheme
         with clock(f"preparing {backend.name}"):
-            settled, notes = backend.settled(optimized.source.program, named)
-        scheme = None if named is None else settled.stored(parse_scheme(named))
-        chosen = dataclasses.replace(options, quantize=named)
+            resolved, notes = backend.resolved(optimized.source.program, scheme)
+        chosen = dataclasses.replace(options, quantize=scheme)
+        scheme = None if scheme is None else resolved.storage_scheme(scheme)
         if isinstance(scheme, Blockwise) and scheme.searched:
             with clock("measuring activations"):
                 measure_activations(optimized.source)
-        return cls(optimized, settled, scheme, chosen, clock, notes)
+        return cls(
+            optimized=optimized,
+            backend=resolved,
+            scheme=scheme,
+            options=chosen,
+            clock=clock,
+            notes=notes,
+        )
 
-    def run(self, place: Path) -> Artifact:
+    def run(self, output: Path) -> Artifact:
         """Lower, write, prove, and put the artifact in its place.
 
         Raises:
@@ -144,7 +153,7 @@ class Compilation:
             raise UnsupportedModelError(source.name, problems, hint)
         demand = Demand(self.options.batch, self.options.defer_engine)
         watch = None if self.optimized.watch is None else self.optimized.watch.forked(self.backend)
-        with staged_folder(place, force=self.options.force) as folder:
+        with staged_folder(output, force=self.options.force) as folder:
             lowering = self._lower(program, done, watch)
             lowered = self._write(program, folder, demand)
             with self._runnable(program, lowered.within(folder), demand) as runner:
@@ -158,14 +167,21 @@ class Compilation:
         notes = (*source.notes, *self.notes, *lowered.notes)
         checks = () if watch is None else tuple(watch.checks)
         fusion = self.optimized.fusion
-        return Artifact(place, Manifest.read(place), tuple(done), fusion, notes, checks)
+        return Artifact(
+            path=output,
+            manifest=Manifest.read(output),
+            passes=tuple(done),
+            fusion=fusion,
+            notes=notes,
+            checks=checks,
+        )
 
     def rounding(self) -> Rounding | None:
         """Return what is done to the source's weights on purpose."""
         return rounding_of(self._passes(), self.optimized.source.program)
 
     def _passes(self) -> tuple[Pass, ...]:
-        every = self.backend.passes(self.options.quantize)
+        every = self.backend.passes(self.scheme)
         own = [each for each in every if each.name not in self.options.without]
         return (*quantizers(self.scheme, self.backend.islands), *own)
 
@@ -187,7 +203,7 @@ class Compilation:
         self, program: Program, files: Mapping[str, Path], demand: Demand
     ) -> Iterator[Written]:
         """Yield what runs here: the artifact, or the same for this machine."""
-        runner = None if self.options.verify == "off" else self.backend.stand_in()
+        runner = None if self.options.verify == "off" else self.backend.proxy_backend()
         if runner is None:
             yield Written(self.backend, program, files)
             return
@@ -206,7 +222,7 @@ class Compilation:
                 program,
                 exact,
                 self.optimized.source.reference,
-                tolerance=self.backend.tolerance(self.options.quantize),
+                tolerance=self.backend.tolerance(self.scheme),
                 transform=self.rounding(),
             )
         # A scheme that rounds activations says how; otherwise kernels do it each their way, and
@@ -233,7 +249,7 @@ class Compilation:
 
     def _exemplify(self, program: Program, run: Run, target: str, folder: Path) -> None:
         """Write the example that the artifact tests itself with on a device."""
-        bounds = self.backend.example_bounds(self.options.quantize)
+        bounds = self.backend.example_bounds(self.scheme)
         if bounds is None:
             return
         with self.clock("making the example"):
@@ -274,7 +290,7 @@ class Compilation:
         return recipe(source, self.backend.target, self.options, self.optimized.reading)
 
     def _compiled(self, done: Sequence[Ran]) -> dict[str, Any]:
-        """Return what passes did, for the manifest; why they left things alone is told once."""
+        """Return what passes did, for the manifest; the report gives the reasons of misses."""
         passes = [{"name": r.name, "applied": r.applied, "missed": len(r.missed)} for r in done]
         fusion = self.optimized.fusion.items()
         fused = {kind: {"expected": f.expected, "fused": f.fused} for kind, f in fusion}

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from llmopt.compiler.artifact import CompileOptions
 from llmopt.frontend.base import SourceOptions
-from llmopt.passes.pipeline import items_of, text_of
+from llmopt.passes.pipeline import text_of
 
 _FLAGS: Final = {"plugins": "plugin"}
 _LEFT_OUT: Final = frozenset({"force", "without"})
@@ -20,7 +20,9 @@ _FROM_PYTHON: Final = "GIVEN_IN_PYTHON"
 def recipe(source: str, target: str, options: CompileOptions, reading: SourceOptions) -> str:
     """Return the command line, without the paths that lead to files.
 
-    >>> recipe("tiny.gguf", "onnxruntime-cpu", CompileOptions("w4"), SourceOptions())
+    >>> from llmopt.quantization.schemes import Blockwise
+    >>> options = CompileOptions(quantize=Blockwise(bits=4))
+    >>> recipe("tiny.gguf", "onnxruntime-cpu", options, SourceOptions())
     'llmopt compile tiny.gguf --target onnxruntime-cpu --quantize w4'
     """
     words = ["llmopt", "compile", source or _FROM_PYTHON, "--target", target]
@@ -29,6 +31,8 @@ def recipe(source: str, target: str, options: CompileOptions, reading: SourceOpt
             value = getattr(given, field.name)
             if field.name == "passes":
                 words += _passes(options)
+            elif field.name == "quantize":
+                words += [] if value is None else ["--quantize", str(value)]
             elif field.name not in _LEFT_OUT and not _is_default(value, field):
                 words += _spelled(_FLAGS.get(field.name, field.name).replace("_", "-"), value)
     return shlex.join(words)
@@ -36,8 +40,8 @@ def recipe(source: str, target: str, options: CompileOptions, reading: SourceOpt
 
 def _passes(options: CompileOptions) -> list[str]:
     """Return the option that gives the pipeline, lowering passes that are left out in it too."""
-    items = [*items_of(options.passes), *(f"-{name}" for name in sorted(options.without))]
-    if items == ["default"]:
+    items = (*options.passes, *(f"-{name}" for name in sorted(options.without)))
+    if items == ("default",):
         return []
     objects = [item for item in items if not isinstance(item, str)]
     unknown = ["--plugin", _FROM_PYTHON] if objects and not options.plugins else []

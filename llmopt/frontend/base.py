@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 KINDS: Final = "give a Hugging Face folder, .gguf, .onnx, .pt2, .pt, or module.py:factory"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceOptions:
     """How a source shall be read.
 
     Args:
         model: ``file.py:factory`` of the module that a state_dict belongs to.
         trust_pickle: Whether a file may execute code that it carries.
-        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; found out if not given.
+        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; recognized if not given.
         example_inputs: Arrays or tensors by name or in order, or the path of an .npz.
-        dynamic_shapes: As ``torch.export.export`` takes it; batch and tokens if not given.
+        dynamic_shapes: Dimensions as ``torch.export.export`` takes them; batch and tokens if
+            not given.
         max_length: The most tokens of one sequence; the model's own limit if not given.
         trust_remote_code: Whether Python code in a Hugging Face folder may be executed.
     """
@@ -46,10 +47,10 @@ class Source:
     """A source that was read.
 
     Args:
-        name: What the artifact is called after.
-        program: Its Program, as traced.
+        name: The name that the artifact gets.
+        program: The Program, as traced.
         reference: The source itself, to compare with.
-        notes: What a user should know: files that are missing, a chat template left out.
+        notes: Sentences for the user: files that are missing, a chat template left out.
     """
 
     name: str

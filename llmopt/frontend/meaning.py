@@ -33,7 +33,7 @@ _OUTPUTS: Final[Mapping[str, Role]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TracedModel:
     """A graph, and what the frontend that read it knows.
 

@@ -5,26 +5,22 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from typing_extensions import override
 
-from llmopt.errors import UnknownNameError, UsageError
+from llmopt import spelling
+from llmopt.errors import UnknownNameError
 from llmopt.ir import dialect
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
 from llmopt.origin import is_ours
-from llmopt.passes import options
 from llmopt.passes.base import Miss, Outcome, Pass
-from llmopt.passes.options import spell
 from llmopt.passes.plugins import Plugin, invalid, passes_with, run_guarded
-
-_ITEM: Final = re.compile(r"(?P<minus>-?)(?P<name>[A-Za-z0-9_-]+)(?:\{(?P<options>[^{}]*)\})?\Z")
-_SPLIT: Final = re.compile(r",(?![^{}]*\})")
+from llmopt.spelling import spell
 
 Item = str | Pass
 """A pass, by its name and options or itself."""
@@ -36,10 +32,10 @@ class Ran:
 
     Args:
         name: The pass.
-        applied: How many changes it made.
-        missed: What it declined, with reasons.
+        applied: Number of changes.
+        missed: Candidates that it declined, with reasons.
         duration_s: Seconds it took.
-        notes: What it found out.
+        notes: Results of an analysis, a sentence each.
     """
 
     name: str
@@ -73,7 +69,7 @@ class Pipeline:
             text: Pass names, comma-separated, options in braces; ``default`` stands for the
                 default passes and ``-name`` takes one of them away. In a sequence, each item is
                 such a text, or a pass itself.
-            default: What ``default`` stands for; the built-in list if not given.
+            default: Passes that ``default`` stands for; the built-in list if not given.
             known: Passes by name; the built-in ones and those of plugins if not given.
             plugins: Files, modules or classes that ``known`` is taken from where it is not given.
 
@@ -85,15 +81,16 @@ class Pipeline:
         from llmopt.passes import DEFAULT
 
         table = passes_with(plugins) if known is None else known
-        items: list[Item] = []
+        passes: list[Pass] = []
         for item in items_of(text):
-            if item == "default":
-                items.extend(DEFAULT if default is None else default)
-            elif isinstance(item, str) and item.startswith("-"):
-                items = _without(items, item[1:], table)
+            if isinstance(item, Pass):
+                passes.append(item)
+            elif item.startswith("-"):
+                passes = _without(passes, item[1:], table)
             else:
-                items.append(item)
-        return Pipeline(tuple(make(i, table) if isinstance(i, str) else i for i in items))
+                names = (DEFAULT if default is None else default) if item == "default" else [item]
+                passes.extend(make(name, table) for name in names)
+        return Pipeline(tuple(passes))
 
     @override
     def __str__(self) -> str:
@@ -106,7 +103,7 @@ class Pipeline:
         """Run every pass on ``program`` in place and return it.
 
         Args:
-            program: What to edit.
+            program: The Program, which is edited.
             after: Called after each pass: printing, timing and verifying are its business.
 
         Raises:
@@ -142,17 +139,18 @@ class Pipeline:
         return outcome
 
 
-def items_of(text: str | Sequence[Item]) -> list[Item]:
-    """Return the items of a pipeline's text, or of a sequence of such texts and passes.
+def items_of(text: str | Sequence[Item] | Pipeline) -> tuple[Item, ...]:
+    """Return the items of a pipeline, of its text, or of a sequence of such texts and passes.
 
     >>> items_of("default, -merge-qkv, my-pass{limit=3,deep=true}")
-    ['default', '-merge-qkv', 'my-pass{limit=3,deep=true}']
+    ('default', '-merge-qkv', 'my-pass{limit=3,deep=true}')
     """
-    if not isinstance(text, str):
-        return [
-            each for part in text for each in ([part] if isinstance(part, Pass) else items_of(part))
-        ]
-    return [item.strip() for item in _SPLIT.split(text.strip())] if text.strip() else []
+    if isinstance(text, Pipeline):
+        return text.passes
+    if isinstance(text, str):
+        return tuple(spelling.listed(text))
+    parts = ((part,) if isinstance(part, Pass) else items_of(part) for part in text)
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 def text_of(items: Sequence[Item]) -> str:
@@ -162,20 +160,18 @@ def text_of(items: Sequence[Item]) -> str:
 
 def make(text: str, known: Mapping[str, type[Pass]]) -> Pass:
     """Return the pass that ``name{option=value,...}`` names."""
-    match = _ITEM.match(text)
-    if match is None or match["minus"]:
-        raise UsageError(f"{text!r} is not a pass: write name or name{{option=value,...}}")
-    if match["name"] not in known:
-        raise UnknownNameError(
-            "pass", match["name"], known, "`llmopt passes` describes each; --plugin adds yours"
-        )
-    return options.make(known[match["name"]], match["options"] or "")
+    name, options = spelling.split(text, "pass")
+    if name not in known:
+        hint = "`llmopt passes` describes each; --plugin adds yours"
+        raise UnknownNameError("pass", name, known, hint)
+    hint = f"`llmopt passes {name}` shows its options"
+    return spelling.make(known[name], options, f"pass {name}", hint)
 
 
-def _without(items: list[Item], name: str, known: Mapping[str, type[Pass]]) -> list[Item]:
+def _without(passes: list[Pass], name: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
     if name not in known:
         raise UnknownNameError("pass", name, known, "only a pass that exists can be taken away")
-    return [i for i in items if (i.split("{")[0] if isinstance(i, str) else i.name) != name]
+    return [each for each in passes if each.name != name]
 
 
 def _edge(program: Program) -> list[tuple[str | None, str]]:

@@ -25,7 +25,7 @@ from llmopt.errors import LlmoptError, PassError, PassFailedError, PluginError
 from llmopt.ir.program import Program
 from llmopt.origin import PACKAGE, defined_at, is_ours, one_line, raised_at, source_of
 from llmopt.passes.base import Outcome, Pass
-from llmopt.passes.options import options_of
+from llmopt.spelling import options_of
 
 Plugin = str | type[Pass]
 logger = logging.getLogger("llmopt")

@@ -27,11 +27,11 @@ from llmopt.passes.quantize_weights import SHORTEST, dequantized, sources
 from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.lazy import QuantizedWeight
 from llmopt.quantization.numerics import fake_quantize
-from llmopt.quantization.schemes import Blockwise
+from llmopt.quantization.schemes import BlockCodes, Blockwise
 
 
 @dataclass(frozen=True)
-class QuantizeExperts(RoundingPass):
+class QuantizeExperts(BlockCodes, RoundingPass):
     """Round the weights of experts to the nearest code, as ``quantize-weights`` does others.
 
     Numerics: those of ``quantize-weights``.
@@ -42,23 +42,14 @@ class QuantizeExperts(RoundingPass):
 
     Args:
         bits: Width of a code: 4 or 8.
-        block: Weights that share a scale: 16 to 256.
-        symmetric: Whether the zero point is the middle code.
-        positive: Whether scales are positive.
-        scale: Type of the scales: float32, float16 or bfloat16.
     """
 
     name: ClassVar[str] = "quantize-experts"
-    bits: int = 4
-    block: int = 32
-    symmetric: bool = True
-    positive: bool = False
-    scale: str = "float32"
 
     @classmethod
     def of(cls, scheme: Blockwise) -> Self:
         """Return the pass that rounds to ``scheme``."""
-        return cls(scheme.bits, scheme.block, scheme.symmetric, scheme.positive, scheme.scale)
+        return cls(**scheme.codes)
 
     @override
     def run(self, program: Program) -> Outcome:
@@ -92,7 +83,7 @@ class QuantizeExperts(RoundingPass):
 
     @property
     def _scheme(self) -> Blockwise:
-        return Blockwise(self.bits, self.block, self.symmetric, self.positive, self.scale)
+        return Blockwise(**self.codes)
 
 
 def _candidates(

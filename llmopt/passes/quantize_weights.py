@@ -29,13 +29,13 @@ from llmopt.passes.experts import routers
 from llmopt.passes.rounding import Rounding, RoundingPass
 from llmopt.quantization.lazy import QuantizedWeight
 from llmopt.quantization.numerics import Importance, fake_quantize
-from llmopt.quantization.schemes import Blockwise
+from llmopt.quantization.schemes import BlockCodes, Blockwise
 
 SHORTEST: Final = 16  # a row with fewer inputs is shorter than the smallest block
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(RoundingPass):
+class QuantizeWeights(BlockCodes, RoundingPass):
     """Round the weights of projections and of the token embedding to the nearest code.
 
     Numerics: each weight in the range of its block's codes moves by at most half a scale, one
@@ -47,20 +47,10 @@ class QuantizeWeights(RoundingPass):
     Source: the layout of ONNX DequantizeLinear with ``block_size``, opset 21.
 
     Args:
-        bits: Width of a code: 4, 6 or 8.
-        block: Weights that share a scale: 16 to 256.
-        symmetric: Whether the zero point is the middle code.
-        positive: Whether scales are positive.
-        scale: Type of the scales: float32, float16 or bfloat16.
         head: Bits of the head and of the embedding tied to it; 0 for as many as the others.
     """
 
     name: ClassVar[str] = "quantize-weights"
-    bits: int = 4
-    block: int = 32
-    symmetric: bool = True
-    positive: bool = False
-    scale: str = "float32"
     head: int = 0
 
     @override
@@ -111,9 +101,7 @@ class QuantizeWeights(RoundingPass):
 
     @property
     def _scheme(self) -> Blockwise:
-        return Blockwise(
-            self.bits, self.block, self.symmetric, self.positive, self.scale, self.head
-        )
+        return Blockwise(**self.codes, head=self.head)
 
 
 def leaf_turns(tensor: ir.TensorProtocol, *, turned: bool) -> Iterator[tuple[str, bool]]:

@@ -15,11 +15,11 @@ def quantizers(scheme: Scheme | None, islands: str) -> tuple[Pass, ...]:
 
     Args:
         scheme: None keeps float32. ``Static`` is the backend's own: it calibrates what it lowers.
-        islands: What ``convert-float`` keeps in float32; ``activations`` for all but weights.
+        islands: Values that ``convert-float`` keeps in float32; ``activations``: all but weights.
     """
     match scheme:
-        case Blockwise(bits, block, symmetric, positive, scale, head):
-            return (QuantizeWeights(bits, block, symmetric, positive, scale, head),)
+        case Blockwise():
+            return (QuantizeWeights(**scheme.codes, head=scheme.head),)
         case DynamicInt8():
             return (QuantizeDynamic(),)
         case Cast("bfloat16") if islands == "activations":

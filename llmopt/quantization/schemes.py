@@ -6,22 +6,60 @@ the same on the command line, in precision plans and in manifests.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
-from typing import Final, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Literal
 
 from typing_extensions import override
 
+from llmopt import spelling
 from llmopt.errors import UnknownNameError, UsageError
 
 BLOCKS: Final = (16, 32, 64, 128, 256)
 SCALES: Final = ("float32", "float16", "bfloat16")
 _BITS: Final = (2, 4, 6, 8)
-_TEXT: Final = re.compile(r"(?P<name>[^{}]+)(?:\{(?P<options>[^{}]*)\})?\Z")
+_NAMED: Final = frozenset({"bits", "dtype", "code"})
+"""Fields that the name of a scheme stands for; the others are its options."""
 
 
 @dataclass(frozen=True)
-class Blockwise:
+class BlockCodes:
+    """The codes of blocks: the fields that a scheme and the passes that round to it share.
+
+    Args:
+        bits: Width of a code: 4, 6 or 8; 2 is for experiments, and no scheme has it.
+        block: Columns that share a scale: 16, 32, 64, 128 or 256.
+        symmetric: Whether the zero point is the middle code instead of one stored per block.
+        positive: Whether the scale is positive, though a negative one may fit a block better.
+        scale: Type of the scales, which are rounded to it before codes are chosen: float32,
+            float16 or bfloat16.
+
+    Raises:
+        UsageError: another width, block or type.
+    """
+
+    bits: int = 4
+    block: int = 32
+    symmetric: bool = True
+    positive: bool = False
+    scale: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse what no kernel has."""
+        if self.bits not in _BITS:
+            raise UsageError(f"bits={self.bits}: a code has 2, 4, 6 or 8 bits")
+        if self.block not in BLOCKS:
+            raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, BLOCKS))}")
+        if self.scale not in SCALES:
+            raise UsageError(f"scale={self.scale}: choose one of {', '.join(SCALES)}")
+
+    @property
+    def codes(self) -> dict[str, Any]:
+        """The fields of this class alone."""
+        return {field.name: getattr(self, field.name) for field in fields(BlockCodes)}
+
+
+@dataclass(frozen=True)
+class Blockwise(BlockCodes):
     """Weights in unsigned codes, one scale for each block of one row; activations stay float.
 
     Range: ``(code - zero_point) * scale``, ``code`` in 0 … 2**bits - 1. Without a zero point
@@ -44,12 +82,6 @@ class Blockwise:
     (4, 128)
 
     Args:
-        bits: Width of a code: 4, 6 or 8; 2 is for experiments and has no name in `SCHEMES`.
-        block: Columns that share a scale: 16, 32, 64, 128 or 256.
-        symmetric: Whether the zero point is the middle code instead of one stored per block.
-        positive: Whether the scale is positive, though a negative one may fit a block better.
-        scale: Type of the scales: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are rounded
-            to it before codes are chosen.
         head: Bits of the projection to the vocabulary, and of the embedding where it is the same
             table; 0 for as many as the others.
 
@@ -57,23 +89,18 @@ class Blockwise:
         UsageError: another width, block or type.
     """
 
-    bits: int = 4
-    block: int = 32
-    symmetric: bool = True
-    positive: bool = False
-    scale: str = "float32"
     head: int = 0
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse what no kernel has."""
-        if self.bits not in _BITS:
-            raise UsageError(f"bits={self.bits}: a code has 2, 4, 6 or 8 bits")
-        if self.block not in BLOCKS:
-            raise UsageError(f"block={self.block}: choose one of {', '.join(map(str, BLOCKS))}")
-        if self.scale not in SCALES:
-            raise UsageError(f"scale={self.scale}: choose one of {', '.join(SCALES)}")
+        super().__post_init__()
         if self.head not in {0, *_BITS}:
             raise UsageError(f"head={self.head}: a code has 4, 6 or 8 bits")
+
+    @property
+    def name(self) -> str:
+        """The name without options."""
+        return f"w{self.bits}"
 
     def of(self, *, head: bool) -> Blockwise:
         """Return the scheme of one weight: of the head, or of any other.
@@ -119,13 +146,7 @@ class Blockwise:
 
     @override
     def __str__(self) -> str:
-        default = Blockwise()
-        changed = [f"block={self.block}"] if self.block != default.block else []
-        changed += [] if self.symmetric else ["symmetric=false"]
-        changed += ["positive=true"] if self.positive else []
-        changed += [f"scale={self.scale}"] if self.scale != default.scale else []
-        changed += [f"head={self.head}"] if self.head else []
-        return f"w{self.bits}" + (f"{{{','.join(changed)}}}" if changed else "")
+        return spelling.spell(self, _NAMED)
 
 
 @dataclass(frozen=True)
@@ -148,9 +169,14 @@ class DynamicInt8:
         """Return the size of a weight [rows = K, columns = N]: int8 codes, float32 scales."""
         return rows * columns + 4 * columns
 
+    @property
+    def name(self) -> str:
+        """The name."""
+        return "w8a8-dynamic"
+
     @override
     def __str__(self) -> str:
-        return "w8a8-dynamic"
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -170,9 +196,14 @@ class Cast:
         """Return the size of a weight [rows, columns]."""
         return 2 * rows * columns
 
+    @property
+    def name(self) -> str:
+        """The name."""
+        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
+
     @override
     def __str__(self) -> str:
-        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -200,23 +231,28 @@ class Static:
         """Return the size of a weight [rows = K, columns = N]: codes, and float16 scales."""
         return rows * columns + 2 * columns
 
+    @property
+    def name(self) -> str:
+        """The name."""
+        return {"int8": "w8a8", "float8": "fp8"}[self.code]
+
     @override
     def __str__(self) -> str:
-        return {"int8": "w8a8", "float8": "fp8"}[self.code]
+        return self.name
 
 
 Scheme = Blockwise | DynamicInt8 | Cast | Static
 
-_NAMED: Final[dict[str, Scheme]] = {
-    "w8": Blockwise(bits=8),
-    "w6": Blockwise(bits=6),
-    "w4": Blockwise(bits=4),
-    "w8a8-dynamic": DynamicInt8(),
-    "fp16": Cast("float16"),
-    "bf16": Cast("bfloat16"),
-    "w8a8": Static("int8"),
-    "fp8": Static("float8"),
-}
+_PLAIN: Final[tuple[Scheme, ...]] = (
+    Blockwise(bits=8),
+    Blockwise(bits=6),
+    Blockwise(bits=4),
+    DynamicInt8(),
+    Cast("float16"),
+    Cast("bfloat16"),
+    Static("int8"),
+    Static("float8"),
+)
 
 SCHEMES: Final[dict[str, str]] = {
     "w8": "weights in 8 bits, a scale per block of 32 columns; activations stay float",
@@ -248,48 +284,10 @@ def parse_scheme(text: str) -> Scheme:
     """
     if "+" in text:
         raise UsageError(f"{text!r} joins schemes with '+', which is not possible yet: name one")
-    match = _TEXT.match(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not a scheme: write name or name{{option=value,...}}")
-    if match["name"] not in _NAMED:
-        raise UnknownNameError("scheme", match["name"], _NAMED, "`llmopt compile --help` shows use")
-    scheme = _NAMED[match["name"]]
-    pairs = [item.strip() for item in (match["options"] or "").split(",") if item.strip()]
-    if not pairs:
-        return scheme
-    if not isinstance(scheme, Blockwise):
-        raise UsageError(f"scheme {match['name']!r} takes no options; {text!r} gives some")
-    return _with_options(scheme, pairs)
-
-
-def _with_options(scheme: Blockwise, pairs: list[str]) -> Blockwise:
-    block, symmetric = scheme.block, scheme.symmetric
-    positive, scale, head = scheme.positive, scheme.scale, scheme.head
-    for pair in pairs:
-        key, _, value = (part.strip() for part in pair.partition("="))
-        if key == "block":
-            block = _integer(value, f"block={value}: choose one of {', '.join(map(str, BLOCKS))}")
-        elif key == "symmetric":
-            symmetric = _boolean(value, key)
-        elif key == "positive":
-            positive = _boolean(value, key)
-        elif key == "scale":
-            scale = value
-        elif key == "head":
-            head = _integer(value, f"head={value}: write 4, 6 or 8")
-        else:
-            known = ("block", "symmetric", "positive", "scale", "head")
-            raise UnknownNameError(f"option of scheme w{scheme.bits}", key, known)
-    return Blockwise(scheme.bits, block, symmetric, positive, scale, head)
-
-
-def _integer(value: str, otherwise: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise UsageError(otherwise)
-    return int(value)
-
-
-def _boolean(value: str, key: str) -> bool:
-    if value not in {"true", "false"}:
-        raise UsageError(f"{key}={value}: write true or false")
-    return value == "true"
+    name, written = spelling.split(text, "scheme")
+    plain = {scheme.name: scheme for scheme in _PLAIN}
+    if name not in plain:
+        raise UnknownNameError("scheme", name, plain, "`llmopt compile --help` shows use")
+    scheme = plain[name]
+    options = [o for o in spelling.options_of(type(scheme)) if o.name not in _NAMED]
+    return replace(scheme, **spelling.read(options, written, f"scheme {name}"))

@@ -30,7 +30,7 @@ from llmopt.interface.arrays import Array
 _NOTHING: Final = np.float32(-1e9)  # the score of what cannot be gone on with
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Search:
     """How to search.
 

@@ -49,7 +49,7 @@ class TextOptions(TypedDict, total=False):
     early_stopping: bool | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What to generate.
 

@@ -33,7 +33,7 @@ _IN: Final = "in."
 _OUT: Final = "out."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Golden:
     """How to run the example, and what has to come out.
 

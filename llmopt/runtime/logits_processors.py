@@ -29,7 +29,7 @@ UNHEEDED: Final = (
 _NEUTRAL: Final = (None, False, 0, 0.0, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """How a model that reads one sequence writes another, unless it is told otherwise.
 

@@ -55,7 +55,7 @@ class Check:
     tolerance: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SelfTest:
     """What a self-test found.
 

@@ -18,6 +18,7 @@ from llmopt.interface.arrays import Array
 from llmopt.interface.signature import Port, Role
 from llmopt.interface.stepping import RunDecoder, Stepper
 from llmopt.runtime.cores import usable_cores
+from llmopt.spelling import name_of
 
 _ALIGNMENT: Final = 64  # bytes: a cache line, and the widest vector
 
@@ -149,7 +150,7 @@ def open_session(folder: Path, manifest: Manifest, threads: int | None = None) -
         BackendUnavailableError: What it needs is not here, or nothing here knows the target.
         ArtifactError: The model file cannot be opened, or is not what the manifest says.
     """
-    name = manifest.target.partition("{")[0]
+    name = name_of(manifest.target)
     if name not in ENGINES:
         known = ", ".join(ENGINES)
         raise BackendUnavailableError(name, f"{folder} is built for it, this runs: {known}")

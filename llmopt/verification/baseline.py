@@ -116,7 +116,11 @@ def compared(
     """
     foreign = any(lacking(part.model) for part in program.parts())
     if item.lowers or foreign:  # caches may have another form from here on
-        partial = _in_part(subject, program) if foreign else evaluated(program, exact=state.exact)
+        partial = (
+            _partially_lowered(subject, program)
+            if foreign
+            else evaluated(program, exact=state.exact)
+        )
         return None if partial is None else _from_source(subject, state, program, partial), state
     run = evaluated(program, exact=state.exact)
     if isinstance(item, RoundingPass) or item.changes_signature:
@@ -125,12 +129,12 @@ def compared(
     return _moved(state, program, run)
 
 
-def _in_part(subject: Subject, program: Program) -> Run | None:
+def _partially_lowered(subject: Subject, program: Program) -> Run | None:
     """Return what runs a Program that is lowered in part, where the backend does."""
     backend = subject.backend
     if backend is None or len(program.components) > 1:
         return None
-    if (part := backend.in_part(program.clone())) is None:
+    if (part := backend.partially_lowered(program.clone())) is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         lowered = backend.write(part, Path(folder), Demand())

@@ -69,7 +69,7 @@ class Rewrite:
         return marked_text({*self.difference.nodes_after, *self.rewired}, self.after)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Culprit:
     """A pass that changes what a Program computes.
 
@@ -160,7 +160,15 @@ def _blamed(
     faulty = _component(item, before, after, checked, exact=exact)
     if faulty is None:
         unknown = Rewrite(0, 0, "", Difference(), (), None, before, before)
-        return Culprit(item, before, unknown, finding, checked.problem, exact, None)
+        return Culprit(
+            item=item,
+            before=before,
+            rewrite=unknown,
+            finding=finding,
+            problem=checked.problem,
+            exact=exact,
+            component=None,
+        )
     trial = faulty.trial
     if finding is not None and faulty.component:
         finding = replace(finding, trial=trial)
@@ -173,7 +181,15 @@ def _blamed(
     readers = rewired(change, good, bad)
     node = _node(change, readers, bad, first)
     rewrite = Rewrite(number, states.count, node, change, readers, first, good, bad)
-    return Culprit(item, faulty.before, rewrite, finding, checked.problem, exact, faulty.component)
+    return Culprit(
+        item=item,
+        before=faulty.before,
+        rewrite=rewrite,
+        finding=finding,
+        problem=checked.problem,
+        exact=exact,
+        component=faulty.component,
+    )
 
 
 def _component(

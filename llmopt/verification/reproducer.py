@@ -18,8 +18,8 @@ from llmopt.interface.arrays import Arrays
 from llmopt.interface.signature import Port, Role, Signature
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.passes.options import spell
 from llmopt.runtime.npz import write_npz
+from llmopt.spelling import spell
 from llmopt.verification.bisection import Culprit
 from llmopt.verification.checks import STEP
 from llmopt.verification.components import fails, unrunnable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,10 @@ from support.onnx_decoder import decoder
 from torch import Tensor, nn
 
 import llmopt
+from llmopt.frontend import source as sources
+from llmopt.frontend.base import Source, SourceOptions
+from llmopt.passes.pipeline import Item, Pipeline
+from llmopt.passes.remove_dead import RemoveDead
 from llmopt.verification import relative_error
 
 PROMPTS = [[3, 5, 7, 10], [1, 2, 3, 4, 5, 6, 7]]
@@ -99,11 +104,44 @@ def test_a_refusal_names_the_node_and_the_model_stays_as_it_is(tmp_path: Path) -
 
 
 def test_a_backend_with_caches_of_its_own_leaves_out_what_it_cannot_keep(tmp_path: Path) -> None:
-    bent = {"scores": "half1 = Mul (product, half)\nscores = Relu (half1)"}
-    source = written(tmp_path / "bent.onnx", bent)
-    artifact = llmopt.compile(source, target="tvm-cpu", output=tmp_path / "out", max_length=16)
+    artifact = compiled_without_a_cache(tmp_path, passes="default")
 
-    assert "no cache on tvm-cpu" in artifact.notes[-1]
     assert "'present.0.key' is written by no Attention" in artifact.notes[-1]
-    assert artifact.manifest.pipeline.count("add-kv-cache") == 0
     assert artifact.manifest.verification["status"] == "passed"
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "default,-lower-linear",  # a lowering pass among the others
+        ["default", RemoveDead()],
+        Pipeline.parse("default"),
+    ],
+    ids=["text", "sequence", "pipeline"],
+)
+def test_a_cache_is_left_out_of_any_form_of_pipeline(
+    passes: str | Pipeline | Sequence[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def open_counted(path: Path, options: SourceOptions) -> Source:
+        opened.append(path)
+        return open_source(path, options)
+
+    open_source = sources.open_source
+    monkeypatch.setattr(sources, "open_source", open_counted)
+    compiled_without_a_cache(tmp_path, passes=passes, verify="off")
+
+    assert len(opened) == 1  # the Program that was traced is optimized again, not its source
+
+
+def compiled_without_a_cache(folder: Path, **options: Any) -> llmopt.Artifact:
+    bent = {"scores": "half1 = Mul (product, half)\nscores = Relu (half1)"}
+    path = written(folder / "bent.onnx", bent)
+    artifact = llmopt.compile(
+        path, target="tvm-cpu", output=folder / "out", max_length=16, **options
+    )
+    assert "no cache on tvm-cpu" in artifact.notes[-1]
+    assert artifact.manifest.pipeline.count("add-kv-cache") == 0
+    assert not artifact.manifest.signature.has_cache
+    return artifact

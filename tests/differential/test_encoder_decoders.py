@@ -15,6 +15,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.numpy import load_file
+from support.schemes import scheme_of
 from support.tiny_encoder_decoders import (
     CLASSES,
     CONFIGS,
@@ -111,7 +112,7 @@ class Compiled:
         """Return an artifact, compiled when it is first asked for."""
         place = self.source.parent / f"{target}-{scheme}"
         if not place.exists():
-            options = CompileOptions(quantize=scheme)
+            options = CompileOptions(quantize=scheme_of(scheme))
             Compilation.prepare(self.optimized, find_backend(target), options, Clock()).run(place)
         return place
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.schemes import scheme_of
 from support.seeded import Seeded, wrong_scale
 from support.tiny_vision_language import (
     BOS,
@@ -85,7 +86,7 @@ class Compiled:
         """Return an artifact, compiled when it is first asked for."""
         place = self.source.parent / f"{target}-{scheme}"
         if not place.exists():
-            options = CompileOptions(quantize=scheme)
+            options = CompileOptions(quantize=scheme_of(scheme))
             Compilation.prepare(self.optimized, find_backend(target), options, Clock()).run(place)
         return place
 

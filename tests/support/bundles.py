@@ -29,7 +29,9 @@ def write_artifact(folder: Path, target: str = "onnxruntime-cpu", /, **files: by
     for name, content in ({"model": weights, "tokens": b"{}"} | files).items():
         (folder / f"{name}.bin").write_bytes(content)
     (folder / "build-report.json").write_text(str(folder))  # differs, and is no part of it
-    manifest = Manifest(target, "model.bin", "raw", versions={"onnxruntime": "1.31.0"})
+    manifest = Manifest(
+        target=target, entry="model.bin", task="raw", versions={"onnxruntime": "1.31.0"}
+    )
     manifest.with_files(folder).write(folder)
     return folder
 

@@ -316,7 +316,11 @@ class TinyEncoder:
             pooling=self.pooling,
         )
         manifest = Manifest(
-            "onnxruntime-cpu", "model.onnx", "embed", signature=signature, model=facts
+            target="onnxruntime-cpu",
+            entry="model.onnx",
+            task="embed",
+            signature=signature,
+            model=facts,
         )
         manifest.with_files(folder).write(folder)
         return folder

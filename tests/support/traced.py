@@ -11,6 +11,7 @@ from llmopt.compiler import Artifact, Clock, CompileOptions, optimize
 from llmopt.compiler.compilation import Compilation, Optimized
 from llmopt.frontend.base import SourceOptions
 from support import tiny_sources
+from support.schemes import scheme_of
 
 
 @dataclass(frozen=True)
@@ -38,5 +39,6 @@ class Traced:
 
     def compiled(self, target: str, place: Path, **options: Any) -> Artifact:
         """Write an artifact and prove it, as ``llmopt.compile`` does with what it has traced."""
-        making = CompileOptions(**options)
+        scheme = scheme_of(options.pop("quantize", None))
+        making = CompileOptions(quantize=scheme, **options)
         return Compilation.prepare(self.optimized, find_backend(target), making, Clock()).run(place)

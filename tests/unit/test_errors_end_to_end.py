@@ -166,8 +166,14 @@ def test_a_bad_source_is_one_line_with_the_next_step(
         ("--target cpu --quantize w4{block=64} --block 32", ["--block 32", "give one of them"]),
         ("--target cpu --block 32", ["--quantize"]),
         ("--target cpu --quantize w4+kv8", ["'+'"]),
-        ("--target cpu --quantize fp16", ["scheme for onnxruntime-cpu", "w8"]),
-        ("--target cpu --quantize w6", ["scheme for onnxruntime-cpu", "w6 is for", "tvm-cpu"]),
+        (
+            "--target cpu --quantize fp16",
+            ["onnxruntime-cpu has no kernels for fp16", "w8", "reference"],
+        ),
+        (
+            "--target cpu --quantize w6",
+            ["onnxruntime-cpu has no kernels for w6", "w6 is for", "tvm-cpu"],
+        ),
         ("--target cpu --quantize w4{head=6}", ["onnxruntime-cpu", "6 bits", "head=8", "tvm-cpu"]),
         ("--target tensorrt --quantize w4{head=6}", ["6 bits", "w4 without head", "tvm-cpu"]),
         ("--target cpu --max-kl 0.1", ["--quantize"]),

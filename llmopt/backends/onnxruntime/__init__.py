@@ -24,7 +24,7 @@ from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.quantize_experts import QuantizeExperts
-from llmopt.quantization.schemes import Blockwise, parse_scheme
+from llmopt.quantization.schemes import Blockwise, Scheme
 
 __all__ = ["DATA", "ENTRY", "OnnxRuntimeArm64", "OnnxRuntimeCpu", "finish", "installed"]
 
@@ -47,14 +47,13 @@ class _OnProcessor(Backend):
         return unsupported(program)
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
-        experts = parse_scheme(scheme) if scheme is not None else None
-        rounded = (QuantizeExperts.of(experts),) if isinstance(experts, Blockwise) else ()
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
+        rounded = (QuantizeExperts.of(scheme),) if isinstance(scheme, Blockwise) else ()
         weights = (*rounded, LowerExperts(), LowerWeights())
         return (*weights, LowerAttention(), FuseSkipNorm(), LowerActivations())
 
     @override
-    def in_part(self, program: Program) -> Program:
+    def partially_lowered(self, program: Program) -> Program:
         LowerActivations().run(program)  # of the dialect, Swish alone has no kernel
         return program
 
@@ -86,7 +85,7 @@ class OnnxRuntimeCpu(_OnProcessor):
             raise UnknownNameError("ep of onnxruntime-cpu", self.ep, _PROVIDERS)
 
     @override
-    def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
+    def resolved(self, program: Program, scheme: Scheme | None) -> tuple[Self, tuple[str, ...]]:
         if self.ep == openvino.OPENVINO:
             openvino.require_encoder(program)
         return self, ()

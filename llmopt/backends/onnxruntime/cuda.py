@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Literal, Self
 
 from typing_extensions import override
 
@@ -17,16 +17,14 @@ from llmopt.backends.onnxruntime.lower_attention import LowerAttention
 from llmopt.backends.onnxruntime.lower_norms import FuseSkipNorm, LowerActivations
 from llmopt.backends.onnxruntime.lower_weights import LowerWeights
 from llmopt.backends.onnxruntime.session import open_session
-from llmopt.errors import UnsupportedModelError, UsageError
+from llmopt.errors import UnsupportedModelError
 from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
-from llmopt.passes.convert_float import LEFT, NARROW, ConvertFloat
+from llmopt.passes.convert_float import LEFT, ConvertFloat
 from llmopt.passes.pipeline import Pipeline
-from llmopt.quantization.schemes import Blockwise, Scheme
+from llmopt.quantization.schemes import Blockwise, Cast, Scheme
 from llmopt.runtime.engines.providers import CUDA
-
-SCHEMES: Final = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -34,28 +32,21 @@ class OnnxRuntimeCuda(Backend):
     """ONNX with ONNX Runtime's fused operators for NVIDIA GPUs.
 
     Args:
-        dtype: Of activations and caches: ``float16``, or ``bfloat16``, which needs compute
+        dtype: Type of activations and caches: ``float16``, or ``bfloat16``, which needs compute
             capability 8.0.
-        graph: ``true`` lets a step of one token be captured once as a CUDA graph and played back.
+        graph: Whether a step of one token is captured once as a CUDA graph and played back.
     """
 
     name: ClassVar[str] = "onnxruntime-cuda"
     summary: ClassVar[str] = "ONNX with ONNX Runtime's fused operators, for NVIDIA GPUs, 16 bits"
     schemes: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "w4", "w8"})
-    dtype: str = "float16"
-    graph: str = "false"
-
-    def __post_init__(self) -> None:
-        """Refuse what no kernel has."""
-        if self.dtype not in NARROW:
-            raise UsageError(f"onnxruntime-cuda{{dtype={self.dtype}}}: float16 or bfloat16")
-        if self.graph not in {"true", "false"}:
-            raise UsageError(f"onnxruntime-cuda{{graph={self.graph}}}: true or false")
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    graph: bool = False
 
     @property
     @override
-    def default_scheme(self) -> str:
-        return SCHEMES[self.dtype]
+    def default_scheme(self) -> Scheme:
+        return Cast(self.dtype)
 
     @property
     @override
@@ -63,16 +54,15 @@ class OnnxRuntimeCuda(Backend):
         return "onnxruntime's CPU provider, the same graph in float32"
 
     @override
-    def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
-        named = {of: dtype for dtype, of in SCHEMES.items()}
-        return replace(self, dtype=named.get(scheme or "", self.dtype)), ()
+    def resolved(self, program: Program, scheme: Scheme | None) -> tuple[Self, tuple[str, ...]]:
+        return (replace(self, dtype=scheme.dtype) if isinstance(scheme, Cast) else self), ()
 
     @override
-    def stored(self, scheme: Scheme) -> Scheme:
+    def storage_scheme(self, scheme: Scheme) -> Scheme:
         return replace(scheme, scale=self.dtype) if isinstance(scheme, Blockwise) else scheme
 
     @override
-    def tolerance(self, scheme: str | None) -> float:
+    def tolerance(self, scheme: Scheme | None) -> float:
         return LEFT[self.dtype]
 
     @override
@@ -86,8 +76,8 @@ class OnnxRuntimeCuda(Backend):
         return cuda_kernels().lacking(lowered.graph)
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
-        narrow = () if scheme in SCHEMES.values() else (ConvertFloat(self.dtype),)
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
+        narrow = () if isinstance(scheme, Cast) else (ConvertFloat(self.dtype),)
         return (
             *narrow,
             CompactRows(),  # before weights leave the dialect: it has to know every operator
@@ -109,7 +99,7 @@ class OnnxRuntimeCuda(Backend):
         return open_session(entry, exact=exact, widened=exact or self.dtype == "bfloat16")
 
     def _settings(self) -> dict[str, str]:
-        captured = "1" if self.graph == "true" else "0"
+        captured = "1" if self.graph else "0"
         return {"enable_cuda_graph": captured, "enable_skip_layer_norm_strict_mode": "1"}
 
 

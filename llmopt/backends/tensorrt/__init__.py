@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import onnx_ir as ir
 from typing_extensions import override
@@ -47,10 +47,10 @@ from llmopt.ir.dialect import OPSET
 from llmopt.ir.program import Program
 from llmopt.ir.saving import save_with_data
 from llmopt.passes.base import Pass
-from llmopt.passes.convert_float import NARROW, ConvertFloat
+from llmopt.passes.convert_float import ConvertFloat
 from llmopt.passes.merge_reshapes import MergeReshapes
 from llmopt.quantization.calibration import Observer
-from llmopt.quantization.schemes import Blockwise, Scheme, Static, parse_scheme
+from llmopt.quantization.schemes import Blockwise, Scheme, Static
 from llmopt.runtime.engines.cuda_driver import LIBRARY
 from llmopt.runtime.engines.tensorrt_build import (
     CAPABILITIES,
@@ -92,25 +92,24 @@ class _TensorRtBase(Backend):
     Args:
         dtype: The float of activations where a scheme does not say: ``float16`` or ``bfloat16``.
         chunk: Most new tokens of one call of a decoder; longer prompts take several.
-        percentile: For ``w8a8`` and ``fp8``: how much of what calibration saw a scale covers.
-        calibration: For the same: a file, one text a line; random tokens if not given.
+        percentile: Share of the magnitudes of calibration that a scale covers, for ``w8a8`` and
+            ``fp8``.
+        calibration: A file for the same, one text a line; random tokens if not given.
     """
 
     schemes: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "w4", "w8a8", "fp8"})
     islands: ClassVar[str] = "residuals"
     package: ClassVar[str]
-    dtype: str = "float16"
-    chunk: str = "512"
-    percentile: str = "100"
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    chunk: int = 512
+    percentile: int | float = 100
     calibration: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        if self.dtype not in NARROW:
-            raise UsageError(f"dtype={self.dtype}: choose float16 or bfloat16")
-        if not self.chunk.isdecimal() or int(self.chunk) < 1:
-            raise UsageError(f"chunk={self.chunk}: give a whole number of tokens")
-        Observer(_number("percentile", self.percentile))
+        if self.chunk < 1:
+            raise UsageError(f"chunk={self.chunk}: choose 1 token or more")
+        Observer(self.percentile)
 
     @property
     @override
@@ -118,11 +117,11 @@ class _TensorRtBase(Backend):
         return "the typed network in onnxruntime-cpu; the engine itself was not run"
 
     @override
-    def tolerance(self, scheme: str | None) -> float:
-        return TOLERANCE if scheme is None else TOLERANCES[scheme.split("{")[0]]
+    def tolerance(self, scheme: Scheme | None) -> float:
+        return TOLERANCE if scheme is None else TOLERANCES[scheme.name]
 
     @override
-    def example_bounds(self, scheme: str | None) -> ExampleBounds | None:
+    def example_bounds(self, scheme: Scheme | None) -> ExampleBounds | None:
         # No engine ran here, so nobody knows how far off one is; a deferred one is compared with
         # the typed network where it is built.
         return None
@@ -144,26 +143,27 @@ class _TensorRtBase(Backend):
         return problems_of(program)
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         # heads are [B, H, S, D] now: what was joined to [B, S, H * D] for the dialect is parted
         legal = (LegalizeAttention(), LegalizeOperators(), MergeReshapes())
-        match parse_scheme(scheme) if scheme else None:
+        match scheme:
             case Static(code):
-                percentile = _number("percentile", self.percentile)
-                first = QuantizeStatic(code, percentile, self.calibration)
+                first = QuantizeStatic(code, float(self.percentile), self.calibration)
                 return (first, *legal, ConvertFloat(self.dtype, self.islands))
             case Blockwise():
                 return (Int4Weights(), *legal, ConvertFloat(self.dtype, self.islands))
         return legal
 
     @override
-    def stored(self, scheme: Scheme) -> Scheme:
+    def supports(self, scheme: Scheme) -> str | None:
+        if isinstance(scheme, Blockwise) and not scheme.symmetric:
+            return "no zero points; leave symmetric=false out"
+        return super().supports(scheme)
+
+    @override
+    def storage_scheme(self, scheme: Scheme) -> Scheme:
         if not isinstance(scheme, Blockwise):
             return scheme
-        if not scheme.symmetric:
-            raise UsageError(f"{scheme}: TensorRT has no zero points; leave symmetric=false away")
-        if scheme.head not in {0, scheme.bits}:
-            raise UsageError(f"{scheme}: TensorRT's blocks have 4 bits; leave head away")
         return dataclasses.replace(scheme, positive=True, scale=self.dtype)
 
     @override
@@ -172,7 +172,7 @@ class _TensorRtBase(Backend):
         recipe = EngineRecipe(
             self.package,
             () if demand.defer_engine else self._capabilities(),
-            profiles_of(program, demand.batch, int(self.chunk)),
+            profiles_of(program, demand.batch, self.chunk),
             tolerance=golden_tolerance(program),
         )
         _write_network(program, folder)
@@ -183,7 +183,7 @@ class _TensorRtBase(Backend):
         requires: dict[str, Any] = {
             "batch": demand.batch,
             "length": program.facts.max_length,
-            "chunk": int(self.chunk),
+            "chunk": self.chunk,
         }
         notes = _notes(program, demand)
         if trt is None:
@@ -260,14 +260,11 @@ class TensorRtRtx(_TensorRtBase):
                 raise UsageError(f"sm={given}: TensorRT-RTX builds for {choices}")
 
     @override
-    def stored(self, scheme: Scheme) -> Scheme:
-        for name, least in _LEAST.items():
-            lacking = [sm for sm in self.sm.split(";") if int(sm) < least]
-            if str(scheme) == name and lacking:
-                raise UsageError(
-                    f"{name} needs GPUs from sm={least} on, not sm={';'.join(lacking)}"
-                )
-        return super().stored(scheme)
+    def supports(self, scheme: Scheme) -> str | None:
+        least = _LEAST.get(scheme.name, 0)
+        if lacking := [sm for sm in self.sm.split(";") if int(sm) < least]:
+            return f"no {scheme.name} on sm={';'.join(lacking)}; choose GPUs from sm={least} on"
+        return super().supports(scheme)
 
     @override
     def _capabilities(self) -> tuple[str, ...]:
@@ -292,13 +289,6 @@ class TensorRt(_TensorRtBase):
         from llmopt.runtime.engines.cuda_driver import Driver
 
         return (Driver(self.name).capability,)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"{name}={text}: give a number") from None
 
 
 def _driver() -> str:
@@ -342,8 +332,8 @@ def _bytes(value: ir.Value, batch: int) -> int:
     return int(total)
 
 
-def _fused(capability: str, found: Sequence[AttentionFusion]) -> str:
-    fused = sum(each.fused for each in found)
-    text = f"sm {capability}: {fused} of {len(found)} attentions are one layer each"
-    missed = [f"{each.node}: {each.reason}" for each in found if not each.fused]
+def _fused(capability: str, fusions: Sequence[AttentionFusion]) -> str:
+    fused = sum(each.fused for each in fusions)
+    text = f"sm {capability}: {fused} of {len(fusions)} attentions are one layer each"
+    missed = [f"{each.node}: {each.reason}" for each in fusions if not each.fused]
     return text + (f"; {'; '.join(missed[:3])}" if missed else "")

@@ -63,7 +63,7 @@ class Tvm(Backend):
         return Availability("" if builds else _BUILDS, runs)
 
     @override
-    def stored(self, scheme: Scheme) -> Scheme:
+    def storage_scheme(self, scheme: Scheme) -> Scheme:
         if not isinstance(scheme, Blockwise):
             return scheme
         return dataclasses.replace(scheme, scale="float16")
@@ -81,7 +81,7 @@ class Tvm(Backend):
         return unsupported(program)
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         return (SeparatePairs(), LowerPackedAttention(), LowerLinear())
 
     @override
@@ -105,7 +105,7 @@ class Tvm(Backend):
         return Lowered(ENTRY, program, {"tvm": installed("apache-tvm")}, requires)
 
     @override
-    def stand_in(self) -> Backend | None:
+    def proxy_backend(self) -> Backend | None:
         if self.processor().runs_here:
             return None
         native = {"x86_64": TvmCpu, "aarch64": TvmArm64}[platform.machine()]

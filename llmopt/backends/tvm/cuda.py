@@ -7,7 +7,6 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from llmopt.errors import UsageError
 from llmopt.interface.arrays import Run
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
+from llmopt.quantization.schemes import Cast, Scheme
 from llmopt.runtime.engines import tvm_cuda
 from llmopt.runtime.engines.tvm import INDEX, WEIGHTS
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llmopt.backends.tvm.cuda_module import CudaModule
 
 ENTRY: Final = "model.so"
-TOLERANCES: Final[Mapping[str, float]] = {"fp16": 2e-2}
+NARROWED: Final = 2e-2
 """What rounding every value to 11 bits leaves of the largest output after tens of layers."""
 _BUILDS: Final = "pip install 'llmopt[cpu]'"
 _ARCH: Final = re.compile(r"sm_\d{2,3}")
@@ -61,8 +61,8 @@ class TvmCuda(Backend):
         return f"the same Relax module, compiled for {platform.machine()}: no kernel was run"
 
     @override
-    def tolerance(self, scheme: str | None) -> float:
-        return TOLERANCES.get(scheme or "", TOLERANCE)
+    def tolerance(self, scheme: Scheme | None) -> float:
+        return NARROWED if isinstance(scheme, Cast) else TOLERANCE
 
     @override
     def available(self) -> Availability:
@@ -73,7 +73,7 @@ class TvmCuda(Backend):
         return Availability(builds, tvm_cuda.lacking())
 
     @override
-    def settled(self, program: Program, scheme: str | None) -> tuple[Self, tuple[str, ...]]:
+    def resolved(self, program: Program, scheme: Scheme | None) -> tuple[Self, tuple[str, ...]]:
         from llmopt.backends.tvm.cuda_build import require_compiler
 
         require_compiler()
@@ -86,7 +86,7 @@ class TvmCuda(Backend):
         return unsupported(program)
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         return ()
 
     @override
@@ -106,7 +106,7 @@ class TvmCuda(Backend):
         return Lowered(ENTRY, program, {"tvm": installed("apache-tvm")}, requires)
 
     @override
-    def stand_in(self) -> Backend | None:
+    def proxy_backend(self) -> Backend | None:
         return Unscheduled() if tvm_cuda.lacking() else None
 
     @override
@@ -134,7 +134,7 @@ class Unscheduled(Backend):
         return TvmCuda().check(program)
 
     @override
-    def passes(self, scheme: str | None) -> tuple[Pass, ...]:
+    def passes(self, scheme: Scheme | None) -> tuple[Pass, ...]:
         return ()
 
     @override

@@ -49,7 +49,7 @@ class Question:
         return math.log1p(self.allowance)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What is known of a question.
 
@@ -75,7 +75,14 @@ class Evidence:
     def refused(cls, question: Question) -> Evidence:
         """Return the answer where times cannot be compared."""
         nothing = LogRatio(0.0, math.inf, 0)
-        return cls(question, nothing, None, math.nan, math.nan, verdict="refused")
+        return cls(
+            question=question,
+            found=nothing,
+            control=None,
+            baseline=math.nan,
+            candidate=math.nan,
+            verdict="refused",
+        )
 
     @property
     def change(self) -> float:
@@ -133,7 +140,14 @@ def ask(question: Question, found: Sequence[Measured], stored: Matrix | None = N
     paired = stored is None and question.most is None
     sides = [limit, candidate] if paired else [candidate]
     middle, other = (math.exp(float(np.nanmedian(side))) for side in (limit, candidate))
-    return Evidence(question, ratio, control(sides), middle, other, processes=len(candidate))
+    return Evidence(
+        question=question,
+        found=ratio,
+        control=control(sides),
+        baseline=middle,
+        candidate=other,
+        processes=len(candidate),
+    )
 
 
 def control(sides: Sequence[Matrix]) -> LogRatio | None:

@@ -53,7 +53,7 @@ a neighbour's time a short block fits."""
 Proxies = Literal["gate", "report", "only"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckRequest:
     """What to check.
 

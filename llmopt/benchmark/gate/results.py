@@ -18,7 +18,7 @@ SCHEMA: Final = 1
 EXIT_CODES: Final = {"pass": 0, "fail": 1, "refused": 3, "inconclusive": 4}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recorded:
     """What was measured of one candidate.
 
@@ -41,7 +41,7 @@ class Recorded:
     measured: tuple[Measured, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckResult:
     """What a check found.
 

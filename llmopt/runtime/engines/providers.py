@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from llmopt import spelling
 from llmopt.errors import BackendUnavailableError
 
 CPU: Final = "CPUExecutionProvider"
@@ -62,9 +63,7 @@ def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Provider
     Raises:
         BackendUnavailableError: nothing here knows the provider.
     """
-    name, _, rest = target.partition("{")
-    pairs = (pair.partition("=") for pair in rest.rstrip("}").split(",") if pair)
-    options = {key.strip(): value.strip() for key, _, value in pairs}
+    name, options = spelling.written(target)
     if name == "onnxruntime-cuda":
         graph = "1" if options.get("graph") == "true" else "0"
         return Provider(CUDA, "cuda", {"enable_cuda_graph": graph})

@@ -31,6 +31,7 @@ from llmopt.runtime.engines.tensorrt_recipe import (
     engine_file,
 )
 from llmopt.runtime.session import Session
+from llmopt.spelling import name_of
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -52,7 +53,7 @@ class TensorRtSession(Session):
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
         self.recipe = EngineRecipe.load(folder / RECIPE)
-        target = manifest.target.partition("{")[0]
+        target = name_of(manifest.target)
         trt = import_tensorrt(self.recipe.package, target)
         _check_version(manifest, self.recipe.package, str(trt.__version__))
         self.driver = Driver(target)

@@ -16,7 +16,7 @@ from llmopt.runtime.serving.work import Rows, Text
 DONE: Final = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """The answer to one request to generate.
 

@@ -85,7 +85,7 @@ class Service:
         ask = read(data)
         rows = await asyncio.to_thread(prompts_of, self.line.runner, ask)
         turn = self.line.join(lambda runner: generate(runner, rows, ask.options))
-        answer = Answer(self.name, ask.options.chat, rows, ask.usage)
+        answer = Answer(model=self.name, chat=ask.options.chat, rows=rows, usage=ask.usage)
         if ask.stream:
             return await _streamed(request, turn, answer)
         async with _watched(request, turn):

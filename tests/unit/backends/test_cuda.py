@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import onnx
@@ -34,6 +34,7 @@ from llmopt.ir.dialect import verify
 from llmopt.ir.feeds import Case
 from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Pipeline
+from llmopt.quantization.schemes import Blockwise, Cast
 from llmopt.runtime import load
 
 TOLERANCE: Final = 1e-5  # float32, max|a-b| / max|b| over unpadded positions
@@ -213,11 +214,13 @@ def test_operators_that_onnx_defines_by_others_need_no_kernel() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_lowered_decoder_has_a_kernel_for_every_node(dtype: str, tmp_path: Path) -> None:
+def test_a_lowered_decoder_has_a_kernel_for_every_node(
+    dtype: Literal["float16", "bfloat16"], tmp_path: Path
+) -> None:
     backend = OnnxRuntimeCuda(dtype=dtype)
     made = tiny_decoder(keep=True)
     assert backend.check(made) == []
-    low = Pipeline(backend.passes("w4")).run(made.clone())
+    low = Pipeline(backend.passes(Blockwise(4))).run(made.clone())
     lowered = backend.write(low, tmp_path, Demand())
     given = inputs(made, CASES[1], VOCABULARY) | {"logits_to_keep": np.asarray(0)}
 
@@ -234,15 +237,15 @@ def test_a_lowered_decoder_has_a_kernel_for_every_node(dtype: str, tmp_path: Pat
 
 def test_options_and_schemes() -> None:
     made = tiny_decoder()
-    assert find_backend("gpu").default_scheme == "fp16"
-    assert find_backend("gpu{dtype=bfloat16}").default_scheme == "bf16"
-    settled, notes = find_backend("gpu").settled(made, "bf16")
-    assert settled.target == "onnxruntime-cuda{dtype=bfloat16}"
+    assert find_backend("gpu").default_scheme == Cast("float16")
+    assert find_backend("gpu{dtype=bfloat16}").default_scheme == Cast("bfloat16")
+    resolved, notes = find_backend("gpu").resolved(made, Cast("bfloat16"))
+    assert resolved.target == "onnxruntime-cuda{dtype=bfloat16}"
     assert notes == ()
-    assert find_backend("gpu").settled(made, "w4")[0] == find_backend("gpu")
-    assert "float32" in settled.proven_by
-    assert settled.available().builds == ""
-    for wrong in ("dtype=float32", "graph=1"):
+    assert find_backend("gpu").resolved(made, Blockwise(4))[0] == find_backend("gpu")
+    assert "float32" in resolved.proven_by
+    assert resolved.available().builds == ""
+    for wrong in ("dtype=float32", "graph=maybe"):
         with pytest.raises(UsageError, match="onnxruntime-cuda"):
             find_backend(f"gpu{{{wrong}}}")
 

@@ -19,6 +19,7 @@ from llmopt.ir.program import Program
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantize_experts import QuantizeExperts
 from llmopt.passes.quantize_weights import QuantizeWeights
+from llmopt.quantization.schemes import Blockwise, DynamicInt8
 
 TOLERANCE: Final = 1e-5  # float32, max|a-b| / max|b|
 IN_INT8: Final = 0.03  # rows of 32 and more numbers, rounded to int8
@@ -106,9 +107,9 @@ def test_what_is_another_thing_is_computed_as_written() -> None:
 
 
 def test_the_backend_rounds_experts_where_it_rounds_weights() -> None:
-    names = [each.name for each in find_backend("cpu").passes("w4{block=64}")]
+    names = [each.name for each in find_backend("cpu").passes(Blockwise(4, 64))]
     assert names[:3] == ["quantize-experts", "lower-experts", "lower-weights"]
-    assert find_backend("cpu").passes("w4{block=64}")[0] == QuantizeExperts(4, 64)
+    assert find_backend("cpu").passes(Blockwise(4, 64))[0] == QuantizeExperts(4, 64)
     assert find_backend("cpu").passes(None)[0] == LowerExperts()
-    assert find_backend("cpu").passes("w8a8-dynamic")[0] == LowerExperts()
+    assert find_backend("cpu").passes(DynamicInt8())[0] == LowerExperts()
     assert reasons(LowerExperts().run(mixture())) == ""

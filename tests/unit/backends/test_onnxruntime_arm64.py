@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.programs import program
+from support.schemes import scheme_of
 from support.tiny_decoder import tiny_decoder
 
 from llmopt.backends import find_backend
@@ -22,7 +23,7 @@ def test_the_files_are_those_of_x86(scheme: str | None, tmp_path: Path) -> None:
         backend = find_backend(target)
         folder = tmp_path / target
         folder.mkdir()
-        low = Pipeline(backend.passes(scheme)).run(tiny_decoder(keep=True))
+        low = Pipeline(backend.passes(scheme_of(scheme))).run(tiny_decoder(keep=True))
         backend.write(low, folder, Demand())
         contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
 

@@ -56,8 +56,8 @@ def test_the_provider_is_one_of_three() -> None:
 
 def test_openvino_is_for_encoders() -> None:
     with pytest.raises(UnsupportedModelError, match="does not write a cache in place"):
-        find_backend("cpu{ep=openvino}").settled(tiny_decoder(), None)
-    assert find_backend("cpu{ep=openvino}").settled(encoder(), None)[1] == ()
+        find_backend("cpu{ep=openvino}").resolved(tiny_decoder(), None)
+    assert find_backend("cpu{ep=openvino}").resolved(encoder(), None)[1] == ()
     assert openvino._faster(Path(), tiny_decoder())[0] == "cpu"
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from support.programs import program
+from support.schemes import scheme_of
 
 from llmopt.backends import ALIASES, BACKENDS, find_backend, known_backends
-from llmopt.backends.base import ExampleBounds, split_target
+from llmopt.backends.base import ExampleBounds
 from llmopt.backends.onnxruntime import OnnxRuntimeCpu, finish, installed
 from llmopt.errors import UnknownNameError, UsageError
 
@@ -40,14 +41,38 @@ def test_an_unknown_option_is_refused() -> None:
 @pytest.mark.parametrize("text", ["", "cpu{", "cpu}", "cpu{a=1}b", "cpu{flag}"])
 def test_text_that_is_no_target_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
-        split_target(text)
+        find_backend(text)
 
 
-def test_options_of_a_target_are_split() -> None:
-    assert split_target(" tvm-cpu{mcpu=znver4, jobs=2} ") == (
-        "tvm-cpu",
-        {"mcpu": "znver4", "jobs": "2"},
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tvm-cpu{mcpu=znver4,without=avx512f+amx-tile}",
+        "onnxruntime-cpu{ep=auto}",
+        "onnxruntime-cuda{dtype=bfloat16,graph=true}",
+        "tensorrt{chunk=64,percentile=99}",
+        "tensorrt-rtx{percentile=99.9,calibration=text.txt,sm=89;120}",
+    ],
+)
+def test_a_target_is_spelled_as_it_was_written(text: str) -> None:
+    assert find_backend(text).target == text
+    spaced = text.replace("=", " = ").replace(",", " , ").replace("{", "{ ")
+    assert find_backend(f" {spaced} ").target == text
+
+
+def test_options_with_the_values_they_have_anyway_are_left_out() -> None:
+    text = "tensorrt{chunk=512,percentile=100.0,dtype=float16}"
+    assert find_backend(text).target == "tensorrt"
+    assert find_backend("gpu{graph=false}").target == "onnxruntime-cuda"
+
+
+def test_an_option_of_another_type_says_what_is_expected() -> None:
+    with pytest.raises(UsageError, match="option chunk='few' of target tensorrt: expected int"):
+        find_backend("tensorrt{chunk=few}")
+    with pytest.raises(UsageError, match=r"graph='maybe' .*: expected true or false"):
+        find_backend("gpu{graph=maybe}")
+    with pytest.raises(UsageError, match="option chunk of target tensorrt is given twice"):
+        find_backend("tensorrt{chunk=1,chunk=2}")
 
 
 def test_operators_without_a_kernel_are_listed() -> None:
@@ -89,4 +114,4 @@ def test_an_absent_package_has_no_version() -> None:
 def test_what_a_device_may_be_off_follows_from_what_kernels_round(
     target: str, scheme: str | None, bounds: ExampleBounds | None
 ) -> None:
-    assert find_backend(target).example_bounds(scheme) == bounds
+    assert find_backend(target).example_bounds(scheme_of(scheme)) == bounds

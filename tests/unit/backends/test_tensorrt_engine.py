@@ -25,6 +25,7 @@ from llmopt.errors import (
     UsageError,
 )
 from llmopt.passes.convert_float import ConvertFloat
+from llmopt.quantization.schemes import parse_scheme
 from llmopt.runtime.engines import tensorrt_build
 from llmopt.runtime.engines.tensorrt_build import build_engine, import_tensorrt
 from llmopt.runtime.engines.tensorrt_recipe import (
@@ -127,8 +128,8 @@ def test_layers_are_read_and_attentions_found_in_every_profile() -> None:
         ("tensorrt-rtx{sm=90}", "builds for 75;80;86;89;120;121"),
         ("tensorrt-rtx{sm=89;}", "sm="),
         ("tensorrt-rtx{dtype=float8}", "float16 or bfloat16"),
-        ("tensorrt{chunk=0}", "whole number"),
-        ("tensorrt{percentile=lots}", "give a number"),
+        ("tensorrt{chunk=0}", "1 token or more"),
+        ("tensorrt{percentile=lots}", "expected int or float"),
         ("tensorrt{percentile=20}", "from 50 to 100"),
     ],
 )
@@ -140,16 +141,11 @@ def test_options_that_cannot_be_are_refused(target: str, problem: str) -> None:
 def test_float8_needs_a_gpu_that_has_it() -> None:
     backend = find_backend("tensorrt-rtx{sm=86}")
 
-    with pytest.raises(UsageError, match=r"fp8.*sm=89"):
-        backend.stored(tensorrt_scheme("fp8"))
-    with pytest.raises(UsageError, match=r"bf16.*sm=80"):
-        find_backend("tensorrt-rtx{sm=75}").stored(tensorrt_scheme("bf16"))
-
-
-def tensorrt_scheme(text: str) -> Any:
-    from llmopt.quantization.schemes import parse_scheme
-
-    return parse_scheme(text)
+    assert backend.supports(parse_scheme("bf16")) is None
+    reason = "no fp8 on sm=86; choose GPUs from sm=89 on"
+    assert backend.supports(parse_scheme("fp8")) == reason
+    reason = "no bf16 on sm=75; choose GPUs from sm=80 on"
+    assert find_backend("tensorrt-rtx{sm=75}").supports(parse_scheme("bf16")) == reason
 
 
 def test_a_missing_package_is_told_and_how_to_do_without(

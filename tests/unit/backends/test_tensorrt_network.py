@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from support.programs import bound, error_rel, evaluate, inputs, operators, program, run
+from support.schemes import scheme_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmopt.backends import find_backend
@@ -219,12 +220,12 @@ def test_codes_that_tensorrt_has_not_stay_and_say_why() -> None:
 def test_w4_is_stored_with_positive_scales() -> None:
     backend = find_backend("tensorrt-rtx")
 
-    assert backend.stored(Blockwise(block=64)) == Blockwise(
+    assert backend.storage_scheme(Blockwise(block=64)) == Blockwise(
         block=64, positive=True, scale="float16"
     )
-    assert backend.stored(parse_scheme("fp8")) == parse_scheme("fp8")
-    with pytest.raises(UsageError, match="no zero points"):
-        backend.stored(Blockwise(symmetric=False))
+    assert backend.storage_scheme(parse_scheme("fp8")) == parse_scheme("fp8")
+    assert backend.supports(Blockwise(block=64)) is None
+    assert "no zero points" in (backend.supports(Blockwise(symmetric=False)) or "")
 
 
 MLP: Final = """main (float[B,S,32] x, float[32,64] up, float[64,32] down) => (float[B,S,32] y)
@@ -457,7 +458,7 @@ def test_a_mask_that_is_more_than_padding_cannot_meet_a_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "names"),
+    ("text", "names"),
     [
         (None, ["legalize-attention", "legalize-operators"]),
         ("fp16", ["legalize-attention", "legalize-operators"]),
@@ -465,8 +466,9 @@ def test_a_mask_that_is_more_than_padding_cannot_meet_a_cache() -> None:
         ("fp8", ["quantize-static", "legalize-attention"]),
     ],
 )
-def test_each_scheme_has_its_passes(scheme: str | None, names: list[str]) -> None:
+def test_each_scheme_has_its_passes(text: str | None, names: list[str]) -> None:
     backend = find_backend("tensorrt-rtx{sm=89,dtype=bfloat16}")
+    scheme = scheme_of(text)
 
     assert [item.name for item in backend.passes(scheme)][: len(names)] == names
     assert "engine itself was not run" in backend.proven_by

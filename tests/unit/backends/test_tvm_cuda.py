@@ -14,6 +14,7 @@ import pytest
 import tvm_ffi
 from support import tiny_sources
 from support.programs import bound, defined, error_rel, inputs, program
+from support.schemes import scheme_of
 from support.tiny_artifacts import rewrite_manifest
 from support.tiny_decoder import TEXT, VOCABULARY, tiny_decoder
 
@@ -290,7 +291,7 @@ def test_a_model_is_compiled_by_nvcc_and_proven_on_the_processor(
     assert len(kernels) > 10_000
     assert manifest.requires["cuda_arch"] == "sm_80"
     assert manifest.model.cache == "concat"
-    assert manifest.verification["worst_error_rel"] <= TvmCuda().tolerance(scheme)
+    assert manifest.verification["worst_error_rel"] <= TvmCuda().tolerance(scheme_of(scheme))
     if tvm_cuda.lacking():
         assert "no kernel was run" in manifest.verification["proven_by"]
         with pytest.raises(BackendUnavailableError, match="NVIDIA GPU and its driver") as caught:
@@ -352,14 +353,14 @@ def test_what_was_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_build, "compiler", lambda: "nvcc")
     monkeypatch.setattr(tvm_cuda, "lacking", lambda: "a GPU")
     here = TvmCuda()
-    assert here.stand_in() == Unscheduled()
+    assert here.proxy_backend() == Unscheduled()
     assert here.proven_by.endswith("no kernel was run")
     assert here.available() == Availability(runs="a GPU")
-    assert here.settled(decoder(), None) == (here, ())
-    assert (here.tolerance("fp16"), here.tolerance(None)) == (2e-2, TOLERANCE)
+    assert here.resolved(decoder(), None) == (here, ())
+    assert (here.tolerance(scheme_of("fp16")), here.tolerance(None)) == (2e-2, TOLERANCE)
 
     monkeypatch.setattr(tvm_cuda, "lacking", lambda: "")
-    assert here.stand_in() is None
+    assert here.proxy_backend() is None
     assert here.proven_by == ""
     monkeypatch.setattr(cuda, "find_spec", lambda _: None)
     assert "llmopt[cpu]" in here.available().builds

@@ -268,8 +268,8 @@ def test_a_processor_is_this_one_or_the_one_named() -> None:
         TvmCpu(mcpu="haswel").processor()
     with pytest.raises(UnknownNameError, match="unknown processor feature 'avx3'"):
         TvmCpu(without="avx3").processor()
-    assert TvmCpu().stand_in() is None
-    assert TvmCpu(mcpu="diamondrapids").stand_in() == TvmCpu()
+    assert TvmCpu().proxy_backend() is None
+    assert TvmCpu(mcpu="diamondrapids").proxy_backend() == TvmCpu()
 
 
 def test_arm64_is_compiled_and_linked_on_any_machine(tmp_path: Path) -> None:

@@ -19,7 +19,15 @@ from llmopt.benchmark.statistics import median, median_interval, percentile
 from llmopt.benchmark.workload import Encode, Generate, default_workload, parse_workload
 from llmopt.errors import UsageError
 
-MACHINE = MachineFingerprint("a chip", "x86_64", 2, ("avx2",), 10**9, "Linux 6", {"python": "3.11"})
+MACHINE = MachineFingerprint(
+    processor="a chip",
+    architecture="x86_64",
+    cores=2,
+    features=("avx2",),
+    memory_bytes=10**9,
+    system="Linux 6",
+    versions={"python": "3.11"},
+)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +136,12 @@ def test_the_fingerprint_tells_machines_apart() -> None:
 def test_results_keep_raw_samples_and_leave_gaps_open() -> None:
     metric = Metric("ttft_s", (3.0, 1.0, 2.0))
     many = Metric("decode_tokens_per_s", tuple(map(float, range(100))))
-    artifact = ArtifactResult("a", "onnxruntime-cpu", 12, (metric, many))
-    result = BenchmarkResult("encode=1x1", 1, MACHINE, (artifact,), 2)
+    artifact = ArtifactResult(
+        path="a", target="onnxruntime-cpu", size_bytes=12, metrics=(metric, many)
+    )
+    result = BenchmarkResult(
+        workload="encode=1x1", threads=1, machine=MACHINE, artifacts=(artifact,), warmups=2
+    )
     data = json.loads(result.to_json())
     assert data["schema"] == 1
     assert data["machine"]["fingerprint"] == MACHINE.fingerprint

@@ -32,7 +32,9 @@ from llmopt.errors import (
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A baseline's file."""
-    manifest = Manifest("onnxruntime-cpu", "model.onnx", "generate", work={"other_bytes": 1})
+    manifest = Manifest(
+        target="onnxruntime-cpu", entry="model.onnx", task="generate", work={"other_bytes": 1}
+    )
     stored = BaselineArtifact(
         "prefill=4,decode=4", 1, manifest, tuple(measured(2, sides=["baseline"]))
     )

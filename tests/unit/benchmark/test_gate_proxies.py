@@ -37,7 +37,7 @@ def manifest(**changes: Any) -> Manifest:
     work = WORK | changes.pop("work", {})
     facts: dict[str, Any] = {"work": work, "files": (FileRecord("m", 500, ""),)}
     facts["compiled"] = {"fusion": {"norm": {"expected": 2, "fused": 2}}}
-    return Manifest("onnxruntime-cpu", "m", "generate", **facts | changes)
+    return Manifest(target="onnxruntime-cpu", entry="m", task="generate", **facts | changes)
 
 
 def failed(candidate: Manifest, **allowed: float) -> dict[str, ProxyChange]:
@@ -65,7 +65,7 @@ def test_totals_are_of_one_token() -> None:
         "cache_bytes_per_token": 16,
         "activation_bytes": 1000,
     }
-    assert totals(Manifest("t", "m", "raw")) == {"size_bytes": 0}
+    assert totals(Manifest(target="t", entry="m", task="raw")) == {"size_bytes": 0}
 
 
 def test_the_same_artifact_fails_nothing() -> None:
@@ -117,7 +117,7 @@ def test_what_was_fused_stays_fused() -> None:
 
 
 def test_artifacts_that_say_nothing_are_compared_by_size() -> None:
-    silent = Manifest("t", "m", "raw", files=(FileRecord("m", 501, ""),))
+    silent = Manifest(target="t", entry="m", task="raw", files=(FileRecord("m", 501, ""),))
     assert set(failed(silent)) == {"size_bytes"}
     assert not any(change.failed for change in compare("a", silent, manifest(), {}))
 

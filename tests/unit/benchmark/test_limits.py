@@ -70,7 +70,7 @@ def test_a_limit_that_is_not_known_is_left_open() -> None:
 
 
 def _result(metrics: tuple[Metric, ...]) -> ArtifactResult:
-    return ArtifactResult("a", "onnxruntime-cpu", 1, metrics)
+    return ArtifactResult(path="a", target="onnxruntime-cpu", size_bytes=1, metrics=metrics)
 
 
 @pytest.mark.parametrize(

@@ -43,26 +43,39 @@ def result(path: str = "a/model", **changes: Any) -> BenchmarkResult:
     }
     samples = (*(0.0123 + n / 1e5 for n in range(80)), 0.5)
     artifact = ArtifactResult(
-        path,
-        "onnxruntime-cpu",
-        123,
-        (Metric("ttft_s", samples), Metric("load_s", (0.25, 0.26))),
-        {"ttft_s": (1.0,)},
-        "w4",
-        {
+        path=path,
+        target="onnxruntime-cpu",
+        size_bytes=123,
+        metrics=(Metric("ttft_s", samples), Metric("load_s", (0.25, 0.26))),
+        warmup={"ttft_s": (1.0,)},
+        precision="w4",
+        compiled={
             "passes": [{"name": "fuse-norms", "applied": 61, "missed": 2}],
             "fusion": {"norm": {"expected": None, "fused": 61}},
         },
-        (reached,),
-        (phase,),
+        roofline=(reached,),
+        profile=(phase,),
     )
     machine = MachineFingerprint(
-        "a chip", "x86_64", 2, ("avx2",), 10**10, "Linux 6", {"python": "3.11"}
+        processor="a chip",
+        architecture="x86_64",
+        cores=2,
+        features=("avx2",),
+        memory_bytes=10**10,
+        system="Linux 6",
+        versions={"python": "3.11"},
     )
     ceilings = {"read_bytes_per_s": 1.4e6, "macs_per_s": {"int8": 2.5e7, "float32": 1.1e7}}
     ceilings |= {"by": {"int8": "onnxruntime", "float32": "numpy"}, "threads": 2}
     made: dict[str, Any] = {"steady": False, "load_average": 3.5, "ceilings": ceilings} | changes
-    return BenchmarkResult("prefill=8,decode=4", 2, machine, (artifact,), 3, **made)
+    return BenchmarkResult(
+        workload="prefill=8,decode=4",
+        threads=2,
+        machine=machine,
+        artifacts=(artifact,),
+        warmups=3,
+        **made,
+    )
 
 
 def numbers(data: Any) -> set[float]:

@@ -41,9 +41,9 @@ def test_what_is_handed_over_goes_by_meaning_and_layer() -> None:
 
 def test_components_are_read_as_they_were_written() -> None:
     manifest = Manifest(
-        "onnxruntime-cpu",
-        "decoder.onnx",
-        "text-to-text",
+        target="onnxruntime-cpu",
+        entry="decoder.onnx",
+        task="text-to-text",
         signature=DECODER,
         components=(Component("encoder", "encoder.onnx", ENCODER),),
         model=ModelFacts(cache="shared", max_source=64, source_vocabulary=7, start=3),

@@ -200,22 +200,26 @@ def test_the_manifest_tells_what_a_machine_must_have() -> None:
     assert (needs.machines, needs.cpu_features) == (("x86_64",), ("avx2",))
 
     def runtime(target: str, **versions: str) -> Runtime:
-        return needs_of(Manifest(target, "", "", versions=versions)).runtime
+        return needs_of(Manifest(target=target, entry="", task="", versions=versions)).runtime
 
     assert str(runtime("onnxruntime-arm64", onnxruntime="1.32.0")) == "onnxruntime>=1.32"
     rtx = runtime("tensorrt-rtx", tensorrt_rtx="1.7.1.116")
     assert str(rtx) == "tensorrt-rtx-cu13-bindings>=1.7.1.116,<1.7.1.117"
     assert runtime("onnxruntime-cpu", onnxruntime="absent") == Runtime("onnxruntime")
     assert runtime("somebody-else-s") == Runtime()
-    openvino = needs_of(Manifest("onnxruntime-cpu{ep=auto}", "", "", requires={"ep": "openvino"}))
+    openvino = needs_of(
+        Manifest(target="onnxruntime-cpu{ep=auto}", entry="", task="", requires={"ep": "openvino"})
+    )
     assert (openvino.plugins, openvino.machines) == (("onnxruntime-ep-openvino",), ("x86_64",))
 
 
 @pytest.mark.parametrize("licenses", [[], ["Apache-2.0"], ["MIT", "Llama 3 licence"]])
 def test_the_bill_of_materials_is_valid_cyclonedx(licenses: list[str]) -> None:
     variant = Variant("tvm-cpu-w4", FULL.target, FULL.task, needs_of(FULL), {})
-    other = Variant("raw", "other", "raw", needs_of(Manifest("other", "", "")), {})
-    parts = [(variant, FULL), (other, Manifest("other", "m", "raw"))]
+    other = Variant(
+        "raw", "other", "raw", needs_of(Manifest(target="other", entry="", task="")), {}
+    )
+    parts = [(variant, FULL), (other, Manifest(target="other", entry="m", task="raw"))]
     text = bill_of_materials("SmolLM2", parts, licenses, VERSION)
 
     bom = json.loads(text)

@@ -53,7 +53,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("manifest", [FULL, Manifest("onnxruntime-cpu", "m.onnx", "raw")])
+@pytest.mark.parametrize(
+    "manifest", [FULL, Manifest(target="onnxruntime-cpu", entry="m.onnx", task="raw")]
+)
 def test_what_is_written_is_read(manifest: Manifest, tmp_path: Path) -> None:
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest

@@ -45,7 +45,9 @@ def test_an_artifact_is_the_same_whenever_it_is_built(tmp_path: Path) -> None:
         with staged_folder(tmp_path / name) as staging:
             (staging / "model.onnx").write_bytes(b"abc")
             (staging / "build-report.json").write_text(str(seconds))
-            Manifest("onnxruntime-cpu", "model.onnx", "raw").with_files(staging).write(staging)
+            Manifest(target="onnxruntime-cpu", entry="model.onnx", task="raw").with_files(
+                staging
+            ).write(staging)
         written = Manifest.read(tmp_path / name)
         assert [record.path for record in written.files] == ["model.onnx"]
         written.verify_files(tmp_path / name)

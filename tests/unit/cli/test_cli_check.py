@@ -309,9 +309,9 @@ def test_twice_as_slow_is_found_in_fresh_processes(
         "2",
     ]
     request = CheckRequest(
-        (made / "shared",),
-        made / "shared",
-        {"": 0.5},
+        candidates=(made / "shared",),
+        baseline=made / "shared",
+        allowances={"": 0.5},
         metrics=("time_per_output_token_s",),
         workload="prefill=4,decode=40",
         threads=1,

@@ -22,6 +22,7 @@ from llmopt.fusion import FusionCount
 from llmopt.interface.facts import ModelFacts
 from llmopt.passes.base import Miss
 from llmopt.passes.pipeline import Ran
+from llmopt.quantization.schemes import parse_scheme
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 def artifact(path: Path, **changes: Any) -> Artifact:
     """Return an artifact with one attention of two fused."""
     manifest = Manifest(
-        "onnxruntime-cpu",
-        "model.onnx",
-        changes.pop("task", "generate"),
+        target="onnxruntime-cpu",
+        entry="model.onnx",
+        task=changes.pop("task", "generate"),
         model=ModelFacts(layers=2),
         precision={"weights": "w8"},
         verification={
@@ -63,7 +64,7 @@ def artifact(path: Path, **changes: Any) -> Artifact:
     }
     ran = (Ran("fuse-attention", 1, (Miss("layer1", "no mask", "attention"),), 0.1),)
     values = {"passes": ran, "fusion": fusion, "notes": ("no chat template",)} | changes
-    return Artifact(path, manifest, **values)
+    return Artifact(path=path, manifest=manifest, **values)
 
 
 def test_a_compiled_artifact_is_described_and_runs(
@@ -164,8 +165,8 @@ def test_every_option_arrives(llmopt: Any, asked: dict[str, Any]) -> None:
     assert (asked["source"], asked["output"]) == ("model.pt", Path("place"))
     assert asked["targets"] == ("cpu", "other")
     assert asked["options"] == CompileOptions(
-        quantize="w4{block=64}",
-        passes="default,-merge-qkv",
+        quantize=parse_scheme("w4{block=64}"),
+        passes=("default", "-merge-qkv"),
         plugins=("a.py", "b"),
         require=("attention=all", "norm=all"),
         verify="off",

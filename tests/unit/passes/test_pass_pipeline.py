@@ -14,8 +14,8 @@ from llmopt.errors import PassError, UnknownNameError, UsageError
 from llmopt.ir.program import Program
 from llmopt.passes import DEFAULT, PASSES, known_passes
 from llmopt.passes.base import Miss, Outcome, Pass
-from llmopt.passes.options import spell
 from llmopt.passes.pipeline import Pipeline, Ran
+from llmopt.spelling import spell
 
 TEXT = "main (float[B,4] x) => (float[B,4] y) { a = Identity (x)\n b = Abs (a)\n y = Relu (a) }"
 

@@ -14,12 +14,13 @@ from support.tiny_sources import bigram_file
 from typing_extensions import override
 
 from llmopt import compile as compile_
+from llmopt import spelling
 from llmopt.backends import known_backends
 from llmopt.cli import app
 from llmopt.errors import PassError, PassFailedError, PluginError, UsageError
 from llmopt.ir.program import Program
 from llmopt.origin import defined_at
-from llmopt.passes import known_passes, options, plugins
+from llmopt.passes import known_passes, plugins
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.pipeline import Pipeline
 from llmopt.passes.plugins import load_plugin, passes_with
@@ -334,6 +335,6 @@ def test_what_a_pass_without_a_file_is_called() -> None:
     assert operators(Pipeline((made(),)).run(program(TEXT))) == ["Abs", "Relu"]
 
 
-@pytest.mark.parametrize("module", [options, plugins])
+@pytest.mark.parametrize("module", [spelling, plugins])
 def test_examples_in_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -64,11 +64,14 @@ def test_the_option_goes_from_text_to_the_pass() -> None:
     scheme = parse_scheme("w4{block=64,head=8}")
     assert str(scheme) == "w4{block=64,head=8}"
     assert quantizers(scheme, "sums") == (QuantizeWeights(4, 64, head=8),)
-    for text in ("w4{head=3}", "w4{head=w8}", "w4{head=}"):
-        with pytest.raises(UsageError, match=r"head=.*4, 6 or 8"):
+    with pytest.raises(UsageError, match=r"head=3: .*4, 6 or 8"):
+        parse_scheme("w4{head=3}")
+    for text in ("w4{head=w8}", "w4{head=}"):
+        with pytest.raises(UsageError, match=r"option head='.*' of scheme w4: expected int"):
             parse_scheme(text)
 
 
 def test_tensorrt_refuses_a_head_of_eight_bits() -> None:
-    with pytest.raises(UsageError, match="leave head away"):
-        TensorRt().stored(Blockwise(4, head=8))
+    assert TensorRt().supports(Blockwise(4, head=8)) == (
+        "no codes of 8 bits for the head; write w4 without head"
+    )

@@ -60,13 +60,13 @@ def test_an_unknown_option_is_named_with_those_known() -> None:
         ("w4{block=48}", "choose one of 16, 32, 64, 128, 256"),
         ("w4{block=1000000000000}", "choose one of"),
         ("w4{block=-32}", "choose one of"),
-        ("w4{block}", "choose one of"),
+        ("w4{block}", "has no value"),
         ("w4{symmetric=no}", "true or false"),
         ("w4{block=32", "is not a scheme"),
         ("w4}block=32{", "is not a scheme"),
         ("", "is not a scheme"),
-        ("fp16{block=32}", "takes no options"),
-        ("w8a8-dynamic{block=32}", "takes no options"),
+        ("fp16{block=32}", "unknown option of scheme fp16 'block'; none is known"),
+        ("w8a8-dynamic{block=32}", "none is known"),
     ],
 )
 def test_a_bad_request_is_refused_in_words(text: str, reason: str) -> None:

@@ -78,10 +78,10 @@ def test_a_search_finds_what_transformers_finds(
     settings = {"eos_token_id": EOS, "decoder_start_token_id": START, **options}
     rules = rules_of(tmp_path, settings)
     search = Search(
-        rules.beams,
-        rules.length_penalty,
-        rules.early_stopping,
-        frozenset(rules.eos),
+        beams=rules.beams,
+        length_penalty=rules.length_penalty,
+        early_stopping=rules.early_stopping,
+        eos=frozenset(rules.eos),
         begun=1,
         limit=LIMIT,
     )
@@ -142,7 +142,7 @@ def test_a_search_out_of_range_is_refused(options: Mapping[str, Any]) -> None:
 
 def test_a_beam_that_cannot_go_on_gives_way() -> None:
     """Where everything is forbidden but the end, the end is what comes."""
-    beams = Beams(Search(2, eos=frozenset({1}), limit=9), [3])
+    beams = Beams(Search(beams=2, eos=frozenset({1}), limit=9), [3])
     only = np.full((2, 5), -np.inf, np.float32)
     only[:, 1] = 0.0
 

@@ -283,7 +283,7 @@ def test_a_slow_device_is_measured_on_fewer_tokens(
     monkeypatch.setattr(module, "_timed", timed)
     monkeypatch.setattr(module, "_REPEATS", 1)
 
-    golden = Golden.read(decoder) or Golden({}, {}, {})
+    golden = Golden.read(decoder) or Golden(inputs={}, outputs={}, scales={})
     speed = module._decoding(load(decoder, threads=1), golden)
 
     assert asked == [(1, 1), (1, 1)]

@@ -218,9 +218,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / RECIPE).write_text(recipe.to_json())
     (folder / "model.sm89.engine").write_bytes(b"engine")
     manifest = Manifest(
-        "tensorrt-rtx{sm=89}",
-        lowered.entry,
-        "generate",
+        target="tensorrt-rtx{sm=89}",
+        entry=lowered.entry,
+        task="generate",
         signature=made.signature,
         model=made.facts.model,
         requires={**lowered.requires, "tensorrt": "1.7.1.116"},

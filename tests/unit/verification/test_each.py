@@ -24,6 +24,7 @@ from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.convert_float import ConvertFloat
 from llmopt.passes.pipeline import Pipeline, Ran
 from llmopt.passes.quantize_weights import QuantizeWeights
+from llmopt.quantization.schemes import parse_scheme
 from llmopt.verification.checks import BEFORE, ELSEWHERE, SOURCE
 from llmopt.verification.each import Watch
 from llmopt.verification.trials import trial_of, trials
@@ -170,7 +171,7 @@ def test_inputs_that_are_given_take_the_place_of_the_matrix() -> None:
 
 def test_compile_checks_each_pass_and_tells_how_far_it_moved(tmp_path: Path) -> None:
     save_program(decoder(12), tmp_path / "decoder.onnx")
-    options = CompileOptions("w8{block=16}", verify="each")
+    options = CompileOptions(quantize=parse_scheme("w8{block=16}"), verify="each")
 
     (artifact,) = compile_source(
         tmp_path / "decoder.onnx", ["cpu"], tmp_path / "out", options, SourceOptions()
