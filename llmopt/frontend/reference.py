@@ -176,7 +176,7 @@ def _encode_decode(
         with load(module, f"decoder.layers.{name}."):
             for number, state in enumerate(hidden):
                 memory, seen = memories[number], _source_mask(feeds[number])
-                hidden[number] = module.write(name, state, masks[number], memory, seen)
+                hidden[number] = module.decode_layer(name, state, masks[number], memory, seen)
     with load(module, "decoder.norm.", "embed_tokens.", "lm_head.", "logits_bias."):
         for state, memory in zip(hidden, memories, strict=True):
             logits = module.head(module.decoder.finish(state))
@@ -190,9 +190,9 @@ def _encoder_states(
     source = "encoder.input_features" if module.config.bands else "encoder.input_ids"
     tables = [f"encoder.{name}" for name in ("embed_", "relative_bias")]
     with load(module, "embed_tokens.", "source_tokens.", "sounds.", *tables):
-        hidden = [module.read(f[source]) for f in feeds]
+        hidden = [module.embed_source(f[source]) for f in feeds]
         source_masks = [_source_mask(f) for f in feeds]
-        masks = [None if mask is None else module.seen(mask) for mask in source_masks]
+        masks = [None if mask is None else module.source_context(mask) for mask in source_masks]
     for name, layer in module.encoder.layers.items():
         with load(module, f"encoder.layers.{name}."):
             hidden = [layer(state, mask) for state, mask in zip(hidden, masks, strict=True)]

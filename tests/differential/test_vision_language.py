@@ -326,7 +326,7 @@ def test_parts_that_are_not_the_whole_are_refused(tmp_path: Path) -> None:
         return wrong(model, *args, **options, vision_feature_layer=-1)
 
     model.forward = other_layer
-    with pytest.raises(UnsupportedModelError, match="its logits are not those of features"):
+    with pytest.raises(UnsupportedModelError, match="its logits differ from those of a decoder"):
         open_vision_language(Loaded(tmp_path, model, model.config.to_dict(), {}), SourceOptions())
 
 
@@ -334,7 +334,7 @@ def test_parts_that_are_not_the_whole_are_refused(tmp_path: Path) -> None:
 def test_what_is_put_together_in_another_way_is_refused(tmp_path: Path) -> None:
     for text, problem in {
         "gemma2": "'gemma2' scales the embeddings of tokens",
-        "starcoder2": "'starcoder2' has no definition here",
+        "starcoder2": "'starcoder2' has no definition in llmopt",
     }.items():
         tiny_folder(tmp_path / text, "llava", text_config={**TEXT, "model_type": text})
         with pytest.raises(UnsupportedModelError, match=problem):

@@ -70,10 +70,10 @@ class _EncoderComponent:
         assembly.output(memory, "last_hidden_state")
         dims = ("B", self.length, self.config.hidden)
         outputs = [Port("last_hidden_state", Role.HIDDEN, "float32", dims)]
-        remember = self._remember()
+        cross_pair = self._cross_pair()
         for index, kind in enumerate(self.config.decoder.layers):
             rename = renamer("decoder.layers.0", f"decoder.layers.{index}")
-            pair = assembly.add(remember, [memory], rename, f"decoder.layers.{index}.")
+            pair = assembly.add(cross_pair, [memory], rename, f"decoder.layers.{index}.")
             shape = ("B", kind.heads, self.length, kind.head_width)
             for part, value in zip(_PARTS, pair, strict=True):
                 name = f"present.{index}.encoder.{part}"
@@ -96,7 +96,7 @@ class _EncoderComponent:
         module = self.module
 
         def compute(source: Tensor, *mask: Tensor) -> Any:
-            return module.read(source), *(module.seen(each) for each in mask)
+            return module.embed_source(source), *(module.source_context(each) for each in mask)
 
         inputs: Inputs = {p.name: (p.shape, _TORCH[p.dtype]) for p in ports}
         return trace_part(module, compute, inputs, scope="encoder.context")
@@ -121,11 +121,11 @@ class _EncoderComponent:
 
         return trace_part(self.module, compute, self._hidden(), scope="encoder.norm")
 
-    def _remember(self) -> ir.Graph:
+    def _cross_pair(self) -> ir.Graph:
         module = self.module
 
         def compute(memory: Tensor) -> Any:
-            return module.remember(memory, "0")
+            return module.cross_pair(memory, "0")
 
         scope = "decoder.layers.0.cross_attention"
         return trace_part(module, compute, self._hidden(), scope=scope)
