@@ -1,7 +1,7 @@
-"""What meets each weight: mean squares of activations, measured on the source.
+"""Mean squares of the activations that each weight multiplies, measured on the source.
 
-A column of a weight matters as much as the activation that meets it is large. Some are thousands
-of times larger than others, on any text: a few hundred random tokens are enough to find them.
+A column of a weight matters as much as the channel that it multiplies is large. Some channels are
+thousands of times larger than others, on any text: a few hundred random tokens suffice to tell.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from llmopt.frontend.reference import Reference, name_of
 from llmopt.interface.arrays import Arrays
 
 Squares = npt.NDArray[np.float32]
-LEAST: Final = 1e-6  # of the mean: a column that met nothing is no reason to give it up
+LEAST: Final = 1e-6  # of the mean: a channel that was silent here may still matter on other text
 STEPS: Final = 4  # to a factor of two: so that the order of a sum decides nothing
 
 
 def mean_squares(reference: Reference, batches: Sequence[Arrays]) -> dict[str, Squares]:
-    """Return the mean square of what meets each column of each weight, by the weight's name.
+    """Return the mean square of each input channel of each weight, by the weight's name.
 
-    Each is [K] float32, of mean about 1, and a power of two to a quarter: what is measured is
-    good to a few percent, and artifacts are to be the same whenever they are built. Weights that
-    are not multiplied by ``torch.nn.functional.linear`` are not found.
+    Each is [K] float32 with a mean of about 1, rounded to quarter powers of two: measurements are
+    good to a few percent, and builds must be reproducible. Only weights that
+    ``torch.nn.functional.linear`` multiplies are measured.
 
     Args:
         reference: The source.
-        batches: Inputs to run it on; none of them padded.
+        batches: Inputs to run the source on, without padding.
     """
-    with _Squares() as found:
+    with _Squares() as squares:
         for _ in reference.run(batches):
             pass
-    return {name: _rounded(total) for name, total in found.totals.items()}
+    return {name: _rounded(total) for name, total in squares.totals.items()}
 
 
 class _Squares(TorchFunctionMode):
-    """Sees every call of torch: adds up the squares of what is multiplied by a named weight."""
+    """Intercepts calls of torch: sums the squared inputs of each named weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,5 +72,5 @@ def _rounded(squares: Tensor) -> Squares:
     values = squares.double().numpy()
     mean = float(values.mean()) or 1.0
     steps = np.rint(np.log2(np.maximum(values / mean, LEAST)) * STEPS) / STEPS
-    found: Squares = np.exp2(steps).astype(np.float32)
-    return found
+    rounded: Squares = np.exp2(steps).astype(np.float32)
+    return rounded

@@ -1,4 +1,4 @@
-"""A source seen as passes changed its edge: other names, and padding where it knows of none."""
+"""References whose inputs and outputs follow a Program that passes have renamed or padded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NAMED: Final = (Role.TOKENS, Role.MASK, Role.POSITIONS, Role.LOGITS)
 
 
 def adapted(reference: Reference, before: Signature, after: Signature) -> Reference:
-    """Return a source as passes changed the edge of its Program.
+    """Return a reference with the inputs and outputs that passes gave its Program.
 
     Args:
         reference: The source.
-        before: What its Program took and gave when it was traced.
-        after: What it takes and gives now.
+        before: Signature of the Program as traced.
+        after: Signature of the Program now.
     """
     names = {
         new.name: old.name
@@ -38,11 +38,11 @@ def adapted(reference: Reference, before: Signature, after: Signature) -> Refere
 
 
 class RenamedReference:
-    """A source whose inputs and outputs the Program calls by other names.
+    """A source whose inputs and outputs have other names in the Program.
 
     Args:
         reference: The source.
-        names: What the Program calls each: what the source calls it.
+        names: Name in the Program to name in the source.
     """
 
     def __init__(self, reference: Reference, names: Mapping[str, str]) -> None:
@@ -54,9 +54,9 @@ class RenamedReference:
         self, batches: Sequence[Arrays], transform: Transform | None = None
     ) -> Iterator[Arrays]:
         """Yield the outputs of each batch, by the Program's names."""
-        given = [_renamed(batch, self._inner) for batch in batches]
-        for found in self._reference.run(given, transform):
-            yield _renamed(found, self._outer)
+        renamed = [_renamed(batch, self._inner) for batch in batches]
+        for outputs in self._reference.run(renamed, transform):
+            yield _renamed(outputs, self._outer)
 
 
 def _renamed(arrays: Arrays, names: Mapping[str, str]) -> Arrays:
@@ -64,14 +64,14 @@ def _renamed(arrays: Arrays, names: Mapping[str, str]) -> Arrays:
 
 
 class PaddedReference:
-    """A source that takes tokens alone, and a Program that was given a mask.
+    """A source without a padding mask, for a Program to which a pass added one.
 
-    A row with padding is run without it, alone. What comes out for padding is 0.
+    A row with padding is run alone and without it. Outputs at padding are 0.
 
     Args:
         reference: The source.
-        tokens: What its input is called.
-        mask: What the Program calls its mask.
+        tokens: Name of the source's input.
+        mask: Name of the Program's mask.
     """
 
     def __init__(self, reference: Reference, tokens: str, mask: str) -> None:
@@ -84,11 +84,11 @@ class PaddedReference:
     ) -> Iterator[Arrays]:
         """Yield the outputs of each batch, [B, S, ...]."""
         parts = [self._parts(batch) for batch in batches]
-        found = self._reference.run([part for each in parts for part in each], transform)
+        outputs = self._reference.run([part for each in parts for part in each], transform)
         for batch, each in zip(batches, parts, strict=True):
-            results = [next(found) for _ in each]
+            results = [next(outputs) for _ in each]
             real = batch[self._mask] == 1
-            yield results[0] if real.all() else _together(results, real)
+            yield results[0] if real.all() else _padded(results, real)
 
     def _parts(self, batch: Arrays) -> list[Arrays]:
         """Return the batch, or each of its rows without padding if a row has any."""
@@ -98,12 +98,12 @@ class PaddedReference:
         return [{self._tokens: row[here][None]} for row, here in zip(tokens, real, strict=True)]
 
 
-def _together(rows: Sequence[Arrays], real: npt.NDArray[np.bool_]) -> Arrays:
-    """Return outputs [B, S, ...] of rows that were run alone."""
+def _padded(rows: Sequence[Arrays], real: npt.NDArray[np.bool_]) -> Arrays:
+    """Return outputs [B, S, ...] from those of single rows, 0 at padding."""
     outputs: dict[str, npt.NDArray[Any]] = {}
     for name, first in rows[0].items():
-        whole = np.zeros((*real.shape, *first.shape[2:]), first.dtype)
-        for place, row in enumerate(rows):
-            whole[place, real[place]] = row[name][0]
-        outputs[name] = whole
+        output = np.zeros((*real.shape, *first.shape[2:]), first.dtype)
+        for index, row in enumerate(rows):
+            output[index, real[index]] = row[name][0]
+        outputs[name] = output
     return outputs

@@ -1,4 +1,4 @@
-"""What a source is: how it is read, what reading it gives, and where its tensors come from."""
+"""Sources: the options to read one with, what reading returns, and the protocol of checkpoints."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ KINDS: Final = "give a Hugging Face folder, .gguf, .onnx, .pt2, .pt, or module.p
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """How a source shall be read.
+    """Options for reading a source.
 
     Args:
         model: ``file.py:factory`` of the module that a state_dict belongs to.
         trust_pickle: Whether a file may execute code that it carries.
-        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; recognized if not given.
-        example_inputs: Arrays or tensors by name or in order, or the path of an .npz.
-        dynamic_shapes: Dimensions as ``torch.export.export`` takes them; batch and tokens if
-            not given.
-        max_length: The most tokens of one sequence; the model's own limit if not given.
+        task: ``"generate"``, ``"embed"``, ``"encode"`` or ``"raw"``; inferred by default.
+        example_inputs: Arrays or tensors by name or in order, or the path of an .npz file.
+        dynamic_shapes: Argument of ``torch.export.export``; batch and tokens by default.
+        max_length: Longest sequence, in tokens; the model's own limit by default.
         trust_remote_code: Whether Python code in a Hugging Face folder may be executed.
     """
 
@@ -47,10 +46,10 @@ class Source:
     """A source that was read.
 
     Args:
-        name: The name that the artifact gets.
-        program: The Program, as traced.
-        reference: The source itself, to compare with.
-        notes: Sentences for the user: files that are missing, a chat template left out.
+        name: Default name of the artifact.
+        program: Program of the source, as traced.
+        reference: The source itself, to compare artifacts with.
+        notes: Remarks for the user: missing files, a chat template left out.
     """
 
     name: str
@@ -78,14 +77,14 @@ class Checkpoint(Protocol):
         """Return the element type as stored: ``"float32"``, ``"bfloat16"``, ``"Q4_1"``."""
 
     def read(self, name: str) -> np.ndarray:
-        """Return a fresh array; nothing of the file stays in memory beside it.
+        """Return a fresh array; no page of the file stays resident.
 
         Raises:
             SourceError: The file changed or cannot be read.
         """
 
     def read_float32(self, name: str) -> np.ndarray:
-        """Return the same as float32.
+        """Return the tensor as a fresh float32 array.
 
         Raises:
             SourceError: The file changed or cannot be read.
@@ -94,4 +93,4 @@ class Checkpoint(Protocol):
 
 def unreadable(file: Path, error: OSError) -> LlmoptError:
     """Return the error to raise when the system refuses to read ``file``."""
-    return SourceError(file, f"cannot be read ({error.strerror})", "check the file and its rights")
+    return SourceError(file, f"cannot be read ({error.strerror})", "check the file's permissions")

@@ -1,4 +1,4 @@
-"""Count the attentions and norms of a module by what it calls, one forward pass long."""
+"""Counts of the attentions and norms that one forward pass of a module calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ KINDS: Final = ("attention", "norm")
 
 
 def census(module: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
-    """Return how often ``run`` calls a module whose class is named after each of ``KINDS``.
+    """Return how often ``run`` calls modules of each of ``KINDS``, told by their class names.
 
-    A module inside another one of its kind is not counted apart: ``BertAttention`` holds a
-    ``BertSelfAttention``. One that several layers share counts as often as it is called.
+    A module inside another of its kind does not count: ``BertAttention`` holds a
+    ``BertSelfAttention``. A module that several layers share counts once for each call.
 
     Args:
         module: The module.
-        run: Calls it.
+        run: Function that calls the module.
     """
     with _counting(module) as counts:
         run()
@@ -47,7 +47,7 @@ def _counting(module: nn.Module) -> Iterator[Counter[str]]:
 
 
 def outermost(module: nn.Module, word: str) -> Iterator[nn.Module]:
-    """Yield modules whose class is named after ``word``, none inside another such one."""
+    """Yield the outermost modules whose class name contains ``word``."""
     if word in type(module).__name__.lower():
         yield module
         return

@@ -1,4 +1,4 @@
-"""What files hold, by their headers alone: for looking, not for compiling."""
+"""Contents of model files, read from their headers alone, for ``llmopt inspect``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "vocabulary": ("vocab_size",),
     "max_length": ("max_position_embeddings", "n_positions"),
 }
-"""Our facts, and what configs call them."""
+"""Facts, and the keys that configs have for them."""
 
 
 def onnx_contents(path: Path) -> dict[str, Any]:
     """Return operators, weights, inputs and outputs of an ONNX file; external data is not read.
 
     Raises:
-        SourceError: It is no ONNX model.
+        SourceError: The file is not an ONNX model.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -76,7 +76,7 @@ def checkpoint_contents(path: Path) -> dict[str, Any]:
     Raises:
         SourceNotFoundError: The folder holds no weights.
         SourceError: A file is damaged.
-        PickleRefusedError: It can only be read by executing it.
+        PickleRefusedError: Reading it would execute code.
     """
     from llmopt.frontend.huggingface.checkpoint import open_checkpoint
 
@@ -95,24 +95,24 @@ def checkpoint_contents(path: Path) -> dict[str, Any]:
 
 
 def _types(tensors: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:
-    """Return how many tensors and parameters there are of each element type."""
-    found: dict[str, dict[str, int]] = {}
+    """Return the number of tensors and parameters of each element type."""
+    counts: dict[str, dict[str, int]] = {}
     for kind, size in tensors:
-        entry = found.setdefault(kind, {"tensors": 0, "parameters": 0})
+        entry = counts.setdefault(kind, {"tensors": 0, "parameters": 0})
         entry["tensors"] += 1
         entry["parameters"] += size
-    return dict(sorted(found.items(), key=lambda item: -item[1]["parameters"]))
+    return dict(sorted(counts.items(), key=lambda item: -item[1]["parameters"]))
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Return the config that belongs to the weights; empty where there is none."""
+    """Return the config that belongs to the weights, empty if there is none."""
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".gguf":
         return _gguf_config(path)
     file = folder / "config.json"
     if not file.is_file():
-        found = sorted(folder.glob("*.gguf")) if path.is_dir() else []
-        return _gguf_config(found[0]) if found else {}
+        ggufs = sorted(folder.glob("*.gguf")) if path.is_dir() else []
+        return _gguf_config(ggufs[0]) if ggufs else {}
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:
@@ -127,10 +127,10 @@ def _gguf_config(path: Path) -> dict[str, Any]:
     file = read_gguf(path)
     try:
         return gguf_config(file)
-    except LlmoptError:  # inspecting shows what we cannot compile too
+    except LlmoptError:  # inspect shows models that do not compile, too
         keys = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length"}
-        found = {name: file.value(key) for name, key in keys.items()}
-        return {"model_type": file.architecture} | found
+        sizes = {name: file.value(key) for name, key in keys.items()}
+        return {"model_type": file.architecture} | sizes
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -144,11 +144,11 @@ def _first(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
 
 
 def _compiles(config: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return whether the architecture is one that llmopt knows."""
+    """Return whether the architecture compiles, in words."""
     from llmopt.models import define
 
     if not config:
-        return "unknown: there is no config.json beside the weights"
+        return "unknown: no config.json next to the weights"
     try:
         return f"yes, as family {define(config, list(names)).family}"
     except LlmoptError as error:

@@ -1,4 +1,4 @@
-"""Give the free dimensions of a traced graph the names of the glossary."""
+"""Names of the glossary for the free dimensions of a traced graph."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _TOTALS = ("P + S", "S + P")
 
 
 def name_dims(graph: ir.Graph, inputs: Mapping[str, Sequence[int | str]]) -> None:
-    """Rename every symbol in ``graph`` by what the inputs' dimensions are called.
+    """Rename the symbols in ``graph`` to the names of the inputs' dimensions.
 
     Args:
         graph: The graph; its inputs carry the exporter's symbols.
-        inputs: Input name to dimensions as they shall be: ``{"input_ids": ("B", "S")}``.
+        inputs: Input name to dimension names: ``{"input_ids": ("B", "S")}``.
     """
     names: dict[str, str] = {}
     for value in graph.inputs:
-        for found, wanted in zip(
+        for symbol, name in zip(
             g.shape(value) or [], inputs.get(str(value.name), ()), strict=False
         ):
-            if isinstance(found, str) and isinstance(wanted, str):
-                names.setdefault(found, wanted)
+            if isinstance(symbol, str) and isinstance(name, str):
+                names.setdefault(symbol, name)
     for value in _values(graph):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
-    made = [value for node in graph for value in node.outputs]
-    return [*graph.inputs, *graph.initializers.values(), *made]
+    outputs = [value for node in graph for value in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *outputs]
 
 
 def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:

@@ -1,4 +1,4 @@
-"""What inputs of each role are called in the wild."""
+"""Common names of inputs, by role."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES: Final[Mapping[Role, frozenset[str]]] = {
 
 
 def role_of(name: str) -> Role | None:
-    """Return what an input is by its name, if the name says so.
+    """Return the role of an input by its name, None for any other name.
 
     >>> role_of("token_type_ids")
     <Role.TOKEN_TYPES: 'token_types'>

@@ -1,7 +1,7 @@
-"""Find out what the inputs and outputs of a traced graph mean, and make a Program of it.
+"""A traced graph becomes a Program: roles, dimensions, task and limits are inferred.
 
-Nothing here believes a name alone where the source can be asked: a model counts as causal when
-later tokens do not move earlier outputs of the source itself.
+Names are not trusted where the source can be run: a model counts as causal if later tokens do not
+change earlier outputs of the source itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmopt.ir import graph as g
 from llmopt.ir.program import Facts, Program
 
 TASKS: Final = ("generate", "embed", "encode", "raw")
-UNBOUNDED: Final = 512  # tokens, of a model that shows no limit
+UNBOUNDED: Final = 512  # tokens, for a model without a limit
 _OUTPUTS: Final[Mapping[str, Role]] = {
     "logits": Role.LOGITS,
     "last_hidden_state": Role.HIDDEN,
@@ -35,17 +35,17 @@ _OUTPUTS: Final[Mapping[str, Role]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TracedModel:
-    """A graph, and what the frontend that read it knows.
+    """A graph, and the facts that its frontend knows.
 
     Args:
-        record: Where it came from.
-        family: What the architecture is called.
-        model: Its graph; inputs are named.
-        outputs: What the source calls its outputs, in order; empty where it gives no name.
-        expected: Attentions and norms, counted from the source.
-        limit: The longest sequence that the graph holds for, if it is bounded.
-        reference: Returns the source itself, given names for the outputs.
-        notes: What a user should know.
+        record: Name, kind and digest of the source.
+        family: Name of the architecture.
+        model: Traced graph; its inputs are named.
+        outputs: Names of the source's outputs, in order; empty where one has no name.
+        expected: Attentions and norms, counted in the source.
+        limit: Longest sequence that the graph is valid for, if it is bounded.
+        reference: Function from names of the outputs to the source itself.
+        notes: Remarks for the user.
     """
 
     record: SourceRecord
@@ -58,50 +58,50 @@ class TracedModel:
     notes: tuple[str, ...] = ()
 
 
-def finish(found: TracedModel, options: SourceOptions) -> Source:
-    """Return the source of a graph: roles, dimensions, task and limits found out.
+def finish(traced: TracedModel, options: SourceOptions) -> Source:
+    """Return the source of a traced graph: roles, dimensions, task and limits are inferred.
 
     Raises:
-        UnknownNameError: there is no such task.
-        UsageError: the model is not for the task that was asked for.
-        UnsupportedModelError: its batch or length is fixed, or its outputs are not told apart.
+        UnknownNameError: The task does not exist.
+        UsageError: The model does not fit the requested task.
+        UnsupportedModelError: The batch or length is fixed, or two outputs share a name.
     """
     if options.task not in (None, *TASKS):
         raise UnknownNameError("task", str(options.task), TASKS)
-    program = Program(found.model, _drafted(found), Facts())
+    program = Program(traced.model, _drafted(traced), Facts())
     drafted = program.signature
     vocabulary, hidden = _token_table(program.graph, drafted.inputs) or (0, 0)
-    limits = (found.limit, longest(program, vocabulary), options.max_length)
+    limits = (traced.limit, longest(program, vocabulary), options.max_length)
     limit = min(filter(None, limits), default=UNBOUNDED)
     main = _main_output(drafted)
     causal = False
     if main is not None and drafted.find(Role.TOKENS) is not None:
-        reference = found.reference([port.name for port in drafted.outputs])
+        reference = traced.reference([port.name for port in drafted.outputs])
         causal = is_causal(reference, drafted, main, vocabulary, min(limit, 7))
     reading = _OutputNaming(main, vocabulary, hidden, causal=causal)
     outputs = tuple(
         _output(port, label, reading)
-        for port, label in zip(drafted.outputs, found.outputs, strict=True)
+        for port, label in zip(drafted.outputs, traced.outputs, strict=True)
     )
     _rename(program.graph, outputs)
     program.signature = Signature(drafted.inputs, outputs)
     task = _task(program.signature, options.task, causal=causal)
-    _learn(program, found, task, vocabulary, hidden)
+    _learn(program, traced, task, vocabulary, hidden)
     model = replace(program.facts.model, max_length=limit)
     program.learn(model=model)
-    reference = found.reference([port.name for port in outputs])
-    return Source(found.record.name, program, reference, found.notes)
+    reference = traced.reference([port.name for port in outputs])
+    return Source(traced.record.name, program, reference, traced.notes)
 
 
 @dataclass(frozen=True)
 class _OutputNaming:
-    """What is known when outputs get their names.
+    """Facts that outputs are named by.
 
     Args:
-        main: The output with numbers for every token.
-        vocabulary: Rows of the matrix that tokens are looked up in.
-        hidden: Its columns.
-        causal: Whether no token moves an output before it.
+        main: Name of the output that has a vector for every token.
+        vocabulary: Rows of the token embedding.
+        hidden: Columns of the token embedding.
+        causal: Whether no token changes an earlier output.
     """
 
     main: str | None
@@ -110,9 +110,9 @@ class _OutputNaming:
     causal: bool
 
 
-def _drafted(found: TracedModel) -> Signature:
-    """Return inputs with roles, and outputs by the names of the source, dimensions named."""
-    graph = found.model.graph
+def _drafted(traced: TracedModel) -> Signature:
+    """Return the signature with roles for inputs and the source's names for outputs."""
+    graph = traced.model.graph
     inputs = _inputs(graph)
     fixed = [
         f"input {port.name!r} is fixed at {list(port.shape)}"
@@ -121,44 +121,44 @@ def _drafted(found: TracedModel) -> Signature:
     ]
     if fixed:
         raise UnsupportedModelError(
-            found.family, fixed, "export it with a dynamic batch and a dynamic length"
+            traced.family, fixed, "export it with a dynamic batch and a dynamic length"
         )
     name_dims(graph, {port.name: port.shape for port in inputs})
     inputs = tuple(
         replace(port, shape=tuple(g.shape(value) or port.shape))
         for port, value in zip(inputs, graph.inputs, strict=True)
     )
-    labels = _labels(found.outputs, len(graph.outputs), found.family)
+    labels = _labels(traced.outputs, len(graph.outputs), traced.family)
     outputs = [_port(value, name) for value, name in zip(graph.outputs, labels, strict=True)]
     return Signature(inputs, tuple(outputs))
 
 
-def _learn(program: Program, found: TracedModel, task: str, vocabulary: int, hidden: int) -> None:
+def _learn(program: Program, traced: TracedModel, task: str, vocabulary: int, hidden: int) -> None:
     pooled = task != "embed" or program.signature.find(Role.EMBEDDING) is not None
     model = ModelFacts(
-        family=found.family,
-        layers=found.expected.get("attention", 0),
+        family=traced.family,
+        layers=traced.expected.get("attention", 0),
         hidden=hidden,
         vocabulary=vocabulary or _width(program.signature.find(Role.LOGITS)),
         pooling=None if pooled else "mean",
     )
-    program.learn(task=task, model=model, source=found.record, expected=dict(found.expected))
+    program.learn(task=task, model=model, source=traced.record, expected=dict(traced.expected))
 
 
 def _inputs(graph: ir.Graph) -> tuple[Port, ...]:
-    """Return the inputs with their roles; the only [B, S] of integers are tokens by any name."""
+    """Return the inputs with roles; a single integer [B, S] is tokens whatever its name."""
     roles = {str(v.name): role_of(str(v.name)) for v in graph.inputs}
-    whole = [v for v in graph.inputs if _is_integer(v) and g.rank(v) == 2]
+    matrices = [v for v in graph.inputs if _is_integer(v) and g.rank(v) == 2]
     for value in graph.inputs:
-        if roles[str(value.name)] is Role.TOKENS and value not in whole:
+        if roles[str(value.name)] is Role.TOKENS and value not in matrices:
             roles[str(value.name)] = None
     if (
-        len(free := [v for v in whole if roles[str(v.name)] is None]) == 1
+        len(free := [v for v in matrices if roles[str(v.name)] is None]) == 1
         and Role.TOKENS not in roles.values()
     ):
         roles[str(free[0].name)] = Role.TOKENS
-    if len(whole) == 1:
-        roles[str(whole[0].name)] = Role.TOKENS
+    if len(matrices) == 1:
+        roles[str(matrices[0].name)] = Role.TOKENS
     return tuple(_port(v, str(v.name), roles[str(v.name)] or Role.OTHER) for v in graph.inputs)
 
 
@@ -168,7 +168,7 @@ def _is_integer(value: ir.Value) -> bool:
 
 def _port(value: ir.Value, name: str, role: Role = Role.OTHER) -> Port:
     if role not in (Role.OTHER, Role.TOKENS) and g.rank(value) != 2:
-        role = Role.OTHER  # a mask of [B, 1, S, T] is not one of padding
+        role = Role.OTHER  # a mask [B, 1, S, T] is not a padding mask
     sizes = g.shape(value)
     if sizes is None or value.dtype is None:
         raise UnsupportedModelError(
@@ -182,19 +182,21 @@ def _port(value: ir.Value, name: str, role: Role = Role.OTHER) -> Port:
     return Port(name, role, str(value.dtype.numpy().name), tuple(dims))
 
 
-def _labels(given: Sequence[str], count: int, family: str) -> list[str]:
-    if len(given) != count:
+def _labels(names: Sequence[str], count: int, family: str) -> list[str]:
+    if len(names) != count:
         raise UnsupportedModelError(
-            family, [f"{len(given)} tensors come out, {count} were traced"], "return tensors only"
+            family,
+            [f"it returns {len(names)} tensors, the trace has {count}"],
+            "return tensors only",
         )
-    labels = [name or f"output_{i}" for i, name in enumerate(given)]
+    labels = [name or f"output_{i}" for i, name in enumerate(names)]
     if len(set(labels)) != count:
-        raise UnsupportedModelError(family, ["two outputs have one name"], "name them differently")
+        raise UnsupportedModelError(family, ["two outputs share a name"], "name them differently")
     return labels
 
 
 def _token_table(graph: ir.Graph, inputs: Sequence[Port]) -> tuple[int, int] | None:
-    """Return rows and columns of the matrix that tokens are looked up in."""
+    """Return rows and columns of the token embedding."""
     tokens = {p.name for p in inputs if p.role == Role.TOKENS}
     for node in g.nodes(graph, "Gather"):
         index = g.operand(node, 1)
@@ -207,7 +209,7 @@ def _token_table(graph: ir.Graph, inputs: Sequence[Port]) -> tuple[int, int] | N
 
 
 def _main_output(signature: Signature) -> str | None:
-    """Return the output that has numbers for every token: the first real [B, S, ...]."""
+    """Return the name of the output per token: the first floating-point [B, S, ...]."""
     for port in signature.outputs:
         free = [dim for dim in port.shape[:2] if isinstance(dim, str)]
         if len(port.shape) == 3 and "float" in port.dtype and len(free) == 2:
@@ -216,7 +218,7 @@ def _main_output(signature: Signature) -> str | None:
 
 
 def _output(port: Port, label: str, known: _OutputNaming) -> Port:
-    """Return an output with its role; the one for every token is named by it if it has no name."""
+    """Return an output with its role; if the main output has no name, its role names it."""
     role, name = _OUTPUTS.get(label, Role.OTHER), port.name
     if port.name == known.main and role is Role.OTHER:
         width = _width(port)
@@ -240,23 +242,23 @@ def _rename(graph: ir.Graph, ports: Sequence[Port]) -> None:
         value.name = port.name
 
 
-def _task(signature: Signature, wanted: str | None, *, causal: bool) -> str:
+def _task(signature: Signature, task: str | None, *, causal: bool) -> str:
     tokens = signature.find(Role.TOKENS) is not None
     generates = causal and signature.find(Role.LOGITS) is not None
-    found = "generate" if generates else "encode" if tokens else "raw"
-    if found == "encode" and signature.find(Role.EMBEDDING):
-        found = "embed"
+    inferred = "generate" if generates else "encode" if tokens else "raw"
+    if inferred == "encode" and signature.find(Role.EMBEDDING):
+        inferred = "embed"
     possible = {
         "generate": generates,
         "embed": bool(signature.find(Role.EMBEDDING) or signature.find(Role.HIDDEN)),
         "encode": tokens,
         "raw": True,
     }
-    if wanted is not None and not possible[wanted]:
+    if task is not None and not possible[task]:
         lacks = {
-            "generate": "it is not causal, or gives no logits for every token",
-            "embed": "it gives no hidden states",
-            "encode": "it takes no tokens",
-        }[wanted]
-        raise UsageError(f"--task {wanted}: {lacks}; leave --task out, this model is for {found!r}")
-    return wanted or found
+            "generate": "the model is not causal, or has no logits for every token",
+            "embed": "the model has no hidden states among its outputs",
+            "encode": "the model takes no tokens",
+        }[task]
+        raise UsageError(f"--task {task}: {lacks}; omit --task to compile it for {inferred!r}")
+    return task or inferred

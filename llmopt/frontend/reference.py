@@ -1,6 +1,6 @@
-"""What a Program is compared with: the source itself, run by torch.
+"""References: sources run by torch, which Programs are compared with.
 
-A definition's module is run layer by layer, every batch through a layer before the next one's
+A definition's module runs layer by layer: every batch passes a layer before the next layer's
 weights are read, so that no more than one layer's weights are ever in memory.
 """
 
@@ -23,7 +23,7 @@ from llmopt.models.encoder import Encoder
 from llmopt.models.encoder_decoder import EncoderDecoder
 
 Transform = Callable[[str, npt.NDArray[Any]], npt.NDArray[Any]]
-"""Returns a parameter as it shall be, from its name and value: quantized and back, say."""
+"""Function from a parameter's name and value to a replacement: quantized and back, say."""
 
 
 class Reference(Protocol):
@@ -36,7 +36,7 @@ class Reference(Protocol):
 
 
 Merge = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-"""Returns embeddings [B, S, E] with what else a batch holds put among them."""
+"""Function from embeddings [B, S, E] and a batch to embeddings with image features inserted."""
 
 
 class StreamedReference:
@@ -44,8 +44,8 @@ class StreamedReference:
 
     Args:
         definition: The model.
-        read: Returns a parameter's numbers by name, float32.
-        merge: What becomes of a decoder's embeddings before its first layer.
+        read: Function from a parameter's name to its values, float32.
+        merge: Function applied to a decoder's embeddings before its first layer.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class StreamedReference:
             elif isinstance(module, Encoder):
                 yield from _encode(module, feeds, load)
             elif isinstance(module, EncoderDecoder):
-                yield from _rewrite(module, feeds, load)
+                yield from _encode_decode(module, feeds, load)
 
 
 class _Loader:
-    """Puts weights into a part of a module for as long as it is used."""
+    """Loads weights into a part of a module while it is in use."""
 
     def __init__(self, read: Read, transform: Transform | None) -> None:
         self._read = read
@@ -81,18 +81,18 @@ class _Loader:
     @contextlib.contextmanager
     def __call__(self, module: nn.Module, *prefixes: str) -> Iterator[None]:
         """Load the parameters whose names begin with one of ``prefixes``."""
-        held: list[tuple[nn.Module, str, nn.Parameter]] = []
+        replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         for name, parameter in list(module.named_parameters()):
             if name.startswith(prefixes):
                 path, _, leaf = name.rpartition(".")
                 owner = module.get_submodule(path)
-                held.append((owner, leaf, parameter))
-                made = nn.Parameter(self._tensor(name), requires_grad=False)
-                setattr(owner, leaf, _named(made, name))
+                replaced.append((owner, leaf, parameter))
+                loaded = nn.Parameter(self._tensor(name), requires_grad=False)
+                setattr(owner, leaf, _named(loaded, name))
         try:
             yield
         finally:
-            for owner, leaf, parameter in held:
+            for owner, leaf, parameter in replaced:
                 setattr(owner, leaf, parameter)
 
     def _tensor(self, name: str) -> Tensor:
@@ -103,7 +103,7 @@ class _Loader:
 
 
 def name_of(tensor: Tensor) -> str | None:
-    """Return what a tensor is called while a reference runs, None if it is no parameter."""
+    """Return a parameter's name while a reference runs, None for any other tensor."""
     name: str | None = vars(tensor).get("llmopt_name")
     return name
 
@@ -115,7 +115,7 @@ def _named(parameter: nn.Parameter, name: str) -> nn.Parameter:
 
 @contextlib.contextmanager
 def _naming(module: Callable[..., Any]) -> Iterator[None]:
-    """Let the parameters of a module have their names."""
+    """Label the parameters of a module with their names."""
     named = list(module.named_parameters()) if isinstance(module, nn.Module) else []
     for name, parameter in named:
         _named(parameter, name)
@@ -163,11 +163,11 @@ def _encode(
         yield outputs
 
 
-def _rewrite(
+def _encode_decode(
     module: EncoderDecoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader
 ) -> Iterator[Arrays]:
-    """Read ``encoder.*`` and write ``decoder.*``, each stack layer by layer."""
-    memories = _read(module, feeds, load)
+    """Run the encoder, then the decoder, each stack layer by layer."""
+    memories = _encoder_states(module, feeds, load)
     tables = [f"decoder.{name}" for name in ("embed_", "relative_bias")]
     with load(module, "embed_tokens.", *tables):
         hidden = [module.embed(f["input_ids"], f["position_ids"]) for f in feeds]
@@ -176,23 +176,23 @@ def _rewrite(
         with load(module, f"decoder.layers.{name}."):
             for number, state in enumerate(hidden):
                 memory, seen = memories[number], _source_mask(feeds[number])
-                hidden[number] = module.write(name, state, masks[number], memory, seen)
+                hidden[number] = module.decode_layer(name, state, masks[number], memory, seen)
     with load(module, "decoder.norm.", "embed_tokens.", "lm_head.", "logits_bias."):
         for state, memory in zip(hidden, memories, strict=True):
             logits = module.head(module.decoder.finish(state))
             yield {"last_hidden_state": memory.numpy(), "logits": logits.numpy()}
 
 
-def _read(
+def _encoder_states(
     module: EncoderDecoder, feeds: Sequence[Mapping[str, Tensor]], load: _Loader
 ) -> list[Tensor]:
-    """Return what was read of each batch, [B, C, E]."""
+    """Return the encoder's hidden states of each batch, [B, C, E]."""
     source = "encoder.input_features" if module.config.bands else "encoder.input_ids"
     tables = [f"encoder.{name}" for name in ("embed_", "relative_bias")]
     with load(module, "embed_tokens.", "source_tokens.", "sounds.", *tables):
-        hidden = [module.read(f[source]) for f in feeds]
-        found = [_source_mask(f) for f in feeds]
-        masks = [None if mask is None else module.seen(mask) for mask in found]
+        hidden = [module.embed_source(f[source]) for f in feeds]
+        source_masks = [_source_mask(f) for f in feeds]
+        masks = [None if mask is None else module.source_context(mask) for mask in source_masks]
     for name, layer in module.encoder.layers.items():
         with load(module, f"encoder.layers.{name}."):
             hidden = [layer(state, mask) for state, mask in zip(hidden, masks, strict=True)]
@@ -208,10 +208,10 @@ class ModuleReference:
     """A live module, called as it was traced.
 
     Args:
-        module: The module; it is run in eval mode and left in the mode it was in.
-        inputs: The names of its inputs, in the order it takes them.
-        outputs: The names of its outputs, in order.
-        positional: How many of the inputs it takes by position; the others by name.
+        module: Module; run in eval mode, then put back into its former mode.
+        inputs: Names of the module's inputs, in order.
+        outputs: Names of the module's outputs, in order.
+        positional: Number of inputs passed by position; the others are passed by name.
     """
 
     def __init__(
@@ -240,33 +240,33 @@ class ModuleReference:
             for batch in batches:
                 tensors = {name: torch.from_numpy(batch[name]) for name in self._inputs}
                 items = list(tensors.items())
-                placed = [tensor for _, tensor in items[: self._positional]]
-                result = self._module(*placed, **dict(items[self._positional :]))
+                args = [tensor for _, tensor in items[: self._positional]]
+                result = self._module(*args, **dict(items[self._positional :]))
                 flat = torch.utils._pytree.tree_leaves(result)  # noqa: SLF001 - torch's only one
                 arrays = [to_numpy(leaf) for leaf in flat if isinstance(leaf, Tensor)]
                 yield dict(zip(self._outputs, arrays, strict=True))
 
     @contextlib.contextmanager
     def _changed(self, transform: Transform | None) -> Iterator[None]:
-        """Hold the parameters as ``transform`` gives them, and put the old ones back."""
+        """Replace the parameters by what ``transform`` returns, and restore them afterwards."""
         module = self._module
         if transform is None or not isinstance(module, nn.Module):
             yield
             return
-        held = {name: p.data for name, p in module.named_parameters()}
+        originals = {name: p.data for name, p in module.named_parameters()}
         try:
             for name, parameter in module.named_parameters():
-                array = transform(name, to_numpy(held[name]))
+                array = transform(name, to_numpy(originals[name]))
                 parameter.data = torch.from_numpy(np.ascontiguousarray(array))
             yield
         finally:
             for name, parameter in module.named_parameters():
-                parameter.data = held[name]
+                parameter.data = originals[name]
 
 
 @contextlib.contextmanager
 def evaluating(module: Callable[..., Any]) -> Iterator[None]:
-    """Put every part of a module into eval mode, and each back into the mode it was in."""
+    """Put every submodule into eval mode, and each back into its former mode."""
     parts = list(module.modules()) if isinstance(module, nn.Module) else []
     training = [part for part in parts if part.training]
     for part in training:

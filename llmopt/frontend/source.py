@@ -1,4 +1,4 @@
-"""Every kind of source, told apart by what it is called and opened by the module that reads it."""
+"""Every kind of source, recognized by its path and opened by the module that reads it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def open_source(source: str | Path | torch.nn.Module, options: SourceOptions) ->
     """Return the Program and the reference of a source.
 
     Raises:
-        SourceNotFoundError: nothing is there.
-        SourceError: it is damaged or incomplete.
-        PickleRefusedError: reading it would execute code.
-        UnsupportedModelError: it holds something that cannot be traced.
+        SourceNotFoundError: The path does not exist.
+        SourceError: The source is damaged or incomplete.
+        PickleRefusedError: Reading it would execute code.
+        UnsupportedModelError: The model cannot be traced.
     """
     if not isinstance(source, str | Path):
         from llmopt.frontend.torch.module import open_module
@@ -46,6 +46,6 @@ def open_source(source: str | Path | torch.nn.Module, options: SourceOptions) ->
 
         return open_torch_file(path, options)
     if path.suffix == ".safetensors":
-        hint = "compile the folder that holds it and config.json"
-        raise SourceError(path, "weights alone say nothing of the model", hint)
-    raise SourceError(path, f"{path.suffix or 'no'} suffix: not a kind of source", KINDS)
+        hint = "compile the folder that has it and its config.json"
+        raise SourceError(path, "weights alone do not describe a model", hint)
+    raise SourceError(path, f"unknown kind of source (suffix {path.suffix!r})", KINDS)

@@ -1,4 +1,4 @@
-"""How many tokens a model has room for: the smallest table that positions look up."""
+"""Longest sequence of a model: the smallest table that positions are looked up in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmopt.ir.program import Program
 
 
 def longest(program: Program, vocabulary: int) -> int | None:
-    """Return the most tokens of one sequence, or None where no table limits them.
+    """Return the longest sequence in tokens, or None where no table limits it.
 
     Each lookup in a fixed table is evaluated for two lengths of the same token repeated: where
     the highest index grows by one per token, it is a position.
@@ -39,7 +39,7 @@ def _is_token(program: Program, value: ir.Value) -> bool:
 
 
 def _highest(program: Program, index: ir.Value, tokens: int, vocabulary: int) -> int | None:
-    """Return the highest index that is looked up for ``tokens`` equal tokens, if it is known."""
+    """Return the highest index looked up for ``tokens`` equal tokens, if it is known."""
     probe = Probe(program, [index])
     if probe.obstacle() is not None:
         return None
@@ -50,5 +50,5 @@ def _highest(program: Program, index: ir.Value, tokens: int, vocabulary: int) ->
         for port in program.signature.inputs
         if port.role == Role.TOKENS and port.name in arrays
     }
-    (found,) = probe.run({**arrays, **same}, sizes)
-    return int(found.max()) if found.size and found.dtype.kind == "i" else None
+    (indices,) = probe.run({**arrays, **same}, sizes)
+    return int(indices.max()) if indices.size and indices.dtype.kind == "i" else None

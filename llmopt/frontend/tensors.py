@@ -1,4 +1,4 @@
-"""Tensors of PyTorch as arrays, one at a time."""
+"""PyTorch tensors as numpy arrays, one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from llmopt.interface.arrays import Array
 
 Read = Callable[[str], Array]
-"""Returns the numbers of a parameter or buffer by its name."""
+"""Function from the name of a parameter or buffer to its values."""
 
 
 def reader(tensors: Mapping[str, torch.Tensor]) -> Read:
@@ -18,7 +18,7 @@ def reader(tensors: Mapping[str, torch.Tensor]) -> Read:
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """Return a tensor's numbers; bfloat16 as ``ml_dtypes`` has it."""
+    """Return a tensor's values; bfloat16 as ``ml_dtypes.bfloat16``."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes

@@ -9,7 +9,7 @@ from llmopt.models.config import Activation
 
 
 def activate(kind: Activation, x: torch.Tensor) -> torch.Tensor:
-    """Return the activation of every number of ``x``."""
+    """Return the activation of every element of ``x``."""
     if kind == "silu":
         return functional.silu(x)
     if kind == "relu":

@@ -1,4 +1,4 @@
-"""Buckets of distances: what a bias by relative position is looked up by."""
+"""Buckets of distances, which index a relative position bias."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 def distance_buckets(buckets: int, furthest: int, *, ahead: bool) -> Tensor:
     """Return the bucket of each distance from -furthest to furthest: [2 * furthest + 1] int64.
 
-    Half of a direction's buckets are for single distances, and the rest widen logarithmically up
-    to ``furthest``. A table, because a logarithm taken on another machine may fall on the other
-    side of a bucket's edge.
+    Half of a direction's buckets are for single distances; the others widen logarithmically up to
+    ``furthest``. A table, because a logarithm on another machine may fall on the other side of a
+    bucket's edge.
 
     Args:
-        buckets: How many there are.
-        furthest: The distance from which on all share the last bucket.
-        ahead: Whether half of them are for keys ahead; if not, those share the bucket of 0.
+        buckets: Number of buckets.
+        furthest: Distance from which all share the last bucket.
+        ahead: Whether half of the buckets are for later keys; if not, those share bucket 0.
 
     Source: Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1; Song et al. 2020,
     https://arxiv.org/abs/2004.09297.
@@ -29,5 +29,5 @@ def distance_buckets(buckets: int, furthest: int, *, ahead: bool) -> Tensor:
     exact = count // 2
     ratio = torch.log(away.clamp(min=1).float() / exact) / math.log(furthest / exact)
     far = (exact + (ratio * (count - exact)).long()).clamp(max=count - 1)
-    found = torch.where(away < exact, away, far)
-    return found + (distances > 0) * count if ahead else found
+    index = torch.where(away < exact, away, far)
+    return index + (distances > 0) * count if ahead else index

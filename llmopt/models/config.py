@@ -1,7 +1,7 @@
-"""What a Transformer is made of, as data.
+"""Configs of Transformers, as data.
 
 Two layers with equal ``LayerConfig`` compute the same function of their weights: they are one
-kind of layer, which a tracer needs to see only once.
+kind of layer, which is traced only once.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Pooling = Literal["mean", "cls", "max", "mean_sqrt_len"]
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions, and how they are stretched past the length they were trained for.
+    """Rotary position embedding, and its scaling past the training length.
 
     Args:
-        width: Channels of a head that rotate, from the first on; even.
-        theta: The base of the geometric series of frequencies.
-        kind: How the frequencies are scaled; the fields below belong to some kinds only.
-        factor: How many times longer than trained.
-        original_length: The length that was trained for.
+        width: Number of a head's first channels that rotate; even.
+        theta: Base of the geometric series of frequencies.
+        kind: Scaling of the frequencies; each field below belongs to some kinds only.
+        factor: Ratio of the longest sequence to the training length.
+        original_length: Training length.
         low: Wavelengths longer than ``original_length / low`` are scaled in full (llama3).
         high: Wavelengths shorter than ``original_length / high`` are kept (llama3).
-        beta_fast: Channels that turn more often than this are kept (yarn).
-        beta_slow: Channels that turn less often than this are scaled in full (yarn).
-        truncate: Whether yarn's range of channels is rounded outwards to whole ones.
+        beta_fast: Channels with more rotations than this are kept (yarn).
+        beta_slow: Channels with fewer rotations than this are scaled in full (yarn).
+        truncate: Whether yarn's range of channels is rounded outwards to integers.
         short: Divisors of each frequency up to the original length (longrope).
         long: Divisors of each frequency past the original length (longrope).
-        amplitude: What cos and sin are multiplied by (yarn, longrope).
+        amplitude: Factor of cos and sin (yarn, longrope).
     """
 
     width: int
@@ -58,19 +58,19 @@ class LayerConfig:
         heads: Query heads, H.
         kv_heads: Key and value heads, G.
         head_width: Channels of a head, D.
-        feed_forward: Width inside the feed-forward part, F.
-        scale: What scores are multiplied by before the softmax.
-        rope: Rotary positions, or None for a layer that has none.
-        window: How many keys back a query sees, itself included; None for all.
+        feed_forward: Width of the feed-forward network, F.
+        scale: Factor of scores before the softmax.
+        rope: Rotary positions; None for a layer without.
+        window: Number of latest keys that a query attends to, its own included; None for all.
         softcap: Scores become ``softcap * tanh(scores / softcap)``; None leaves them.
         qkv_bias: Whether the query, key and value projections add a bias.
-        output_bias: Whether the output projection adds one.
-        feed_forward_bias: Whether the feed-forward projections add one.
+        output_bias: Whether the output projection adds a bias.
+        feed_forward_bias: Whether the feed-forward projections add a bias.
         qk_norm: Whether each query and key head is normalized before it rotates.
-        post_norms: Whether the results of both parts are normalized, too.
+        post_norms: Whether the outputs of both parts are normalized, too.
         gated: Whether the activation multiplies a second projection.
         activation: The activation.
-        residual: What the result of each part is multiplied by before it is added.
+        residual: Factor of each part's output before it is added.
     """
 
     heads: int
@@ -99,13 +99,13 @@ class DecoderConfig:
         vocabulary: Tokens, V.
         hidden: Width of the embedding, E.
         layers: Every layer, first to last.
-        max_length: The longest sequence the checkpoint was made for.
+        max_length: Longest sequence that the checkpoint supports.
         norm: Root-mean-square or layer normalization.
-        norm_epsilon: What is added to the variance.
+        norm_epsilon: Number added to the variance.
         tied: Whether the head's weight is the embedding's.
-        positions: Rows of a learned position embedding; None where there is none.
-        embedding_multiplier: What embeddings are multiplied by.
-        logits_divisor: What logits are divided by.
+        positions: Rows of a learned position embedding; None without one.
+        embedding_multiplier: Factor of embeddings.
+        logits_divisor: Divisor of logits.
         logits_softcap: Logits become ``cap * tanh(logits / cap)``; None leaves them.
     """
 
@@ -122,7 +122,7 @@ class DecoderConfig:
     logits_softcap: float | None = None
 
     def expected(self) -> Mapping[str, int]:
-        """Return how many attentions, norms, rotaries and activations a forward pass has."""
+        """Return the number of attentions, norms, rotary embeddings and activations."""
         norms = sum(2 + 2 * each.post_norms + 2 * each.qk_norm for each in self.layers)
         return {
             "attention": len(self.layers),
@@ -157,15 +157,15 @@ class EncoderConfig:
         vocabulary: Tokens, V.
         hidden: Width of the embedding, E.
         layers: Every layer, first to last.
-        max_length: The longest sequence there are positions for.
+        max_length: Longest sequence that has positions.
         positions: Rows of the learned position embedding.
-        norm_epsilon: What is added to the variance.
-        padding: The token at which positions stay and after which the others are counted
-            (RoBERTa); None counts every index from 0 on (BERT).
-        token_types: Rows of the token-type embedding, 0 where there is none. A model with more
-            than one takes ``token_type_ids``.
+        norm_epsilon: Number added to the variance.
+        padding: Token that has no position of its own, and whose id positions start after
+            (RoBERTa); None for positions that are indices (BERT).
+        token_types: Rows of the token-type embedding, 0 without one. A model with more than one
+            takes ``token_type_ids``.
         relative_buckets: Rows of a bias by distance, shared by the layers (MPNet); 0: none.
-        pooling: How one vector is made of a sentence; None makes none.
+        pooling: Pooling of hidden states to one vector; None for no pooling.
         normalize: Whether that vector is scaled to length 1.
     """
 
@@ -182,24 +182,24 @@ class EncoderConfig:
     normalize: bool = False
 
     def expected(self) -> Mapping[str, int]:
-        """Return how many attentions, norms, rotaries and activations a forward pass has."""
+        """Return the number of attentions, norms, rotary embeddings and activations."""
         layers = len(self.layers)
         return {"attention": layers, "norm": 2 * layers + 1, "rotary": 0, "activation": layers}
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """One of the two stacks of a model that reads one sequence and writes another.
+    """One of the two stacks of an encoder-decoder.
 
     Args:
         layers: Every layer, first to last.
-        positions: Rows of its table of positions; 0 where it has none.
-        offset: The row of the first position.
-        sinusoidal: Whether that table is computed and not in the checkpoint.
+        positions: Rows of the position embedding; 0 without one.
+        offset: Row of the first position.
+        sinusoidal: Whether the position embedding is computed and not in the checkpoint.
         buckets: Rows of a bias by distance, shared by the layers; 0: none.
-        furthest: Distances beyond this share a bucket.
-        embed_norm: Whether what enters the first layer is normalized.
-        final_norm: Whether what leaves the last one is.
+        furthest: Distance beyond which all share a bucket.
+        embed_norm: Whether the input of the first layer is normalized.
+        final_norm: Whether the output of the last layer is normalized.
     """
 
     layers: tuple[LayerConfig, ...]
@@ -212,31 +212,31 @@ class StackConfig:
     final_norm: bool = False
 
     def norms(self, parts: int) -> int:
-        """Return how many norms it has, each layer being of so many parts."""
+        """Return the number of norms, with ``parts`` of them in each layer."""
         return parts * len(self.layers) + self.embed_norm + self.final_norm
 
 
 @dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """A model that reads one sequence, of tokens or of sounds, and writes another of tokens.
+    """An encoder-decoder: tokens or audio features in, tokens out.
 
     Args:
-        vocabulary: Tokens that are written, V.
+        vocabulary: Tokens of the decoder, V.
         hidden: Width of the embedding, E.
-        encoder: What reads.
-        decoder: What writes; its layers attend to what was read, too.
-        max_length: The longest sequence that can be written; 0: any.
-        max_source: The longest sequence of tokens that can be read; 0: any.
+        encoder: Stack of the encoder.
+        decoder: Stack of the decoder; its layers have cross-attention, too.
+        max_length: Longest sequence of the decoder; 0: any.
+        max_source: Longest sequence of the encoder; 0: any.
         norm: Root-mean-square or layer normalization.
-        norm_epsilon: What is added to the variance.
-        norm_first: Whether each part is normalized before it, not after its residual sum.
-        key_bias: Whether key projections add a bias where the others do.
+        norm_epsilon: Number added to the variance.
+        norm_first: Whether each part's input is normalized, not its residual sum.
+        key_bias: Whether key projections add a bias where the other projections do.
         tied: Whether the head's weight is the embedding's.
-        embedding_multiplier: What embeddings are multiplied by.
-        logits_multiplier: What goes into the head is multiplied by.
+        embedding_multiplier: Factor of embeddings.
+        logits_multiplier: Factor of the head's input.
         logits_bias: Whether logits have a bias.
-        source_vocabulary: Tokens of an embedding that only the encoder has; 0: it shares one.
-        bands: Frequency bands of the sounds that are read; 0 where it reads tokens.
+        source_vocabulary: Tokens of the encoder's own embedding; 0: it shares the decoder's.
+        bands: Frequency bands of the audio features; 0 for tokens.
     """
 
     vocabulary: int
@@ -257,11 +257,11 @@ class EncoderDecoderConfig:
     bands: int = 0
 
     def expected(self) -> Mapping[str, int]:
-        """Return how many attentions, norms, rotaries and activations a forward pass has."""
-        read, written = len(self.encoder.layers), len(self.decoder.layers)
+        """Return the number of attentions, norms, rotary embeddings and activations."""
+        encoder, decoder = len(self.encoder.layers), len(self.decoder.layers)
         return {
-            "attention": read + 2 * written,
+            "attention": encoder + 2 * decoder,
             "norm": self.encoder.norms(2) + self.decoder.norms(3),
             "rotary": 0,
-            "activation": read + written + (2 if self.bands else 0),
+            "activation": encoder + decoder + (2 if self.bands else 0),
         }

@@ -19,11 +19,11 @@ Past = tuple[Tensor, Tensor]  # key and value, each [B, G, P, D]
 
 @dataclass(frozen=True)
 class Context:
-    """What the layers share in one forward pass.
+    """Masks and rotary tables that layers share in one forward pass.
 
     Args:
-        masks: By window, [B, 1, S, T] bool: which keys a query sees.
-        rotary: By rotary setting, cos and sin [B, S, width].
+        masks: Attention mask [B, 1, S, T] bool of each window.
+        rotary: Cos and sin [B, S, width] of each rotary setting.
     """
 
     masks: Mapping[int | None, Tensor]
@@ -34,8 +34,8 @@ class Decoder(nn.Module):
     """Embedding, layers, norm and head; ``forward`` only composes the methods above it.
 
     Args:
-        config: The whole model.
-        layers: The indices of the layers to make; parameters keep them in their names.
+        config: Config of the model.
+        layers: Indices of the layers to create; parameters keep them in their names.
     """
 
     def __init__(self, config: DecoderConfig, layers: Sequence[int]) -> None:
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden, config.vocabulary, bias=False)
 
     def look_up(self, input_ids: Tensor) -> Tensor:
-        """Return the embeddings [B, S, E] of tokens, which know nothing of positions."""
+        """Return the embeddings [B, S, E] of tokens, without positions."""
         embeds: Tensor = self.embed_tokens(input_ids)
         if self.config.embedding_multiplier != 1.0:
             embeds = embeds * self.config.embedding_multiplier
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         return embeds
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the hidden states [B, S, E] that tokens are as they enter the first layer."""
+        """Return the hidden states [B, S, E] of tokens that enter the first layer."""
         return self.begin(self.look_up(input_ids), position_ids)
 
     def context(
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         Args:
             attention_mask: [B, T] int64, 0 where a key is padding.
             position_ids: [B, S] int64.
-            past: The cache, of one layer at least unless there are none.
+            past: KV cache of at least one layer, or empty without a cache.
         """
         length = position_ids.shape[1]
         before = past[0][0].shape[2] if past else attention_mask.shape[1] - length
@@ -115,9 +115,9 @@ class Decoder(nn.Module):
         Args:
             input_ids: [B, S] int64.
             attention_mask: [B, P + S] int64, 0 where a key is padding.
-            position_ids: [B, S] int64: the positions that embeddings and rotary see. Which keys
-                are earlier is decided by index into the cache.
-            past_key_values: For each layer that was made, key and value [B, G, P, D].
+            position_ids: [B, S] int64: positions for embeddings and rotary. Causality follows the
+                index in the cache.
+            past_key_values: Key and value [B, G, P, D] of each layer.
         """
         hidden = self.embed(input_ids, position_ids)
         context = self.context(attention_mask, position_ids, past_key_values)
@@ -129,11 +129,11 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each normalized before and added after.
+    """Attention and feed-forward, each with a norm before it and a residual sum after it.
 
     Args:
-        config: The whole model.
-        index: Which of its layers this is.
+        config: Config of the model.
+        index: Index of the layer.
     """
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
@@ -168,8 +168,8 @@ class GroupedQueryAttention(nn.Module):
     """Grouped-query attention over the cache and the new tokens.
 
     Args:
-        config: The whole model.
-        kind: The layer.
+        config: Config of the model.
+        kind: Config of the layer.
     """
 
     def __init__(self, config: DecoderConfig, kind: LayerConfig) -> None:
@@ -186,7 +186,7 @@ class GroupedQueryAttention(nn.Module):
 
     @override
     def forward(self, x: Tensor, context: Context, past: Past) -> tuple[Tensor, Past]:
-        """Return [B, S, E], and the keys and values with the new ones appended."""
+        """Return [B, S, E], and keys and values with the new ones appended."""
         query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
         if self.kind.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -214,17 +214,17 @@ class GroupedQueryAttention(nn.Module):
         repeats = self.kind.heads // self.kind.kv_heads
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         scores = _capped(query @ key.transpose(2, 3) * self.kind.scale, self.kind.softcap)
-        # the lowest number, not -inf: a query that sees nothing must not become NaN
+        # the lowest number, not -inf: a fully masked query must not become NaN
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1) @ value
 
 
 class FeedForward(nn.Module):
-    """Two projections around an activation, which a third may gate.
+    """Two projections around an activation, which a third one may gate.
 
     Args:
         hidden: Width of the embedding.
-        kind: The layer.
+        kind: Config of the layer.
     """
 
     def __init__(self, hidden: int, kind: LayerConfig) -> None:

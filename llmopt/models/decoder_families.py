@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 from llmopt.models.config import DecoderConfig, LayerConfig, Rope
 from llmopt.models.family import Family, Fields, Weight, activation, need
 from llmopt.models.layer_patterns import (
+    config_windows,
     gemma2_windows,
     gemma3_ropes,
     gemma3_windows,
-    given_windows,
     mistral_windows,
     no_windows,
     one_rope,
@@ -104,23 +104,23 @@ def _granite_multipliers(config: Fields) -> _Multipliers:
 
 @dataclass(frozen=True)
 class _DecoderTraits:
-    """What a decoder with rotary positions and RMS norms does differently from Llama.
+    """Differences of a decoder with rotary positions and RMS norms from Llama.
 
     Args:
-        head_width: Where the config names none; None: the hidden size over the heads.
-        theta: Where the config names none.
-        epsilon: Where the config names none.
-        tied: Where the config does not say.
-        biases: Whether the config's ``attention_bias`` and ``mlp_bias`` are obeyed.
-        qkv_bias: Whether queries, keys and values have a bias in any case.
+        head_width: Default head width; None: the hidden size over the heads.
+        theta: Default base of rotary frequencies.
+        epsilon: Default epsilon of norms.
+        tied: Default of ``tie_word_embeddings``.
+        biases: Whether the config's ``attention_bias`` and ``mlp_bias`` apply.
+        qkv_bias: Whether queries, keys and values always have a bias.
         qk_norm: Whether query and key heads are normalized.
-        post_norms: Whether the results of both parts are normalized.
-        activation: The config's key for it, and its default.
-        softcaps: The caps of scores and of logits, by config key and default.
-        multipliers: Those of the config.
-        windows: The window of each layer.
-        ropes: The rotary setting of each layer, from config, head width and default theta.
-        scale: What scores are multiplied by, from config and head width.
+        post_norms: Whether the outputs of both parts are normalized.
+        activation: Config key of the activation, and its default.
+        softcaps: Caps of scores and of logits, by config key and default.
+        multipliers: Multipliers from the config.
+        windows: Window of each layer, from the config.
+        ropes: Rotary setting of each layer, from config, head width and default theta.
+        scale: Factor of scores, from config and head width.
     """
 
     head_width: int | None = None
@@ -141,7 +141,7 @@ class _DecoderTraits:
 
 def _decoder(config: Fields, traits: _DecoderTraits) -> DecoderConfig:
     if config.get("use_bidirectional_attention"):
-        raise refused(config, "use_bidirectional_attention: this definition is causal")
+        raise refused(config, "use_bidirectional_attention: the definition is causal")
     multipliers = traits.multipliers(config)
     return DecoderConfig(
         vocabulary=int(need(config, "vocab_size")),
@@ -161,7 +161,7 @@ def _layers(config: Fields, traits: _DecoderTraits) -> tuple[LayerConfig, ...]:
     heads = int(need(config, "num_attention_heads"))
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
-        raise refused(config, f"{heads} query heads do not share {kv_heads} key heads evenly")
+        raise refused(config, f"{heads} query heads are not a multiple of {kv_heads} key heads")
     narrow = traits.head_width or int(need(config, "hidden_size")) // heads
     width = int(config.get("head_dim") or narrow)
     bias = traits.biases and bool(config.get("attention_bias", False))
@@ -188,7 +188,7 @@ def _layers(config: Fields, traits: _DecoderTraits) -> tuple[LayerConfig, ...]:
 def _gpt2(config: Fields) -> DecoderConfig:
     hidden, heads = int(need(config, "n_embd")), int(need(config, "n_head"))
     if config.get("add_cross_attention"):
-        raise refused(config, "add_cross_attention: no encoder feeds this definition")
+        raise refused(config, "add_cross_attention: the definition has no cross-attention")
     width = hidden // heads
     like = LayerConfig(
         heads=heads,
@@ -258,7 +258,7 @@ DECODERS: Final[Mapping[str, Family]] = {
         ),
     ),
     "phi3": _row(
-        _PHI3, _DecoderTraits(epsilon=1e-5, biases=False, windows=given_windows, ropes=phi3_ropes)
+        _PHI3, _DecoderTraits(epsilon=1e-5, biases=False, windows=config_windows, ropes=phi3_ropes)
     ),
     "granite": _row(_LLAMA, _DecoderTraits(multipliers=_granite_multipliers, scale=_granite_scale)),
     "gpt2": Family(_gpt2, _GPT2, ("LMHeadModel", "Model")),

@@ -1,4 +1,4 @@
-"""A checkpoint's model: its config, its module, and how its parameters are made."""
+"""A checkpoint's definition: its config, its module and the recipes of its parameters."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 FAMILIES: Final[Mapping[str, Family]] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 
-# tensors that carry nothing the hidden states or logits depend on: what a module computes
-# itself, heads of the pre-training that every encoder comes from, and further names of one
-# embedding
+# tensors that neither hidden states nor logits depend on: buffers that a module computes
+# itself, pre-training heads of encoders, and further names of a shared embedding
 _UNUSED: Final = re.compile(
     r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|embeddings\.position_ids)$"
     r"|(^|\.)(pooler|cls|lm_head|proj_out|vocab_transform|vocab_layer_norm|vocab_projector)\."
@@ -32,17 +31,17 @@ _UNUSED: Final = re.compile(
 )
 
 
-_Writer = TypeVar("_Writer", DecoderConfig, EncoderDecoderConfig)
+_WithLogits = TypeVar("_WithLogits", DecoderConfig, EncoderDecoderConfig)
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What ``define`` found.
+    """A model from its config and its checkpoint's tensors.
 
     Args:
-        config: The whole model.
-        family: The ``model_type`` it was found under.
-        sources: How each parameter of the full module is made.
+        config: Config of the model.
+        family: ``model_type`` of the checkpoint.
+        sources: Recipe of each parameter of the full module.
     """
 
     config: Config
@@ -53,18 +52,18 @@ class Definition:
         """Return the module in eval mode, its parameters not yet filled.
 
         Args:
-            layers: The indices of the layers to make, in order; all where not given. Parameters
-                keep them in their names: ``layers.5.attention.q_proj.weight``.
-            device: Where parameters are. Computed buffers are never on the meta device.
+            layers: Indices of the layers to create, in order; all by default. Parameters keep
+                them in their names: ``layers.5.attention.q_proj.weight``.
+            device: Device of the parameters. Computed buffers are never on the meta device.
         """
         return build(self.config, layers, device)
 
     def recipes(self) -> Mapping[str, ParameterRecipe]:
-        """Return how each parameter of the full module is made of the checkpoint's tensors."""
+        """Return the recipe of each parameter of the full module."""
         return self.sources
 
     def expected(self) -> Mapping[str, int]:
-        """Return how many attentions, norms, rotaries and activations a forward pass has."""
+        """Return the number of attentions, norms, rotary embeddings and activations."""
         return self.config.expected()
 
 
@@ -77,15 +76,15 @@ def define(
     """Return the definition of a checkpoint.
 
     Args:
-        config: Its config.json. ``pooling`` (``mean`` ``cls`` ``max`` ``mean_sqrt_len``) and
-            ``normalize`` may be added for a sentence encoder.
-        names: The names of its tensors.
-        equal: Whether two of them hold the same numbers. Asked only where the config ties head
-            and embedding and both are there; without it they are kept apart.
+        config: Contents of config.json. For a sentence encoder, ``pooling`` (``mean`` ``cls``
+            ``max`` ``mean_sqrt_len``) and ``normalize`` may be added.
+        names: Names of the checkpoint's tensors.
+        equal: Function that compares two tensors by value; called only where the config ties
+            head and embedding and both exist. Without it they are kept apart.
 
     Raises:
-        UnsupportedModelError: The architecture, its head or a setting is not known here, tensors
-            are missing, or there are some that would be left out.
+        UnsupportedModelError: The architecture, its head or a setting is unknown, tensors are
+            missing, or some would be unused.
     """
     names = frozenset(names)
     family = _family(config)
@@ -149,7 +148,7 @@ def _family(config: Fields) -> Family:
     if kind not in FAMILIES:
         raise UnsupportedModelError(
             f"model type {kind!r}" + (f" ({', '.join(classes)})" if classes else ""),
-            [f"not an architecture llmopt defines (known: {', '.join(sorted(FAMILIES))})"],
+            [f"llmopt has no definition of it (known: {', '.join(sorted(FAMILIES))})"],
             "pip install transformers to use its own definition, "
             "or pass the module itself as file.py:factory",
         )
@@ -158,27 +157,27 @@ def _family(config: Fields) -> Family:
         if not name.endswith(tuple(family.classes)):
             raise refused(
                 config,
-                f"{name}: its head is not defined here (only {', '.join(family.classes)} are), "
+                f"{name}: its head has no definition here (known: {', '.join(family.classes)}), "
                 "and hidden states alone would silently drop it",
             )
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method")
-        raise refused(config, f"weights already quantized with {method!r}: give the original")
+        raise refused(config, f"weights already quantized with {method!r}: compile the original")
     return family
 
 
 def _prefix(weight: Weight, names: Collection[str]) -> str:
-    """Return what stands before every name: ``""``, ``"model."``, ``"bert."``."""
+    """Return the prefix of the tensors' names: ``""``, ``"model."``, ``"bert."``."""
     for path in filter(None, (weight.path, weight.instead)):
         ending = f"{path}.weight"
-        found = [name for name in names if name == ending or name.endswith(f".{ending}")]
-        if found:
-            return min(found, key=len).removesuffix(ending)
+        matches = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        if matches:
+            return min(matches, key=len).removesuffix(ending)
     return ""
 
 
 def _named(weight: Weight, prefix: str, names: Collection[str], layer: str = "") -> str:
-    """Return where a module's parameters are: at its path, or at the other if nothing is there."""
+    """Return the path of a module's parameters, or the alternative if that has none."""
     before = "" if weight.rooted else prefix
     first, second = (before + path.format(layer) for path in (weight.path, weight.instead))
     if not weight.instead or f"{first}.weight" in names or f"{second}.weight" not in names:
@@ -187,12 +186,12 @@ def _named(weight: Weight, prefix: str, names: Collection[str], layer: str = "")
 
 
 def _untied(
-    config: _Writer,
+    config: _WithLogits,
     embedding: str,
     names: Collection[str],
     equal: Callable[[str, str], bool] | None,
-) -> _Writer:
-    """Return the config with the head apart from the embedding if the checkpoint has another."""
+) -> _WithLogits:
+    """Return the config with an untied head if the checkpoint has one of its own."""
     if not config.tied or "lm_head.weight" not in names:
         return config
     same = equal is not None and equal(f"{embedding}.weight", "lm_head.weight")
@@ -200,7 +199,7 @@ def _untied(
 
 
 def _with_tables(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
-    """Return the config with tables of positions read where the checkpoint has them."""
+    """Return the config with position embeddings read where the checkpoint has them."""
     stored = [
         side
         for side in ("encoder", "decoder")
@@ -217,10 +216,10 @@ def _recipe(
     parameter: str,
     names: Collection[str],
 ) -> ParameterRecipe:
-    """Return how one parameter of the module is made."""
+    """Return the recipe of one parameter of the module."""
     if parameter in weights:
-        whole = weights[parameter]
-        return ParameterRecipe((("" if whole.rooted else prefix) + whole.path,), whole.op)
+        entry = weights[parameter]
+        return ParameterRecipe((("" if entry.rooted else prefix) + entry.path,), entry.op)
     module, _, leaf = parameter.rpartition(".")
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
     index = layer[1] if layer else ""
@@ -235,7 +234,7 @@ def _recipe(
 
 
 def _spelled(name: str, names: Collection[str]) -> str:
-    """Return the name, or what the checkpoints of BERT's first years call it."""
+    """Return the name, or its spelling in early BERT checkpoints."""
     old = re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name)
     old = re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", old)
     return old if name not in names and old in names else name
@@ -254,7 +253,7 @@ def _refuse_rest(config: Fields, rest: Iterable[str]) -> None:
     if extra := sorted(name for name in rest if not _UNUSED.search(name)):
         raise UnsupportedModelError(
             f"model type {config['model_type']!r}",
-            [f"{len(extra)} tensors of the checkpoint would be left out: {_few(extra)}"],
+            [f"{len(extra)} tensors of the checkpoint would be unused: {_few(extra)}"],
             "pass the module that uses them as file.py:factory, or check config.json",
         )
 

@@ -13,7 +13,7 @@ from llmopt.models.activation import activate
 from llmopt.models.buckets import distance_buckets
 from llmopt.models.config import EncoderConfig, EncoderLayerConfig
 
-_BUCKETS = 32  # MPNet's code fixes both, whatever its config says
+_BUCKETS = 32  # MPNet's code fixes both, whatever the config has
 _FURTHEST = 128
 
 
@@ -21,8 +21,8 @@ class Encoder(nn.Module):
     """Embeddings, layers and pooling; ``forward`` only composes the methods above it.
 
     Args:
-        config: The whole model.
-        layers: The indices of the layers to make; parameters keep them in their names.
+        config: Config of the model.
+        layers: Indices of the layers to create; parameters keep them in their names.
     """
 
     buckets: Tensor
@@ -64,22 +64,22 @@ class Encoder(nn.Module):
         return real.cumsum(dim=1) * real + self.config.padding
 
     def context(self, attention_mask: Tensor) -> Tensor:
-        """Return what the layers add to or mask in their scores.
+        """Return the mask or bias of the layers' scores.
 
-        [B, 1, 1, S] bool, true for keys that are seen; with relative positions, [B, H, S, S]
-        float: the bias, and the lowest number where a key is not seen.
+        [B, 1, 1, S] bool, true for keys that are not padding; with relative positions,
+        [B, H, S, S] float: the bias, and the lowest number where a key is padding.
         """
         seen = attention_mask[:, None, None, :] != 0
         if not self.config.relative_buckets:
             return seen
-        places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        distances = (places[None, :] - places[:, None]).clamp(-_FURTHEST, _FURTHEST)
+        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        distances = (positions[None, :] - positions[:, None]).clamp(-_FURTHEST, _FURTHEST)
         bias: Tensor = self.relative_bias(self.buckets[distances + _FURTHEST])
         bias = bias.permute(2, 0, 1)[None]
         return bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states [B, S, E] after the last layer: nothing is left to do."""
+        """Return the hidden states [B, S, E] after the last layer, unchanged."""
         return hidden
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         Args:
             input_ids: [B, S] int64.
             attention_mask: [B, S] int64, 0 where a token is padding.
-            token_type_ids: [B, S] int64; all 0 where not given.
+            token_type_ids: [B, S] int64; all 0 by default.
         """
         hidden = self.embed(input_ids, token_type_ids)
         context = self.context(attention_mask)
@@ -113,8 +113,8 @@ class EncoderLayer(nn.Module):
     """Attention and feed-forward, each added, then normalized.
 
     Args:
-        config: The whole model.
-        index: Which of its layers this is.
+        config: Config of the model.
+        index: Index of the layer.
     """
 
     def __init__(self, config: EncoderConfig, index: int) -> None:
@@ -134,11 +134,11 @@ class EncoderLayer(nn.Module):
 
 
 class EncoderAttention(nn.Module):
-    """Attention of every token to every token that is seen.
+    """Attention of every token to every token that is not padding.
 
     Args:
         hidden: Width of the embedding.
-        kind: The layer.
+        kind: Config of the layer.
     """
 
     def __init__(self, hidden: int, kind: EncoderLayerConfig) -> None:
@@ -167,7 +167,7 @@ class EncoderFeedForward(nn.Module):
 
     Args:
         hidden: Width of the embedding.
-        kind: The layer.
+        kind: Config of the layer.
     """
 
     def __init__(self, hidden: int, kind: EncoderLayerConfig) -> None:
@@ -200,7 +200,7 @@ def _mean_sqrt_len(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def _cls(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    del attention_mask  # the first token, padding or not: what sentence-transformers takes
+    del attention_mask  # the first token, padding or not, as in sentence-transformers
     return hidden[:, 0]
 
 

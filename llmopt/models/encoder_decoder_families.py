@@ -1,4 +1,4 @@
-"""The models that read one sequence and write another: one row each, by ``model_type``."""
+"""The encoder-decoders: one row each, by ``model_type``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIDES: Final = ("encoder", "decoder")
 
 
 def _both(table: Mapping[str, str]) -> dict[str, Weight]:
-    """Return the rows of both stacks from those of one, ``{side}`` standing for which."""
+    """Return the rows of both stacks from those of one, with ``{side}`` for the stack."""
     return {
         ours.format(side=side): Weight(theirs.format(side=side))
         for side in _SIDES
@@ -116,15 +116,15 @@ _T5: Final = {
 
 @dataclass(frozen=True)
 class _Seq2SeqTraits:
-    """What a descendant of BART does differently from it.
+    """Differences of an encoder-decoder from BART.
 
     Args:
-        norm_first: Whether each part is normalized before it, and the whole at its end.
-        embed_norm: Whether what enters the first layer is normalized.
-        offset: The row of the first position.
+        norm_first: Whether each part's input is normalized, and each stack's output.
+        embed_norm: Whether the input of the first layer is normalized.
+        offset: Row of the first position.
         sinusoidal: Whether positions are computed.
         logits_bias: Whether logits have a bias.
-        activation: Where the config names none.
+        activation: Default activation.
     """
 
     norm_first: bool = False
@@ -175,7 +175,7 @@ def _bart_stack(config: Fields, traits: _Seq2SeqTraits, side: str, positions: in
 def _bart_layer(config: Fields, traits: _Seq2SeqTraits, side: str) -> LayerConfig:
     hidden, heads = int(need(config, "d_model")), int(need(config, f"{side}_attention_heads"))
     if hidden % heads:
-        raise refused(config, f"{heads} heads do not share {hidden} channels evenly")
+        raise refused(config, f"hidden size {hidden} is not a multiple of {heads} heads")
     width = hidden // heads
     return LayerConfig(
         heads=heads,
@@ -193,15 +193,15 @@ def _bart_layer(config: Fields, traits: _Seq2SeqTraits, side: str) -> LayerConfi
 
 def _whisper(config: Fields) -> EncoderDecoderConfig:
     traits = _Seq2SeqTraits(norm_first=True, embed_norm=False, offset=0, logits_bias=False)
-    read = int(config.get("max_source_positions") or 1500)
-    written = int(config.get("max_target_positions") or 448)
+    source = int(config.get("max_source_positions") or 1500)
+    target = int(config.get("max_target_positions") or 448)
     return EncoderDecoderConfig(
         vocabulary=int(need(config, "vocab_size")),
         hidden=int(need(config, "d_model")),
-        encoder=_bart_stack(config, traits, "encoder", read),
-        decoder=_bart_stack(config, traits, "decoder", written),
-        max_length=written,
-        max_source=read,
+        encoder=_bart_stack(config, traits, "encoder", source),
+        decoder=_bart_stack(config, traits, "decoder", target),
+        max_length=target,
+        max_source=source,
         norm="layer",
         norm_epsilon=1e-5,
         norm_first=True,
@@ -213,7 +213,7 @@ def _whisper(config: Fields) -> EncoderDecoderConfig:
 
 
 def _t5(config: Fields) -> EncoderDecoderConfig:
-    hidden, read = int(need(config, "d_model")), int(need(config, "num_layers"))
+    hidden, depth = int(need(config, "d_model")), int(need(config, "num_layers"))
     layer = _t5_layer(config)
     buckets = int(config.get("relative_attention_num_buckets") or 32)
     furthest = int(config.get("relative_attention_max_distance") or 128)
@@ -221,13 +221,13 @@ def _t5(config: Fields) -> EncoderDecoderConfig:
     def stack(layers: int) -> StackConfig:
         return StackConfig((layer,) * layers, buckets=buckets, furthest=furthest, final_norm=True)
 
-    # what newer configs say outright, older ones said with whether the head is tied
+    # newer configs have a key of their own; in older ones it follows from the tied head
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
     return EncoderDecoderConfig(
         vocabulary=int(need(config, "vocab_size")),
         hidden=hidden,
-        encoder=stack(read),
-        decoder=stack(int(config.get("num_decoder_layers") or read)),
+        encoder=stack(depth),
+        decoder=stack(int(config.get("num_decoder_layers") or depth)),
         max_length=0,
         max_source=0,
         norm="rms",
@@ -255,21 +255,21 @@ def _t5_layer(config: Fields) -> LayerConfig:
 
 
 def _row(traits: _Seq2SeqTraits) -> Family:
-    return Family(partial(_bart, traits=traits), _BART, _WRITES)
+    return Family(partial(_bart, traits=traits), _BART, _CLASSES)
 
 
-_WRITES: Final = ("ForConditionalGeneration", "MTModel")
+_CLASSES: Final = ("ForConditionalGeneration", "MTModel")
 
 ENCODER_DECODERS: Final[Mapping[str, Family]] = {
     "bart": _row(_Seq2SeqTraits()),
     "marian": _row(_Seq2SeqTraits(embed_norm=False, offset=0, sinusoidal=True, activation="swish")),
     "mbart": _row(_Seq2SeqTraits(norm_first=True)),
-    "mt5": Family(_t5, _T5, _WRITES),
+    "mt5": Family(_t5, _T5, _CLASSES),
     "pegasus": _row(
         _Seq2SeqTraits(
             norm_first=True, embed_norm=False, offset=0, sinusoidal=True, activation="relu"
         )
     ),
-    "t5": Family(_t5, _T5, _WRITES),
-    "whisper": Family(_whisper, _WHISPER, _WRITES),
+    "t5": Family(_t5, _T5, _CLASSES),
+    "whisper": Family(_whisper, _WHISPER, _CLASSES),
 }

@@ -1,4 +1,4 @@
-"""The parts of a model that reads one sequence and writes another."""
+"""Layers of encoder-decoders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Pair = tuple[Tensor, Tensor]  # key and value, each [B, H, tokens, D]
 
 
 class Bias(nn.Module):
-    """Numbers that are added to every row.
+    """A bias that is added to every row.
 
     Args:
-        width: How many.
+        width: Size of the bias.
     """
 
     def __init__(self, width: int) -> None:
@@ -32,8 +32,8 @@ class Bias(nn.Module):
         return x + self.bias
 
 
-class Sounds(nn.Module):
-    """Two convolutions over time, the second of which halves it.
+class AudioConvolutions(nn.Module):
+    """Two convolutions over time, the second with stride 2.
 
     Args:
         bands: Frequency bands.
@@ -53,11 +53,11 @@ class Sounds(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward: a layer that reads.
+    """Attention and feed-forward: a layer of the encoder.
 
     Args:
-        config: The whole model.
-        kind: The layer.
+        config: Config of the model.
+        kind: Config of the layer.
     """
 
     def __init__(self, config: EncoderDecoderConfig, kind: LayerConfig) -> None:
@@ -80,19 +80,19 @@ class Layer(nn.Module):
         return self.add(hidden, self.feed_forward_norm, self.feed_forward)
 
     def add(self, x: Tensor, normalize: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return ``x`` and what ``part`` makes of it, normalized before or after."""
+        """Return ``x`` plus ``part`` of it, normalized before or after."""
         if self.norm_first:
             return x + part(normalize(x))
         normed: Tensor = normalize(x + part(x))
         return normed
 
 
-class WritingLayer(Layer):
-    """Attention, attention to what was read, and feed-forward: a layer with a cache.
+class CachedLayer(Layer):
+    """Attention, cross-attention and feed-forward: a layer of the decoder, with a KV cache.
 
     Args:
-        config: The whole model.
-        kind: The layer.
+        config: Config of the model.
+        kind: Config of the layer.
     """
 
     def __init__(self, config: EncoderDecoderConfig, kind: LayerConfig) -> None:
@@ -101,42 +101,42 @@ class WritingLayer(Layer):
         self.cross_attention = MultiHeadAttention(config, kind)
 
     @override
-    def forward(  # type: ignore[override] # a layer that writes takes more
-        self, hidden: Tensor, mask: Tensor, past: Pair, memory: Pair, seen: Tensor | None
+    def forward(  # type: ignore[override] # a layer of the decoder takes more
+        self, hidden: Tensor, mask: Tensor, past: Pair, memory: Pair, source_mask: Tensor | None
     ) -> tuple[Tensor, Pair]:
-        """Return the next hidden states [B, S, E] and the keys and values with the new ones.
+        """Return the next hidden states [B, S, E], and keys and values with the new ones.
 
         Args:
             hidden: [B, S, E].
-            mask: As ``context`` gives it.
+            mask: Mask or bias from ``EncoderDecoder.context``.
             past: Keys and values [B, H, P, D].
-            memory: Those of what was read, [B, H, C, D].
-            seen: [B, 1, 1, C] bool; None where all of it is.
+            memory: Keys and values of the encoder's output, [B, H, C, D].
+            source_mask: [B, 1, 1, C] bool, false for padding; None without padding.
         """
-        kept: list[Tensor] = []
+        present: list[Tensor] = []
 
         def attend(x: Tensor) -> Tensor:
             new = self.attention.pair(x)
-            kept.extend(torch.cat(parts, dim=2) for parts in zip(past, new, strict=True))
-            result: Tensor = self.attention(x, (kept[0], kept[1]), mask)
+            present.extend(torch.cat(parts, dim=2) for parts in zip(past, new, strict=True))
+            result: Tensor = self.attention(x, (present[0], present[1]), mask)
             return result
 
-        def consult(x: Tensor) -> Tensor:
-            result: Tensor = self.cross_attention(x, memory, seen)
+        def cross_attend(x: Tensor) -> Tensor:
+            result: Tensor = self.cross_attention(x, memory, source_mask)
             return result
 
         hidden = self.add(hidden, self.attention_norm, attend)
-        hidden = self.add(hidden, self.cross_attention_norm, consult)
+        hidden = self.add(hidden, self.cross_attention_norm, cross_attend)
         hidden = self.add(hidden, self.feed_forward_norm, self.feed_forward)
-        return hidden, (kept[0], kept[1])
+        return hidden, (present[0], present[1])
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention to keys and values that may be of another sequence.
+    """Attention whose keys and values may come from another sequence.
 
     Args:
-        config: The whole model.
-        kind: The layer.
+        config: Config of the model.
+        kind: Config of the layer.
     """
 
     def __init__(self, config: EncoderDecoderConfig, kind: LayerConfig) -> None:
@@ -152,10 +152,10 @@ class MultiHeadAttention(nn.Module):
         """Return the keys and values [B, H, S, D] of ``x`` [B, S, E]."""
         return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
 
-    def nothing(self, x: Tensor) -> Pair:
-        """Return keys and values of no tokens, for the batch of ``x``."""
-        empty = x.new_zeros(x.shape[0], self.kind.heads, 0, self.kind.head_width)
-        return empty, empty
+    def empty(self, x: Tensor) -> Pair:
+        """Return empty keys and values for the batch of ``x``."""
+        none = x.new_zeros(x.shape[0], self.kind.heads, 0, self.kind.head_width)
+        return none, none
 
     @override
     def forward(self, x: Tensor, pair: Pair, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from llmopt.models.config import EncoderConfig, EncoderLayerConfig, Pooling
 from llmopt.models.family import Family, Fields, Weight, activation, need
 from llmopt.models.rope_config import refused
 
-_CLASSES: Final = ("ForMaskedLM", "ForPreTraining", "Model")  # hidden states are what these share
+_CLASSES: Final = ("ForMaskedLM", "ForPreTraining", "Model")  # these share their hidden states
 
 _BERT: Final = {
     "embed_tokens": Weight("embeddings.word_embeddings"),
@@ -52,15 +52,14 @@ _DISTILBERT: Final = {
 
 @dataclass(frozen=True)
 class _EncoderTraits:
-    """What an encoder does differently from BERT.
+    """Differences of an encoder from BERT.
 
     Args:
-        keys: The config's name for each of BERT's keys; what is absent is not asked for.
-        padding: The token that positions are counted from, where the config names none; None
-            where positions are indices.
-        padding_fixed: Whether the config's own ``pad_token_id`` is not asked.
-        token_types: Rows of the token-type embedding, where the config does not say.
-        relative_buckets: Rows of the bias by distance, where the config does not say.
+        keys: Config key for each of BERT's; absent ones are not read.
+        padding: Default token whose id positions start after; None if positions are indices.
+        padding_fixed: Whether ``padding`` overrides the config's ``pad_token_id``.
+        token_types: Default number of rows of the token-type embedding.
+        relative_buckets: Default number of rows of the bias by distance.
     """
 
     keys: Mapping[str, str]
@@ -122,7 +121,7 @@ def _encoder(config: Fields, traits: _EncoderTraits) -> EncoderConfig:
 
 def _check(config: Fields) -> None:
     if config.get("is_decoder") or config.get("add_cross_attention"):
-        raise refused(config, "is_decoder: this definition attends in both directions")
+        raise refused(config, "is_decoder: the definition is bidirectional")
     kind = config.get("position_embedding_type") or "absolute"
     if kind != "absolute":
         raise refused(config, f"position_embedding_type {kind!r} (known: absolute)")
@@ -131,8 +130,8 @@ def _check(config: Fields) -> None:
 def _padding(config: Fields, traits: _EncoderTraits) -> int | None:
     if traits.padding is None or traits.padding_fixed:
         return traits.padding
-    given = config.get("pad_token_id")
-    return traits.padding if given is None else int(given)
+    configured = config.get("pad_token_id")
+    return traits.padding if configured is None else int(configured)
 
 
 def _pooling(config: Fields) -> Pooling | None:

@@ -1,4 +1,4 @@
-"""What sets one family of checkpoints apart from another."""
+"""Families of checkpoints: config parser, names of weights, and their layouts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmopt.models.rope_config import refused
 Fields = Mapping[str, Any]
 Config = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 
-# gelu_new, gelu_fast and gelu_pytorch_tanh spell one formula in three ways
+# gelu_new, gelu_fast and gelu_pytorch_tanh are one formula
 ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "silu": "silu",
     "swish": "silu",
@@ -34,14 +34,14 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a module's parameters are in a checkpoint.
+    """The location of a module's parameters in a checkpoint.
 
     Args:
-        path: The module there, ``{}`` standing for the layer; its parameters keep their names.
-        op: What is done to its weight (and to nothing else).
-        part: Which rows of a fused projection: ``q`` ``k`` ``v`` ``gate`` ``up``; all where empty.
+        path: Module in the checkpoint, ``{}`` for the layer; its parameters keep their names.
+        op: Operation on its weight (and on nothing else).
+        part: Rows of a fused projection: ``q`` ``k`` ``v`` ``gate`` ``up``; all if empty.
         rooted: Whether ``path`` starts at the root, not below the checkpoint's prefix.
-        instead: The path in checkpoints that have nothing at the first; none where empty.
+        instead: Path in checkpoints that have nothing at ``path``; none if empty.
     """
 
     path: str
@@ -56,10 +56,10 @@ class Family:
     """One row of the table of families.
 
     Args:
-        parse: Returns our config of a Hugging Face one.
-        weights: Our modules (and parameters of the whole model) to the checkpoint's;
-            ``layers.{}`` stands for every layer.
-        classes: Endings of the ``architectures`` that this definition computes.
+        parse: Function from a Hugging Face config to a definition's config.
+        weights: Modules (and top-level parameters) of the definition to the checkpoint's;
+            ``layers.{}`` is any layer.
+        classes: Suffixes of the ``architectures`` that the definition computes.
     """
 
     parse: Callable[[Fields], Config]
@@ -68,7 +68,7 @@ class Family:
 
 
 def need(config: Fields, key: str) -> Any:
-    """Return a value that a config cannot do without."""
+    """Return a required value of a config."""
     if config.get(key) is None:
         raise refused(config, f"config.json lacks {key!r}")
     return config[key]
@@ -83,7 +83,7 @@ def activation(config: Fields, key: str, default: str) -> Activation:
 
 
 def rows(kind: LayerConfig, part: str) -> tuple[int, int] | None:
-    """Return which rows of a fused projection are ``part``: q, k, v or gate, up in that order."""
+    """Return the rows of ``part`` in a fused projection: q, k, v or gate, up in that order."""
     query, shared = kind.heads * kind.head_width, kind.kv_heads * kind.head_width
     inner = kind.feed_forward
     return {

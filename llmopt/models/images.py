@@ -1,4 +1,4 @@
-"""Features of images in the place of tokens that stand for them."""
+"""Features of images, inserted in place of image tokens."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from torch.nn import functional
 
 
 def with_images(embeds: Tensor, input_ids: Tensor, features: Tensor, image_token: int) -> Tensor:
-    """Return embeddings [B, S, E] with features where image tokens stand, row by row.
+    """Return embeddings [B, S, E] with features in index of image tokens, row by row.
 
-    A token that no feature is left for keeps its own embedding, as one does that a model writes
-    itself.
+    An image token without a feature keeps its own embedding, for example one that the model
+    generates.
 
     Args:
-        embeds: [B, S, E], of every token.
+        embeds: [B, S, E], embeddings of all tokens.
         input_ids: [B, S] int64.
-        features: [I, N, E] of I images, in the order in which their tokens stand; I may be 0.
-        image_token: The token that stands for one feature.
+        features: [I, N, E] of I images, in the order of their tokens; I may be 0.
+        image_token: Token that is the placeholder of one feature.
     """
     rows = features.flatten(0, 1)
-    stands = input_ids == image_token
-    place = stands.flatten().to(torch.int64).cumsum(0).view_as(input_ids)  # from 1 on
-    shown = stands & (place <= rows.shape[0])
-    # row 0 is nobody's: there is one to be looked up where there are no features
+    is_image = input_ids == image_token
+    index = is_image.flatten().to(torch.int64).cumsum(0).view_as(input_ids)  # from 1 on
+    replaced = is_image & (index <= rows.shape[0])
+    # row 0 is a dummy, so that a lookup works without features
     table = torch.cat((rows.new_zeros(1, rows.shape[1]), rows))
-    found = functional.embedding(torch.where(shown, place, 0), table)
-    return torch.where(shown[..., None], found, embeds)
+    inserted = functional.embedding(torch.where(replaced, index, 0), table)
+    return torch.where(replaced[..., None], inserted, embeds)

@@ -1,4 +1,4 @@
-"""Which layers of a decoder have a window, and which rotary setting: by family.
+"""Windows and rotary settings of a decoder's layers, by family.
 
 A function returns one entry for each layer, from the first to the last.
 """
@@ -17,22 +17,22 @@ def _depth(config: Fields) -> range:
 
 
 def no_windows(config: Fields) -> Sequence[int | None]:
-    """Return no window for any layer."""
+    """Return None for every layer: no window."""
     return [None for _ in _depth(config)]
 
 
 def mistral_windows(config: Fields) -> Sequence[int | None]:
-    """Return one window for every layer, of 4096 where the config does not say."""
-    return given_windows({"sliding_window": 4096} | dict(config))
+    """Return one window for every layer, 4096 by default."""
+    return config_windows({"sliding_window": 4096} | dict(config))
 
 
-def given_windows(config: Fields) -> Sequence[int | None]:
-    """Return one window for every layer, where the config has one."""
+def config_windows(config: Fields) -> Sequence[int | None]:
+    """Return the config's window for every layer; None without one."""
     return [config.get("sliding_window") for _ in _depth(config)]
 
 
 def qwen_windows(config: Fields) -> Sequence[int | None]:
-    """Return, where the config turns it on, a window from ``max_window_layers`` on."""
+    """Return a window from layer ``max_window_layers`` on, if the config enables it."""
     first = int(config.get("max_window_layers", 28))
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     sliding = [layer >= first for layer in _depth(config)]
@@ -40,7 +40,7 @@ def qwen_windows(config: Fields) -> Sequence[int | None]:
 
 
 def smollm3_windows(config: Fields) -> Sequence[int | None]:
-    """Return, where the config turns it on, a window for the layers without rotary."""
+    """Return a window for the layers without rotary, if the config enables it."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     return _typed_windows(config, [not rotates for rotates in _rotating(config)], window)
 
@@ -57,14 +57,14 @@ def gemma2_windows(config: Fields) -> Sequence[int | None]:
 
 
 def gemma3_windows(config: Fields) -> Sequence[int | None]:
-    """Return a window for five layers of six, or as the config says."""
+    """Return a window for five layers of six, or by the config's pattern."""
     return _patterned_windows(config, int(config.get("sliding_window_pattern", 6)))
 
 
 def _typed_windows(
     config: Fields, sliding: Sequence[bool], window: int | None
 ) -> Sequence[int | None]:
-    """Return the window of each layer: ``layer_types`` decides where the config has them."""
+    """Return the window of each layer; ``layer_types``, if in the config, decide."""
     if (types := config.get("layer_types")) is not None:
         if set(types) - {"sliding_attention", "full_attention"} or len(types) != len(sliding):
             raise refused(config, f"layer_types {sorted(set(types))} of {len(types)} layers")
@@ -84,16 +84,16 @@ def one_rope(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
     """Return one rotary setting for every layer."""
     params = _params(config)
     if params.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in {None, 1.0}:
-        raise refused(config, "rotary over a part of each head")
+        raise refused(config, "partial_rotary_factor: partial rotary embeddings are not supported")
     rope = parse_rope(config, params, width, _theta(config, theta))
     return [rope for _ in _depth(config)]
 
 
 def phi3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
-    """Return one setting for every layer; it may rotate a part of each head."""
+    """Return one setting for every layer; it may rotate only some channels of a head."""
     params = dict(_params(config))
     share = params.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if params.get("rope_type", params.get("type")) in {"su", "yarn"}:  # its first names
+    if params.get("rope_type", params.get("type")) in {"su", "yarn"}:  # early names of it
         params["rope_type"] = "longrope"
     lengths = {"original_max_position_embeddings": 4096, "max_position_embeddings": 4096}
     rope = parse_rope(lengths | dict(config), params, int(width * share), _theta(config, theta))
@@ -108,7 +108,7 @@ def smollm3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | N
 
 def _rotating(config: Fields) -> Sequence[bool]:
     interval = int(config.get("no_rope_layer_interval", 4))
-    flags = config.get("no_rope_layers")  # 1 where there is rotary, whatever the name says
+    flags = config.get("no_rope_layers")  # 1 for a layer with rotary, despite the name
     if flags is None:
         return [(layer + 1) % interval != 0 for layer in _depth(config)]
     if len(flags) != len(_depth(config)):
@@ -117,7 +117,7 @@ def _rotating(config: Fields) -> Sequence[bool]:
 
 
 def gemma3_ropes(config: Fields, width: int, theta: float) -> Sequence[Rope | None]:
-    """Return one setting for the layers with a window, another for those without."""
+    """Return one setting for layers with a window, another for those without."""
     params = dict(_params(config))
     local = params.pop("sliding_attention", None) or {}
     full = params.pop("full_attention", None) or params

@@ -1,4 +1,4 @@
-"""How a module's parameter is made of a checkpoint's tensors."""
+"""Recipes: parameters of a definition from tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class ParameterRecipe:
     """One parameter: a tensor of the checkpoint, changed by ``op``, then cut to ``rows``.
 
     Args:
-        sources: The checkpoint's tensors that are read; one today.
-        op: ``copy`` takes it as it is, ``transpose`` swaps its two axes (GPT-2 stores
+        sources: Names of the checkpoint's tensors; currently one.
+        op: ``copy`` keeps the tensor, ``transpose`` swaps its two axes (GPT-2 stores
             [in, out]), ``add-one`` adds 1 (Gemma stores a norm's weight less 1).
-        rows: The first row taken and the one after the last; None takes all.
+        rows: First row, and the one after the last; None for all.
     """
 
     sources: tuple[str, ...]
@@ -28,10 +28,9 @@ class ParameterRecipe:
     rows: tuple[int, int] | None = None
 
     def apply(self, read: Callable[[str], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """Return the parameter, of the dtype that ``read`` gives.
+        """Return the parameter, of the dtype that ``read`` returns.
 
-        ``add-one`` gives float32: 1 + w has more digits than the bfloat16 or float16 that w
-        is stored in.
+        ``add-one`` returns float32: 1 + w has more digits than a bfloat16 or float16 w.
         """
         (source,) = self.sources
         tensor = read(source)
@@ -42,7 +41,7 @@ class ParameterRecipe:
         return tensor if self.rows is None else tensor[slice(*self.rows)]
 
     def shape(self, stored: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the shape that ``apply`` gives, from the shapes that are stored."""
+        """Return the shape that ``apply`` returns, from the stored shapes."""
         (source,) = self.sources
         shape = stored(source)
         if self.op == "transpose":

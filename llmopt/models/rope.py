@@ -1,4 +1,4 @@
-"""Rotary position tables, computed in the forward pass from the positions it is given.
+"""Rotary position tables, computed from positions in the forward pass.
 
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; the scalings: Peng et al. 2023 (yarn),
 https://arxiv.org/abs/2309.00071; Ding et al. 2024 (longrope), https://arxiv.org/abs/2402.13753;
@@ -16,10 +16,10 @@ from llmopt.models.config import Rope
 
 
 class RotaryTable(torch.nn.Module):
-    """The cosines and sines of every position; its frequencies are never on the meta device.
+    """Cosines and sines of positions; the frequencies are never on the meta device.
 
     Args:
-        rope: The rotary positions.
+        rope: Rotary setting.
     """
 
     frequencies: torch.Tensor
@@ -41,7 +41,7 @@ class RotaryTable(torch.nn.Module):
         """Return cos and sin [B, S, width] of ``position_ids`` [B, S]."""
         frequencies = self.frequencies
         if self.rope.kind == "longrope":
-            # one set for the whole batch, by its furthest position: as the models were trained
+            # one set for the batch, by its furthest position, as in training
             longer = position_ids.max() >= self.rope.original_length
             frequencies = torch.where(longer, self.long_frequencies, frequencies)
         angles = position_ids[..., None].float() * frequencies
@@ -52,13 +52,13 @@ class RotaryTable(torch.nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` [B, H, S, D] with its first channels, as many as ``cos`` has, rotated."""
+    """Return ``x`` [B, H, S, D] with the first channels, up to the width of ``cos``, rotated."""
     cos, sin = cos[:, None], sin[:, None]
     width = cos.shape[-1]
     if width == x.shape[-1]:
         return x * cos + rotate_half(x) * sin
-    turned, kept = x[..., :width], x[..., width:]
-    return torch.cat((turned * cos + rotate_half(turned) * sin, kept), dim=-1)
+    rotary, kept = x[..., :width], x[..., width:]
+    return torch.cat((rotary * cos + rotate_half(rotary) * sin, kept), dim=-1)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def inverse_frequencies(rope: Rope) -> torch.Tensor:
     """Return the angle per position of each pair of channels: [width / 2] float32.
 
-    For longrope, those up to the original length.
+    For longrope, the frequencies up to the original length.
     """
     base = _base(rope)
     if rope.kind == "linear":
@@ -90,15 +90,15 @@ def _base(rope: Rope) -> torch.Tensor:
 
 
 def _llama3(base: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Keep what turns often, divide what turns seldom by the factor, blend what lies between."""
-    turns = rope.original_length * base / (2 * math.pi)  # in the length trained for
-    kept = ((turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
+    """Keep high frequencies, divide low ones by the factor, blend those between."""
+    rotations = rope.original_length * base / (2 * math.pi)  # in the training length
+    kept = ((rotations - rope.low) / (rope.high - rope.low)).clamp(0, 1)
     return kept * base + (1 - kept) * base / rope.factor
 
 
 def _yarn(base: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """As llama3, but blended along the channels between two numbers of turns."""
-    low, high = (_channel(rope, turns) for turns in (rope.beta_fast, rope.beta_slow))
+    """Like llama3, but blended along the channels between two numbers of rotations."""
+    low, high = (_channel(rope, rotations) for rotations in (rope.beta_fast, rope.beta_slow))
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.width - 1)
@@ -109,7 +109,7 @@ def _yarn(base: torch.Tensor, rope: Rope) -> torch.Tensor:
     return scaled * base / rope.factor + (1 - scaled) * base
 
 
-def _channel(rope: Rope, turns: float) -> float:
-    """Return the pair of channels that turns so often in the length trained for."""
-    wavelength = rope.original_length / (turns * 2 * math.pi)
+def _channel(rope: Rope, rotations: float) -> float:
+    """Return the pair of channels with this number of rotations in the training length."""
+    wavelength = rope.original_length / (rotations * 2 * math.pi)
     return rope.width * math.log(wavelength) / (2 * math.log(rope.theta))

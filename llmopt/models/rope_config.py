@@ -17,13 +17,13 @@ def parse_rope(config: Fields, params: Fields, width: int, theta: float) -> Rope
     """Return the rotary settings of one kind of layer.
 
     Args:
-        config: The whole config, for the lengths that some kinds scale by.
-        params: Its ``rope_parameters`` (or ``rope_scaling``), or those of one kind of layer.
-        width: Channels that rotate.
-        theta: The base, where ``params`` names none.
+        config: Config of the model, for the lengths that some kinds scale by.
+        params: ``rope_parameters`` (or ``rope_scaling``), of the model or one kind of layer.
+        width: Number of channels that rotate.
+        theta: Base, if ``params`` names none.
 
     Raises:
-        UnsupportedModelError: The kind of scaling is not known, or lacks a number it needs.
+        UnsupportedModelError: The kind of scaling is unknown, or lacks a parameter.
     """
     kind = str(params.get("rope_type", params.get("type", "default")))
     if kind not in _KINDS:
@@ -38,7 +38,7 @@ def parse_rope(config: Fields, params: Fields, width: int, theta: float) -> Rope
 
 
 def refused(config: Fields, problem: str) -> UnsupportedModelError:
-    """Return the error for a config that asks for what we do not have."""
+    """Return the error for a config with an unsupported setting."""
     return UnsupportedModelError(
         f"model type {config.get('model_type')!r}",
         [problem],
@@ -95,8 +95,8 @@ def _yarn_amplitude(factor: float, scale: float | None) -> float:
 def _longrope(rope: Rope, config: Fields, params: Fields) -> Rope:
     short, long = (tuple(map(float, params[f"{name}_factor"])) for name in ("short", "long"))
     if len(short) != rope.width // 2 or len(long) != rope.width // 2:
-        found = f"{len(short)} short and {len(long)} long factors"
-        raise refused(config, f"longrope with {found} for {rope.width // 2} frequencies")
+        counts = f"{len(short)} short and {len(long)} long factors"
+        raise refused(config, f"longrope with {counts} for {rope.width // 2} frequencies")
     original = _original(config, params)
     amplitude = params.get("attention_factor")
     if amplitude is None:
@@ -113,9 +113,9 @@ def _longrope(rope: Rope, config: Fields, params: Fields) -> Rope:
 
 
 def _original(config: Fields, params: Fields) -> float:
-    """Return the length trained for: Phi-3 keeps it outside of the rotary parameters."""
-    for where in (config, params):
-        if (length := where.get("original_max_position_embeddings")) is not None:
+    """Return the training length; Phi-3 has it outside of the rotary parameters."""
+    for settings in (config, params):
+        if (length := settings.get("original_max_position_embeddings")) is not None:
             return float(length)
     return float(config["max_position_embeddings"])
 

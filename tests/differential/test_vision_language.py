@@ -34,7 +34,7 @@ from llmopt.compiler import Clock, CompileOptions, optimize
 from llmopt.compiler.compilation import Compilation, Optimized
 from llmopt.errors import SourceError, UnsupportedModelError, UsageError
 from llmopt.frontend.base import SourceOptions
-from llmopt.frontend.huggingface.vision_language import open_seeing
+from llmopt.frontend.huggingface.vision_language import open_vision_language
 from llmopt.frontend.source import open_source
 from llmopt.ir import graph as g
 from llmopt.passes.pipeline import Pipeline
@@ -327,15 +327,15 @@ def test_parts_that_are_not_the_whole_are_refused(tmp_path: Path) -> None:
         return wrong(model, *args, **options, vision_feature_layer=-1)
 
     model.forward = other_layer
-    with pytest.raises(UnsupportedModelError, match="its logits are not those of features"):
-        open_seeing(Loaded(tmp_path, model, model.config.to_dict(), {}), SourceOptions())
+    with pytest.raises(UnsupportedModelError, match="its logits differ from those of a decoder"):
+        open_vision_language(Loaded(tmp_path, model, model.config.to_dict(), {}), SourceOptions())
 
 
 @pytest.mark.slow
 def test_what_is_put_together_in_another_way_is_refused(tmp_path: Path) -> None:
     for text, problem in {
-        "gemma2": "'gemma2' are multiplied by a number",
-        "starcoder2": "'starcoder2' has no definition here",
+        "gemma2": "'gemma2' scales the embeddings of tokens",
+        "starcoder2": "'starcoder2' has no definition in llmopt",
     }.items():
         tiny_folder(tmp_path / text, "llava", text_config={**TEXT, "model_type": text})
         with pytest.raises(UnsupportedModelError, match=problem):

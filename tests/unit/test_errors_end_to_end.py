@@ -132,7 +132,7 @@ def text_file(root: Path) -> str:
         (unknown_architecture, 1, ["fortune-teller", "; "]),
         (missing_factory, 2, ["'make'", "build"]),
         (failing_factory, 1, ["make() failed", "ZeroDivisionError", "fix it"]),
-        (text_file, 1, ["notes.txt", "not a kind of source", ".onnx"]),
+        (text_file, 1, ["notes.txt", "unknown kind of source", ".onnx"]),
     ],
 )
 def test_a_bad_source_is_one_line_with_the_next_step(

@@ -1,8 +1,8 @@
-"""Put a model together from parts that were traced once each.
+"""A graph assembled from parts that are traced once each.
 
-A decoder of thirty equal layers is traced as three small modules: what comes before the layers,
-one layer, what comes after. The layer's graph is then repeated with each layer's weights.
-Verification runs the whole artifact against all layers of the source.
+A decoder of thirty equal layers is traced as three small modules: the embedding, one layer and the
+head. The layer's graph is then repeated with each layer's weights. Verification runs the artifact
+against all layers of the source.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Assembly:
     """A graph that grows part by part.
 
     Args:
-        read: Returns a parameter's numbers by name.
+        read: Function from a parameter's name to its values.
     """
 
     def __init__(self, read: Read) -> None:
@@ -52,9 +52,9 @@ class Assembly:
 
         Args:
             part: The graph to copy.
-            inputs: What its inputs are here, in order.
-            rename: Its parameter and scope names to those of the whole model.
-            prefix: Begins the names of the values that the copy makes.
+            inputs: Values to bind the part's inputs to, in order.
+            rename: Function from the part's parameter and scope names to the model's.
+            prefix: Prefix of the names of the copy's values.
         """
         values: dict[ir.Value, ir.Value] = dict(zip(part.inputs, inputs, strict=True))
         initializers = part.initializers.values()
@@ -66,7 +66,7 @@ class Assembly:
         return [values[value] for value in part.outputs]
 
     def model(self) -> ir.Model:
-        """Return what was put together."""
+        """Return the assembled model."""
         name_nodes(self.graph)
         return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="llmopt")
 

@@ -1,6 +1,6 @@
 """A definition from ``models/`` and a checkpoint become a Program.
 
-One layer of each kind is traced, the rest repeat it with their own weights.
+One layer of each kind is traced; the others repeat it with their own weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmopt.models.encoder import Encoder
 
 
 def read_parameters(definition: Definition, checkpoint: Checkpoint) -> Read:
-    """Return a function that reads a parameter of the definition's module, as float32."""
+    """Return a function from a parameter's name in the definition to its float32 values."""
     recipes = definition.recipes()
 
     def read(name: str) -> npt.NDArray[Any]:
@@ -44,8 +44,8 @@ def trace_definition(definition: Definition, read: Read, facts: Facts) -> Progra
 
     Args:
         definition: The model.
-        read: Returns a parameter's numbers by name.
-        facts: What is known beside the graph.
+        read: Function from a parameter's name to its values.
+        facts: Facts of the checkpoint.
     """
     match definition.config:
         case DecoderConfig() as config:
@@ -57,27 +57,27 @@ def trace_definition(definition: Definition, read: Read, facts: Facts) -> Progra
 
 
 def decoder_facts(definition: Definition, config: DecoderConfig, **more: Any) -> ModelFacts:
-    """Return what a runner has to know of a decoder."""
+    """Return the facts that a runner needs of a decoder."""
     kv_heads = config.layers[0].kv_heads
     return _facts(definition, config, config.layers, kv_heads=kv_heads, cache="concat", **more)
 
 
 def encoder_facts(definition: Definition, config: EncoderConfig, **more: Any) -> ModelFacts:
-    """Return what a runner has to know of an encoder."""
+    """Return the facts that a runner needs of an encoder."""
     return _facts(definition, config, config.layers, kv_heads=config.layers[0].heads, **more)
 
 
 def encoder_decoder_facts(
     definition: Definition, config: EncoderDecoderConfig, **more: Any
 ) -> ModelFacts:
-    """Return what a runner has to know of a model that reads one sequence and writes another."""
+    """Return the facts that a runner needs of an encoder-decoder."""
     layers = config.decoder.layers
     more |= {"max_source": config.max_source, "source_vocabulary": config.source_vocabulary}
     return _facts(definition, config, layers, kv_heads=layers[0].heads, cache="concat", **more)
 
 
 def _facts(definition: Definition, config: Any, layers: Sequence[Any], **more: Any) -> ModelFacts:
-    """Return what every kind of model has; layers differ in what is of no account to a runner."""
+    """Return the facts that all models share; a runner needs no per-layer differences."""
     return ModelFacts(
         family=definition.family,
         layers=len(layers),
@@ -101,17 +101,17 @@ def trace_decoder(
 
     Args:
         definition: The model.
-        config: It.
-        read: Returns a parameter's numbers by name.
-        facts: What is known beside the graph.
-        embeds: Whether it takes embeddings, and another component looks tokens up: it is then the
-            component ``decoder``.
+        config: Config of the decoder.
+        read: Function from a parameter's name to its values.
+        facts: Facts of the checkpoint.
+        embeds: Whether it takes embeddings because another component looks tokens up; the Program
+            is then the component ``decoder``.
     """
     kinds = {kind: config.layers.index(kind) for kind in dict.fromkeys(config.layers)}
     module = definition.module(layers=list(kinds.values()))
     assert isinstance(module, Decoder)
     module.eval()
-    whole = Assembly(read)
+    assembly = Assembly(read)
     ports = [
         Port("inputs_embeds", Role.EMBEDS, "float32", ("B", "S", config.hidden))
         if embeds
@@ -120,8 +120,8 @@ def trace_decoder(
         Port("position_ids", Role.POSITIONS, "int64", ("B", "S")),
     ]
     windows, ropes = _context_keys(module)
-    tokens = [whole.input(p.name, _TYPES[p.dtype][0], p.shape) for p in ports]
-    hidden, *context = whole.add(_prelude(module, ports), tokens)
+    tokens = [assembly.input(p.name, _TYPES[p.dtype][0], p.shape) for p in ports]
+    hidden, *context = assembly.add(_prelude(module, ports), tokens)
     masks = dict(zip(windows, context, strict=False))
     rotary = {
         rope: (context[len(windows) + 2 * i], context[len(windows) + 2 * i + 1])
@@ -134,26 +134,26 @@ def trace_decoder(
         for part in ("key", "value"):
             name = f"past_key_values.{index}.{part}"
             shape = ("B", kind.kv_heads, "P", kind.head_width)
-            past.append(whole.input(name, ir.DataType.FLOAT, shape))
+            past.append(assembly.input(name, ir.DataType.FLOAT, shape))
             role = Role.PAST_KEY if part == "key" else Role.PAST_VALUE
             ports.append(Port(name, role, "float32", shape, index))
         shared = [masks[kind.window], *(rotary[kind.rope] if kind.rope else ())]
         old = f"layers.{kinds[kind]}"
-        hidden, key, value = whole.add(
+        hidden, key, value = assembly.add(
             graphs[kind],
             [hidden, *shared, *past],
             renamer(old, f"layers.{index}"),
             prefix=f"layers.{index}.",
         )
         presents += [(f"present.{index}.key", key), (f"present.{index}.value", value)]
-    hidden = keep_last(whole.graph, hidden)
+    hidden = keep_last(assembly.graph, hidden)
     ports.append(LOGITS_TO_KEEP)
-    (logits,) = whole.add(_head(module, config), [hidden])
-    whole.output(logits, "logits")
+    (logits,) = assembly.add(_head(module, config), [hidden])
+    assembly.output(logits, "logits")
     logits.shape = ir.Shape(["B", "K", config.vocabulary])
     outputs = [Port("logits", Role.LOGITS, "float32", ("B", "K", config.vocabulary))]
     for name, present in presents:
-        whole.output(present, name)
+        assembly.output(present, name)
         layer = int(name.split(".")[1])
         role = Role.PRESENT_KEY if name.endswith("key") else Role.PRESENT_VALUE
         kind = config.layers[layer]
@@ -161,7 +161,7 @@ def trace_decoder(
             Port(name, role, "float32", ("B", kind.kv_heads, "T", kind.head_width), layer)
         )
     signature = Signature(tuple(ports), tuple(outputs))
-    return Program(whole.model(), signature, facts, "decoder" if embeds else "model")
+    return Program(assembly.model(), signature, facts, "decoder" if embeds else "model")
 
 
 _TYPES: Final = {
@@ -178,7 +178,7 @@ def _context_keys(module: Decoder) -> tuple[list[Any], list[Any]]:
 
 
 def _prelude(module: Decoder, ports: Sequence[Port]) -> ir.Graph:
-    """Return the graph from tokens, or embeddings, to what the first layer takes."""
+    """Return the graph from tokens, or embeddings, to the inputs of the first layer."""
     windows, ropes = _context_keys(module)
     embeds = ports[0].role == Role.EMBEDS
 
@@ -235,25 +235,25 @@ def _encoder(definition: Definition, config: EncoderConfig, read: Read, facts: F
     module = definition.module(layers=list(kinds.values()))
     assert isinstance(module, Encoder)
     module.eval()
-    whole = Assembly(read)
+    assembly = Assembly(read)
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.token_types > 1)
     roles = {"input_ids": Role.TOKENS, "attention_mask": Role.MASK}
-    values = {name: whole.input(name, ir.DataType.INT64, ["B", "S"]) for name in names}
+    values = {name: assembly.input(name, ir.DataType.INT64, ["B", "S"]) for name in names}
     ports = [Port(name, roles.get(name, Role.TOKEN_TYPES), "int64", ("B", "S")) for name in names]
-    hidden, mask = whole.add(_encoder_prelude(module, names), list(values.values()))
+    hidden, mask = assembly.add(_encoder_prelude(module, names), list(values.values()))
     graphs = {kind: _encoder_layer(module, index, mask) for kind, index in kinds.items()}
     for index, kind in enumerate(config.layers):
         rename = renamer(f"layers.{kinds[kind]}", f"layers.{index}")
-        (hidden,) = whole.add(graphs[kind], [hidden, mask], rename, prefix=f"layers.{index}.")
+        (hidden,) = assembly.add(graphs[kind], [hidden, mask], rename, prefix=f"layers.{index}.")
     outputs = [Port("last_hidden_state", Role.HIDDEN, "float32", ("B", "S", config.hidden))]
     if config.pooling is not None:
-        (pooled,) = whole.add(_pool(module, config), [hidden, values["attention_mask"]])
-        whole.output(hidden, "last_hidden_state")
-        whole.output(pooled, "sentence_embedding")
+        (pooled,) = assembly.add(_pool(module, config), [hidden, values["attention_mask"]])
+        assembly.output(hidden, "last_hidden_state")
+        assembly.output(pooled, "sentence_embedding")
         outputs.append(Port("sentence_embedding", Role.EMBEDDING, "float32", ("B", config.hidden)))
     else:
-        whole.output(hidden, "last_hidden_state")
-    return Program(whole.model(), Signature(tuple(ports), tuple(outputs)), facts)
+        assembly.output(hidden, "last_hidden_state")
+    return Program(assembly.model(), Signature(tuple(ports), tuple(outputs)), facts)
 
 
 def _encoder_prelude(module: Encoder, names: Sequence[str]) -> ir.Graph:
@@ -268,7 +268,7 @@ def _encoder_layer(module: Encoder, index: int, mask: ir.Value) -> ir.Graph:
     layer = module.layers[str(index)]
 
     def compute(hidden: Tensor, mask: Tensor) -> Any:
-        return layer(hidden, mask)  # a function: a module would be traced under another name
+        return layer(hidden, mask)  # as a function: a module would be traced under another name
 
     dims: Dims = tuple(g.shape(mask) or ())
     dtype = torch.bool if mask.dtype == ir.DataType.BOOL else torch.float32

@@ -1,7 +1,7 @@
-"""A model that reads one sequence and writes another becomes a Program of two components.
+"""An encoder-decoder model becomes a Program of two components.
 
-``encoder`` gives what was read, and the keys and values of it that each layer of ``decoder``
-attends to: they are computed once, however many tokens are written.
+``encoder`` returns its hidden states and the cross-attention keys and values of each layer of
+``decoder``: they are computed once, however many tokens are generated.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def trace_encoder_decoder(
 
 
 class _EncoderComponent:
-    """The component that reads.
+    """The encoder component.
 
     Args:
-        module: The model, one layer of each stack made.
-        config: It.
+        module: Model with one layer of each stack.
+        config: Config of the model.
     """
 
     def __init__(self, module: EncoderDecoder, config: EncoderDecoderConfig) -> None:
@@ -57,31 +57,31 @@ class _EncoderComponent:
         self.length: int | str = config.max_source if config.bands else "S"
 
     def program(self, read: Read, facts: Facts) -> Program:
-        """Return it."""
-        whole = Assembly(read)
+        """Return the component's Program."""
+        assembly = Assembly(read)
         ports = list(self._ports())
-        values = [whole.input(p.name, _type(p.dtype), p.shape) for p in ports]
-        hidden, *mask = whole.add(self._prelude(ports), values)
+        values = [assembly.input(p.name, _type(p.dtype), p.shape) for p in ports]
+        hidden, *mask = assembly.add(self._prelude(ports), values)
         layer = self._layer(mask)
         for index in range(len(self.config.encoder.layers)):
             rename = renamer("encoder.layers.0", f"encoder.layers.{index}")
-            (hidden,) = whole.add(layer, [hidden, *mask], rename, f"encoder.layers.{index}.")
-        (memory,) = whole.add(self._finish(), [hidden])
-        whole.output(memory, "last_hidden_state")
+            (hidden,) = assembly.add(layer, [hidden, *mask], rename, f"encoder.layers.{index}.")
+        (memory,) = assembly.add(self._finish(), [hidden])
+        assembly.output(memory, "last_hidden_state")
         dims = ("B", self.length, self.config.hidden)
         outputs = [Port("last_hidden_state", Role.HIDDEN, "float32", dims)]
-        remember = self._remember()
+        cross_pair = self._cross_pair()
         for index, kind in enumerate(self.config.decoder.layers):
             rename = renamer("decoder.layers.0", f"decoder.layers.{index}")
-            pair = whole.add(remember, [memory], rename, f"decoder.layers.{index}.")
+            pair = assembly.add(cross_pair, [memory], rename, f"decoder.layers.{index}.")
             shape = ("B", kind.heads, self.length, kind.head_width)
             for part, value in zip(_PARTS, pair, strict=True):
                 name = f"present.{index}.encoder.{part}"
-                whole.output(value, name)
+                assembly.output(value, name)
                 role = Role.SOURCE_KEY if part == "key" else Role.SOURCE_VALUE
                 outputs.append(Port(name, role, "float32", shape, index))
         signature = Signature(tuple(ports), tuple(outputs))
-        return Program(whole.model(), signature, facts, ENCODER)
+        return Program(assembly.model(), signature, facts, ENCODER)
 
     def _ports(self) -> Sequence[Port]:
         if self.config.bands:
@@ -96,7 +96,7 @@ class _EncoderComponent:
         module = self.module
 
         def compute(source: Tensor, *mask: Tensor) -> Any:
-            return module.read(source), *(module.seen(each) for each in mask)
+            return module.embed_source(source), *(module.source_context(each) for each in mask)
 
         inputs: Inputs = {p.name: (p.shape, _TORCH[p.dtype]) for p in ports}
         return trace_part(module, compute, inputs, scope="encoder.context")
@@ -121,11 +121,11 @@ class _EncoderComponent:
 
         return trace_part(self.module, compute, self._hidden(), scope="encoder.norm")
 
-    def _remember(self) -> ir.Graph:
+    def _cross_pair(self) -> ir.Graph:
         module = self.module
 
         def compute(memory: Tensor) -> Any:
-            return module.remember(memory, "0")
+            return module.cross_pair(memory, "0")
 
         scope = "decoder.layers.0.cross_attention"
         return trace_part(module, compute, self._hidden(), scope=scope)
@@ -135,11 +135,11 @@ class _EncoderComponent:
 
 
 class _DecoderComponent:
-    """The component that writes.
+    """The decoder component.
 
     Args:
-        module: The model, one layer of each stack made.
-        config: It.
+        module: Model with one layer of each stack.
+        config: Config of the model.
     """
 
     def __init__(self, module: EncoderDecoder, config: EncoderDecoderConfig) -> None:
@@ -148,13 +148,13 @@ class _DecoderComponent:
         self.length: int | str = config.max_source if config.bands else "C"
 
     def program(self, read: Read, facts: Facts) -> Program:
-        """Return it."""
-        whole = Assembly(read)
+        """Return the component's Program."""
+        assembly = Assembly(read)
         ports = list(self._ports())
-        values = {p.name: whole.input(p.name, _type(p.dtype), p.shape) for p in ports}
+        values = {p.name: assembly.input(p.name, _type(p.dtype), p.shape) for p in ports}
         tokens = ("input_ids", "attention_mask", "position_ids")
         seen = [values[p.name] for p in ports if p.role == Role.SOURCE_MASK]
-        hidden, *masks = whole.add(self._prelude(), [*(values[n] for n in tokens), *seen])
+        hidden, *masks = assembly.add(self._prelude(), [*(values[n] for n in tokens), *seen])
         layer = self._layer(masks[0])
         presents: list[tuple[Port, ir.Value]] = []
         for index in range(len(self.config.decoder.layers)):
@@ -164,19 +164,19 @@ class _DecoderComponent:
                 for part in _PARTS
             ]
             rename = renamer("decoder.layers.0", f"decoder.layers.{index}")
-            found = whole.add(layer, [hidden, *masks, *caches], rename, f"decoder.layers.{index}.")
-            hidden, *pair = found
+            inputs = [hidden, *masks, *caches]
+            hidden, *pair = assembly.add(layer, inputs, rename, f"decoder.layers.{index}.")
             presents += zip(self._presents(index), pair, strict=True)
-        hidden = keep_last(whole.graph, hidden)
+        hidden = keep_last(assembly.graph, hidden)
         ports.append(LOGITS_TO_KEEP)
-        (logits,) = whole.add(self._head(), [hidden])
-        whole.output(logits, "logits")
+        (logits,) = assembly.add(self._head(), [hidden])
+        assembly.output(logits, "logits")
         logits.shape = ir.Shape(["B", "K", self.config.vocabulary])
         for port, value in presents:
-            whole.output(value, port.name)
+            assembly.output(value, port.name)
         outputs = [Port("logits", Role.LOGITS, "float32", ("B", "K", self.config.vocabulary))]
         signature = Signature(tuple(ports), (*outputs, *(port for port, _ in presents)))
-        return Program(whole.model(), signature, facts, DECODER)
+        return Program(assembly.model(), signature, facts, DECODER)
 
     def _ports(self) -> Sequence[Port]:
         ports = [

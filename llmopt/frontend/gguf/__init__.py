@@ -1,1 +1,1 @@
-"""GGUF files: config, tokenizer and weights in the words of Hugging Face."""
+"""GGUF files: config, tokenizer and weights under Hugging Face names."""

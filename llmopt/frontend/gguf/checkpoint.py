@@ -35,7 +35,7 @@ class GgufCheckpoint:
 
     Raises:
         SourceError: The file is truncated or damaged.
-        UnsupportedModelError: Its architecture, or a tensor in it, is not known.
+        UnsupportedModelError: The architecture, or a tensor, is unknown.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class GgufCheckpoint:
         return shape[::-1] if stored.layout == "transpose" else shape
 
     def dtype(self, name: str) -> str:
-        """Return numpy's name of a plain type, ggml's name of a quantized one."""
+        """Return numpy's name of a plain type, or ggml's name of a quantized type."""
         kind = self.file.tensors[self._stored[name].source].kind
         return _PLAIN[kind].name if kind in _PLAIN else kind
 
@@ -81,7 +81,7 @@ class GgufCheckpoint:
         return out
 
     def _row_order(self, stored: TensorLayout, tensor: GgufTensor) -> np.ndarray:
-        """Return where each stored row goes."""
+        """Return the destination of each stored row."""
         rows, _ = _row_shape(tensor)
         if not stored.layout.startswith("unpermute"):
             return np.arange(rows)
@@ -125,8 +125,8 @@ def decoded_rows(path: Path, tensor: GgufTensor) -> Iterator[tuple[int, np.ndarr
                 count = min(step, rows - start)
                 raw = stream.read(count * row_bytes)
                 if len(raw) != count * row_bytes:
-                    hint = "the file changed while it was in use"
-                    raise SourceError(path, f"ended at row {start} of a tensor", hint)
+                    hint = "it changed while it was read; compile again"
+                    raise SourceError(path, f"ends at row {start} of a tensor", hint)
                 yield start, _decode(path, tensor.kind, raw, (count, width))
     except OSError as error:
         raise unreadable(path, error) from error

@@ -1,7 +1,7 @@
 """A Hugging Face ``config.json`` from the metadata of a GGUF file.
 
-Shapes come from the tensors where they can: they are what will be loaded. What a file leaves out
-and llama.cpp hard-codes by architecture (layer patterns, attention scales) is spelled here.
+Shapes come from the tensors where possible: those will be loaded. Values that files omit and
+llama.cpp hard-codes by architecture (layer patterns, attention scales) are listed here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     """Return the config.json that the file's model would have as a Hugging Face folder.
 
     Raises:
-        UnsupportedModelError: The architecture, or something it asks for, is not known.
-        SourceError: A key that every such file has is missing.
+        UnsupportedModelError: The architecture, or a feature of it, is unknown.
+        SourceError: A required key is missing.
     """
     naming(file)
     config = _FAMILIES[file.architecture](file)
     config["vocab_size"] = _rows(file, "token_embd.weight")
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    # absent ones are null: left out, a config class would put another checkpoint's id there
+    # null if absent: a config class would fill an omitted one with another checkpoint's id
     config |= {key: file.metadata.get(name) for key, name in _TOKENS.items()}
     ends = list(dict.fromkeys(file.metadata[name] for name in _ENDS if name in file.metadata))
     config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
@@ -42,7 +42,7 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
 
 
 def gguf_pooling(file: GgufFile) -> str | None:
-    """Return how an encoder's hidden states become one vector: ``"mean"``, ``"cls"``, or None."""
+    """Return an encoder's pooling: ``"mean"``, ``"cls"``, ``"last"`` or None."""
     return _POOLING.get(file.value("pooling_type", 0))
 
 
@@ -57,12 +57,12 @@ def _tensor_shape(file: GgufFile, name: str) -> tuple[int, ...]:
 
 
 def _decoder(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
-    """Return what every decoder with rotary positions and RMS norms has."""
+    """Return the entries of every decoder with rotary embeddings and RMS norms."""
     heads = file.number("attention.head_count")
     width = _head_width(file, heads)
     value_width = file.value("attention.value_length", width)
     if value_width != width:
-        raise file.unsupported(f"values of width {value_width} beside keys of width {width}")
+        raise file.unsupported(f"values of width {value_width} with keys of width {width}")
     config = {
         "model_type": model_type,
         "architectures": [class_name],
@@ -104,7 +104,7 @@ def _llama(file: GgufFile) -> dict[str, Any]:
     window = file.value("attention.sliding_window", 0)
     if not window:
         return _decoder(file, "llama", "LlamaForCausalLM")
-    # the same arithmetic but for the window, which only Mistral's class has
+    # the same arithmetic except for the window, which only Mistral's class has
     return _decoder(file, "mistral", "MistralForCausalLM") | {"sliding_window": window}
 
 
@@ -175,7 +175,7 @@ def _by_head_count(config: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma2(file: GgufFile) -> dict[str, Any]:
     config = _gemma(file, "gemma2", "Gemma2ForCausalLM", 2)
-    # llama.cpp tells the 27 B by its depth, too: files do not say
+    # llama.cpp recognizes the 27 B by its depth, too: files do not name it
     return config | (_by_head_count(config) if config["num_hidden_layers"] == 46 else {})
 
 

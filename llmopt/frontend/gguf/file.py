@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and tensor table, checked against the file's size.
 
-Our own reader instead of ``gguf.GGUFReader``: that one keeps the whole file mapped, makes several
-Python objects per vocabulary entry, and reports a truncated file as a numpy error.
+This reader replaces ``gguf.GGUFReader``, which keeps the whole file mapped, creates several Python
+objects per vocabulary entry, and reports a truncated file as a numpy error.
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -40,13 +40,13 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies.
+    """The location and type of one tensor.
 
     Attributes:
-        shape: Its shape, outermost first (the file counts the other way).
-        kind: Its ggml type: ``"F32"``, ``"Q4_K"``.
-        offset: Its first byte, counted from the start of the file.
-        row_bytes: The size of one row (the last axis) as stored.
+        shape: Shape, outermost axis first (the file has it reversed).
+        kind: ggml type: ``"F32"``, ``"Q4_K"``.
+        offset: First byte, counted from the start of the file.
+        row_bytes: Size of one row (the last axis) as stored.
     """
 
     shape: tuple[int, ...]
@@ -56,12 +56,12 @@ class GgufTensor:
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
         return prod(self.shape[:-1])
 
     @property
     def size_bytes(self) -> int:
-        """Its size in the file."""
+        """Size in the file."""
         return self.rows * self.row_bytes
 
 
@@ -81,7 +81,7 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """What ``general.architecture`` says."""
+        """Value of ``general.architecture``."""
         return str(self.metadata.get("general.architecture", ""))
 
     def value(self, key: str, default: Any = None) -> Any:
@@ -92,11 +92,11 @@ class GgufFile:
         """Return a number that holds for every layer, from ``<architecture>.<key>``.
 
         Raises:
-            SourceError: The key is missing (and no default was given), or is no number.
-            UnsupportedModelError: The file gives each layer its own, and they differ.
+            SourceError: The key is missing (and there is no default), or not a number.
+            UnsupportedModelError: The file has one number per layer, and they differ.
         """
-        found = self.value(key, default)
-        values = found if isinstance(found, list) else [found]
+        value = self.value(key, default)
+        values = value if isinstance(value, list) else [value]
         if len(set(values)) > 1:
             raise self.unsupported(f"{key} differs from layer to layer: {sorted(set(values))}")
         if not values or not isinstance(values[0], int | float):
@@ -105,7 +105,7 @@ class GgufFile:
         return values[0]
 
     def unsupported(self, problem: str) -> UnsupportedModelError:
-        """Return the error to raise when the file asks for something that we do not do."""
+        """Return the error to raise when the file needs an unsupported feature."""
         hint = "compile the model from its Hugging Face folder instead"
         return UnsupportedModelError(str(self.path), [problem], hint)
 
@@ -114,8 +114,8 @@ def read_gguf(path: Path) -> GgufFile:
     """Return the header of a GGUF file.
 
     Raises:
-        SourceError: The file is truncated, damaged, of a version that is not read, or one
-            part of a split checkpoint.
+        SourceError: The file is truncated, damaged, of an unsupported version, or one part of
+            a split checkpoint.
     """
     try:
         with path.open("rb") as stream:
@@ -140,7 +140,7 @@ class _Parser:
         return SourceError(self.path, text, _AGAIN)
 
     def need(self, count: int) -> int:
-        """Claim the next ``count`` bytes and return where they start."""
+        """Consume the next ``count`` bytes and return their offset."""
         start, end = self.at, self.at + count
         if end > len(self.data):
             size = len(self.data)
@@ -157,7 +157,7 @@ class _Parser:
         try:
             return self.data[start : start + length].decode()
         except UnicodeDecodeError as error:
-            raise self.problem(f"the text at byte {start} is not UTF-8: damaged") from error
+            raise self.problem(f"damaged: the string at byte {start} is not UTF-8") from error
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -165,7 +165,7 @@ class _Parser:
         if kind == _ARRAY:
             return self.array()
         if kind not in _SCALARS:
-            raise self.problem(f"unknown value type {kind} at byte {self.at}: damaged")
+            raise self.problem(f"damaged: unknown value type {kind} at byte {self.at}")
         number = self.number(_SCALARS[kind])
         # the shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06
         return float(str(np.float32(number))) if kind == _FLOAT32 else number
@@ -176,7 +176,7 @@ class _Parser:
             self.at = self.need(8 * count)  # each has a length: an absurd count is refused at once
             return [self.text() for _ in range(count)]
         if kind not in _SCALARS:
-            raise self.problem(f"an array of value type {kind} at byte {self.at} is not read")
+            raise self.problem(f"array of unsupported value type {kind} at byte {self.at}")
         dtype = np.dtype(_SCALARS[kind])
         start = self.need(dtype.itemsize * count)
         values: list[Any] = np.frombuffer(self.data[start : self.at], dtype).tolist()
@@ -202,16 +202,16 @@ class _Parser:
             raise self.problem("does not start with GGUF")
         version = self.number("<I")
         if version & 0xFFFF == 0:
-            raise self.problem("is a big-endian GGUF file, which is not read")
+            raise self.problem("is a big-endian GGUF file, which is not supported")
         if version not in {2, 3}:
-            raise self.problem(f"is GGUF version {version}; 2 and 3 are read")
+            raise self.problem(f"is GGUF version {version}; versions 2 and 3 are supported")
 
     def table(self, count: int, entry: Callable[[], Any]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for _ in range(count):
             name = self.text()
             if name in result:
-                raise self.problem(f"{name!r} appears twice: damaged")
+                raise self.problem(f"damaged: {name!r} appears twice")
             result[name] = entry()
         return result
 
@@ -224,7 +224,7 @@ class _Parser:
     def tensor_info(self) -> tuple[tuple[int, ...], int, int]:
         axes = self.number("<I")
         if axes > 4:
-            raise self.problem(f"a tensor with {axes} axes at byte {self.at}: damaged")
+            raise self.problem(f"damaged: a tensor with {axes} axes at byte {self.at}")
         dims = tuple(self.number("<Q") for _ in range(axes))
         return dims[::-1], self.number("<I"), self.number("<Q")
 
@@ -236,7 +236,7 @@ class _Parser:
             kind = GGMLQuantizationType(number)
         except ValueError as error:
             hint = "update the gguf package, or requantize the file"
-            problem = f"tensor {name!r} has ggml type {number}, which is unknown"
+            problem = f"tensor {name!r} has the unknown ggml type {number}"
             raise SourceError(self.path, problem, hint) from error
         block, block_bytes = GGML_QUANT_SIZES[kind]
         width = shape[-1] if shape else 1
@@ -249,7 +249,7 @@ class _Parser:
         end, size = self.at, len(self.data)
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
             if tensor.offset < end:
-                raise self.problem(f"tensor {name!r} overlaps what lies before it")
+                raise self.problem(f"tensor {name!r} overlaps the one before it")
             end = tensor.offset + tensor.size_bytes
         if end > size:
             raise self.problem(f"truncated: the tensors need {end} bytes, the file has {size}")

@@ -1,6 +1,6 @@
-"""How GGUF names and lays out the tensors of each architecture, against Hugging Face's way.
+"""Names and layouts of each architecture's tensors in GGUF and in Hugging Face checkpoints.
 
-The tables are data. A layout says what the converter did to a tensor and we undo:
+The tables are data. A layout names a change of the converter that is undone here:
 
 - ``unpermute-q``, ``unpermute-k``: rows of each head were interleaved for ggml's rotary.
 - ``minus-one``: Gemma's norms are stored as weight + 1.
@@ -77,11 +77,11 @@ _CONV1D = {
 
 @dataclass(frozen=True)
 class Naming:
-    """How one architecture is stored.
+    """Names and layouts of one architecture.
 
     Attributes:
         names: ggml base name (``{}`` for the layer) -> Hugging Face base name.
-        layouts: ggml base name -> what to undo in its weight.
+        layouts: ggml base name -> change to undo in its weight.
     """
 
     names: Mapping[str, str]
@@ -101,7 +101,7 @@ ARCHITECTURES: dict[str, Naming] = {
     "gpt2": Naming(_GPT2, _CONV1D),
     "bert": Naming(_BERT, {}),
 }
-# tables that the config carries instead (see gguf_config.py)
+# tables that the config has instead (see config.py)
 _CONFIGURED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 
@@ -111,8 +111,8 @@ class TensorLayout:
     """A Hugging Face tensor in a GGUF file.
 
     Attributes:
-        source: Its ggml name.
-        layout: What to undo, ``""`` for nothing.
+        source: ggml name.
+        layout: Change to undo, ``""`` for none.
     """
 
     source: str
@@ -120,47 +120,46 @@ class TensorLayout:
 
 
 def naming(file: GgufFile) -> Naming:
-    """Return how the file's architecture is stored.
+    """Return the names and layouts of the file's architecture.
 
     Raises:
-        UnsupportedModelError: The architecture is not one that we know.
+        UnsupportedModelError: The architecture is unknown.
     """
-    found = ARCHITECTURES.get(file.architecture)
-    if found is None:
+    architecture = ARCHITECTURES.get(file.architecture)
+    if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise file.unsupported(f"GGUF architecture {file.architecture!r} (known: {known})")
-    return found
+    return architecture
 
 
 def huggingface_names(file: GgufFile) -> dict[str, TensorLayout]:
-    """Return Hugging Face name -> where and how it is stored, for every tensor of the file.
+    """Return Hugging Face name -> ggml name and layout, for every tensor of the file.
 
     Raises:
-        UnsupportedModelError: A tensor has no place in the architecture, so that dropping it
-            would change what the model computes.
+        UnsupportedModelError: A tensor is unknown; dropping it would change the model.
     """
-    how = naming(file)
-    result, strange = {}, []
+    table = naming(file)
+    result, unknown = {}, []
     for source in file.tensors:
         if source in _CONFIGURED:
             continue
         stem, _, suffix = source.rpartition(".")
         layer = _LAYER.match(stem)
         general = _LAYER.sub("blk.{}.", stem)
-        target = how.names.get(general)
+        target = table.names.get(general)
         if target is None or suffix not in {"weight", "bias"}:
-            strange.append(source)
+            unknown.append(source)
             continue
         name = f"{target.format(layer and layer[1])}.{suffix}"
-        result[name] = TensorLayout(source, _layout(how, general, suffix))
-    if strange:
-        some = ", ".join(strange[:5])
-        what = f"a {file.architecture!r} model"
-        raise file.unsupported(f"{len(strange)} tensors have no place in {what}: {some}")
+        result[name] = TensorLayout(source, _layout(table, general, suffix))
+    if unknown:
+        some = ", ".join(unknown[:5])
+        model = f"a {file.architecture!r} model"
+        raise file.unsupported(f"{len(unknown)} tensors are unknown in {model}: {some}")
     return result
 
 
-def _layout(how: Naming, general: str, suffix: str) -> str:
-    layout = how.layouts.get(general, "")
+def _layout(table: Naming, general: str, suffix: str) -> str:
+    layout = table.layouts.get(general, "")
     # a bias has rows to permute, but nothing to transpose
     return "" if suffix == "bias" and layout == "transpose" else layout

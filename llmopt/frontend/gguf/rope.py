@@ -1,4 +1,4 @@
-"""Rotary position settings of a GGUF file, as a Hugging Face ``rope_scaling`` entry."""
+"""RoPE scaling of a GGUF file, as a Hugging Face ``rope_scaling`` entry."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from llmopt.frontend.gguf.checkpoint import read_tensor
 from llmopt.frontend.gguf.file import GgufFile
 
-_LLAMA3_CONTEXT = 8192  # what every Llama 3 was first trained on
-_REL = 1e-4  # the factors are stored as float32 of values computed in float32
+_LLAMA3_CONTEXT = 8192  # context that every Llama 3 was first trained on
+_REL = 1e-4  # the factors are computed and stored in float32
 
 
 def rope_scaling(file: GgufFile) -> dict[str, Any] | None:
     """Return the ``rope_scaling`` of the file's model, or None for plain rotary.
 
     Raises:
-        UnsupportedModelError: The file scales in a way that no ``rope_type`` expresses.
+        UnsupportedModelError: No ``rope_type`` expresses the file's scaling.
     """
     if "rope_factors_long.weight" in file.tensors:
         return _longrope(file)
@@ -80,10 +80,10 @@ def _llama3(file: GgufFile) -> dict[str, Any] | None:
         return None
     base = float(file.number("rope.freq_base", 10000.0))
     frequencies = base ** -(np.arange(divisors.size) / divisors.size)
-    found = _fit_llama3(divisors, frequencies)
-    if not np.allclose(llama3_divisors(found, frequencies), divisors, rtol=_REL):
+    scaling = _fit_llama3(divisors, frequencies)
+    if not np.allclose(llama3_divisors(scaling, frequencies), divisors, rtol=_REL):
         raise file.unsupported("rope_freqs.weight does not follow Llama 3's scaling")
-    return found
+    return scaling
 
 
 def _fit_llama3(divisors: np.ndarray, frequencies: np.ndarray) -> dict[str, Any]:
@@ -109,11 +109,11 @@ def _fit_llama3(divisors: np.ndarray, frequencies: np.ndarray) -> dict[str, Any]
 
 
 def llama3_divisors(scaling: dict[str, Any], frequencies: np.ndarray) -> np.ndarray:
-    """Return what each rotary frequency [D/2] is divided by under Llama 3's scaling.
+    """Return the divisor of each rotary frequency [D/2] under Llama 3's scaling.
 
     Source: Meta (2024), Llama 3.1 reference code, ``apply_scaling``.
     """
     low, high, factor = (scaling[key] for key in ("low_freq_factor", "high_freq_factor", "factor"))
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    rotations = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    share = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return np.asarray(1.0 / ((1.0 - share) / factor + share))

@@ -1,8 +1,7 @@
 """Hugging Face tokenizer files from the vocabulary in a GGUF file's metadata.
 
-A GGUF file names the kind of tokenizer and lists its tokens; what a kind does around them (how
-text is split, how spaces are written) is known by name only. Token ids equal those that
-transformers gives the same file.
+A GGUF file names the kind of tokenizer and lists its tokens; how a kind splits text and writes
+spaces is known by name only. Token ids equal those of transformers for the same file.
 """
 
 from __future__ import annotations
@@ -64,12 +63,12 @@ SPLITS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of its tokens.
+    """The vocabulary in a GGUF file.
 
     Attributes:
         file: The file.
         tokens: Every token; its index is its id.
-        types: The ggml type of each: 1 normal, 2 unknown, 3 control, 4 user-defined, 6 byte.
+        types: ggml type of each token: 1 normal, 2 unknown, 3 control, 4 user-defined, 6 byte.
     """
 
     file: GgufFile
@@ -82,7 +81,7 @@ class Vocabulary:
 
     def named(self) -> dict[str, str]:
         """Return the role of each special token, ``"bos_token"`` and so on, with its text."""
-        found: dict[str, str] = {}
+        special: dict[str, str] = {}
         for role, key in _NAMED.items():
             number = self.get(f"{key}_token_id")
             if number is None:
@@ -90,8 +89,8 @@ class Vocabulary:
             if not 0 <= number < len(self.tokens):
                 problem = f"{role} is token {number} of {len(self.tokens)}"
                 raise SourceError(self.file.path, problem, _AGAIN)
-            found[role] = self.tokens[number]
-        return found
+            special[role] = self.tokens[number]
+        return special
 
 
 def gguf_tokenizer(file: GgufFile) -> dict[str, bytes]:
@@ -99,7 +98,7 @@ def gguf_tokenizer(file: GgufFile) -> dict[str, bytes]:
 
     Raises:
         SourceError: The vocabulary is missing or contradicts itself.
-        UnsupportedModelError: The kind of tokenizer is not one that we know.
+        UnsupportedModelError: The kind of tokenizer is unknown.
     """
     vocabulary = read_vocabulary(file)
     kind = vocabulary.get("model")
@@ -120,7 +119,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     """Return the token table.
 
     Raises:
-        SourceError: It is missing, or its columns differ in length.
+        SourceError: The table is missing, or its columns differ in length.
     """
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -152,7 +151,7 @@ def _tokenizer_config(vocabulary: Vocabulary, kind: str) -> dict[str, Any]:
 
 
 def _ends(vocabulary: Vocabulary, config: Mapping[str, Any]) -> Any:
-    """Return the post-processor that adds BOS before and EOS after, where asked for."""
+    """Return the post-processor that adds BOS before and EOS after, as configured."""
     bos, eos = (
         config.get(f"{end}_token") if config[f"add_{end}_token"] else None for end in ("bos", "eos")
     )
@@ -167,12 +166,12 @@ def _ends(vocabulary: Vocabulary, config: Mapping[str, Any]) -> Any:
 
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
-    """Return GPT-2's kind: merges over bytes, spelled in a printable alphabet."""
+    """Return a byte-level BPE tokenizer, GPT-2's kind."""
     alphabet = byte_alphabet()
     spelled = set(alphabet.values())
-    whole = {_CONTROL, _USER_DEFINED}
+    verbatim = {_CONTROL, _USER_DEFINED}
     tokens = [
-        token if kind in whole or spelled.issuperset(token) else _spell(token, alphabet)
+        token if kind in verbatim or spelled.issuperset(token) else _spell(token, alphabet)
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -180,11 +179,11 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = _split(vocabulary)
     tokenizer.decoder = decoders.ByteLevel()
-    return _add_whole_tokens(tokenizer, vocabulary)
+    return _add_special_tokens(tokenizer, vocabulary)
 
 
 def byte_alphabet() -> dict[int, str]:
-    """Return byte -> the character that stands for it in a byte-level vocabulary.
+    """Return byte -> its character in a byte-level vocabulary.
 
     Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and on.
 
@@ -208,7 +207,7 @@ def _split(vocabulary: Vocabulary) -> Any:
     name = vocabulary.get("pre", "default")
     if name not in SPLITS:
         _LOG.warning(
-            "%s: tokenizer.ggml.pre %r is not known, text is split as GPT-2 does; "
+            "%s: unknown tokenizer.ggml.pre %r, text is split like GPT-2's; "
             "token ids may differ from the original's",
             vocabulary.file.path,
             name,
@@ -225,7 +224,7 @@ def _split(vocabulary: Vocabulary) -> Any:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
-    """Return Llama's first kind: merges over characters, bytes for what has no token."""
+    """Return a SentencePiece BPE tokenizer with byte fallback, Llama 2's kind."""
     architecture = vocabulary.file.architecture
     gemma = architecture.startswith("gemma")
     tokens = [_respell(token) if gemma else token for token in vocabulary.tokens]
@@ -243,11 +242,11 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(model)
     prefix = not gemma and bool(vocabulary.get("add_space_prefix", True))
     _write_spaces(tokenizer, architecture, prefix=prefix)
-    return _add_whole_tokens(tokenizer, vocabulary)
+    return _add_special_tokens(tokenizer, vocabulary)
 
 
 def _respell(token: str) -> str:
-    """Return a run of real spaces, as Gemma files store it, in the model's own spelling."""
+    """Return a run of spaces, as Gemma files store it, in the model's spelling."""
     return _SPACE * len(token) if " " in token and not token.strip() else token
 
 
@@ -260,7 +259,7 @@ def _scores(vocabulary: Vocabulary) -> list[float]:
 
 
 def _write_spaces(tokenizer: Tokenizer, architecture: str, *, prefix: bool) -> None:
-    """Set how spaces become U+2581 and back, with or without one put before the text."""
+    """Set how spaces become U+2581 and back, and whether one is prepended to the text."""
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         steps.append(decoders.Strip(content=" ", left=1))
@@ -281,8 +280,8 @@ def _write_spaces(tokenizer: Tokenizer, architecture: str, *, prefix: bool) -> N
 def implied_merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Return the merges of a SentencePiece vocabulary, best first.
 
-    Every way to cut a token into two tokens is a merge; the whole's score ranks it, then longer
-    left and right parts, then the smaller ids.
+    Every split of a token into two tokens is a merge, ranked by the token's score, then by longer
+    left and right parts, then by smaller ids.
 
     >>> implied_merges({"a": 0, "b": 1, "ab": 2, "abb": 3}, [0.0, 0.0, -1.0, -2.0])
     [('a', 'b'), ('ab', 'b')]
@@ -302,7 +301,7 @@ def _listed_merges(vocabulary: Vocabulary, vocab: Mapping[str, int]) -> list[tup
     for line in vocabulary.get("merges", ()):
         left, _, right = line.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            problem = f"the merge {line!r} is not of and into known tokens"
+            problem = f"the merge {line!r} has a token that is not in the vocabulary"
             raise SourceError(vocabulary.file.path, problem, _AGAIN)
         merges.append((left, right))
     if not merges:
@@ -310,8 +309,8 @@ def _listed_merges(vocabulary: Vocabulary, vocab: Mapping[str, int]) -> list[tup
     return merges
 
 
-def _add_whole_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Tokenizer:
-    """Mark the tokens that text is searched for before anything else."""
+def _add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Tokenizer:
+    """Register the tokens that are matched before the text is split."""
     roles = set(vocabulary.named().values())
     typed = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
     special = [token for token, kind in typed if kind == _CONTROL or token in roles]

@@ -24,7 +24,7 @@ _START = "\u2581"  # marks a word's start; Hugging Face marks the continuations 
 def wordpiece(
     path: Path, tokens: list[str], types: list[int], named: Mapping[str, str]
 ) -> Tokenizer:
-    """Return the tokenizer; it lower-cases text unless the vocabulary has capitals.
+    """Return the tokenizer; it lower-cases text if the vocabulary has no capitals.
 
     Raises:
         SourceError: The vocabulary lacks one of BERT's own tokens.
@@ -38,7 +38,7 @@ def wordpiece(
     if missing:
         raise SourceError(path, f"its vocabulary lacks {', '.join(missing)}", "convert it again")
     words = (token for token, kind in zip(spelled, types, strict=True) if kind != _CONTROL)
-    # nothing in the file says whether it is an uncased model
+    # the file does not say whether the model is uncased
     lower = not any(word != word.lower() for word in words if not word.startswith("["))
     tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)

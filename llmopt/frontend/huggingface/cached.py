@@ -1,4 +1,4 @@
-"""A decoder of transformers and its cache become a Program: keys and values in, and out again."""
+"""A transformers decoder with its KV cache becomes a Program: keys and values in and out."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ Dims = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class DecoderCache:
-    """What a decoder keeps of the past.
+    """The shape of a decoder's KV cache.
 
     Args:
-        shapes: Keys and values of each layer, in turn: dimensions of each, ``("B", 2, "P", 16)``.
+        shapes: Dimensions of each layer's keys, then values, layer by layer: ``("B", 2, "P", 16)``.
     """
 
     shapes: tuple[Dims, ...]
 
     @property
     def names(self) -> list[str]:
-        """What the inputs are called."""
+        """Names of the inputs."""
         return [f"past_key_values.{n // 2}.{_PARTS[n % 2]}" for n in range(len(self.shapes))]
 
     @property
     def presents(self) -> list[str]:
-        """What the outputs are called."""
+        """Names of the outputs."""
         return [f"present.{n // 2}.{_PARTS[n % 2]}" for n in range(len(self.shapes))]
 
 
@@ -56,12 +56,12 @@ _PARTS: Final = ("key", "value")
 
 
 class Decoding(nn.Module):
-    """A decoder that takes and gives its cache as tensors.
+    """A decoder that takes and returns its cache as tensors.
 
     Args:
         model: A causal language model of transformers.
-        names: Those of ``_INPUTS`` that it takes.
-        keeps: Whether it can be told which tokens get logits.
+        names: Inputs of the model, among ``_INPUTS``.
+        keeps: Whether it has an argument ``logits_to_keep``.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, keeps: bool) -> None:
@@ -75,37 +75,37 @@ class Decoding(nn.Module):
         """Return logits, and the keys and values of every layer."""
         from transformers import DynamicCache
 
-        given = dict(zip(self._names, tensors, strict=False))
+        named = dict(zip(self._names, tensors, strict=False))
         rest = list(tensors[len(self._names) :])
         kept = {_KEEP: rest.pop(0)} if self._keeps else {}
-        # without the config every layer keeps all: a window is the mask's business
+        # without the config every layer keeps all tokens: the mask applies the window
         cache = DynamicCache(tuple(zip(rest[::2], rest[1::2], strict=True)))
-        found = self.model(**given, **kept, past_key_values=cache, use_cache=True)
+        output = self.model(**named, **kept, past_key_values=cache, use_cache=True)
         presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        return (found.logits, *presents)
+        return (output.logits, *presents)
 
 
 def find_caches(model: nn.Module, inputs: Mapping[str, Tensor]) -> DecoderCache | str:
-    """Return what ``model`` keeps of the past, or why that is not keys and values alone."""
+    """Return the KV cache of ``model``, or why it has none of keys and values alone."""
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
     try:
         with torch.no_grad():
-            found = model(**inputs, past_key_values=cache, use_cache=True)
+            output = model(**inputs, past_key_values=cache, use_cache=True)
     except Exception as error:  # noqa: BLE001 - a module may raise anything
-        return f"it does not run with a cache: {type(error).__name__}: {error}"
+        return f"it does not run with a KV cache: {type(error).__name__}: {error}"
     layers: list[Any] = cache.layers
-    if getattr(found, "past_key_values", None) is not cache or not layers:
-        return "it does not fill a cache of keys and values"
+    if getattr(output, "past_key_values", None) is not cache or not layers:
+        return "it does not fill a KV cache"
     batch, tokens = inputs["input_ids"].shape
     shapes: list[Dims] = []
     for layer in layers:
         for tensor in (layer.keys, layer.values):
             if not isinstance(tensor, Tensor) or tensor.dim() != 4:
-                return "a layer keeps something other than keys and values"
+                return "a layer caches something other than keys and values"
             if (tensor.shape[0], tensor.shape[2]) != (batch, tokens):
-                return f"a layer keeps {list(tensor.shape)}, not [batch, heads, tokens, width]"
+                return f"a layer caches {list(tensor.shape)}, not [batch, heads, tokens, width]"
             shapes.append(("B", tensor.shape[1], "P", tensor.shape[3]))
     return DecoderCache(tuple(shapes))
 
@@ -113,16 +113,16 @@ def find_caches(model: nn.Module, inputs: Mapping[str, Tensor]) -> DecoderCache 
 def trace_cached(
     model: nn.Module, names: Sequence[str], caches: DecoderCache, *, keeps: bool
 ) -> tuple[Traced, Signature]:
-    """Return the graph of a decoder with its cache, and what its inputs and outputs mean.
+    """Return the graph and the signature of a decoder with its cache.
 
     Args:
         model: A causal language model of transformers, in eval mode.
-        names: What it takes of ``input_ids``, ``attention_mask`` and ``position_ids``.
-        caches: What it keeps.
-        keeps: Whether it can be told which tokens get logits.
+        names: Inputs of the model among ``input_ids``, ``attention_mask``, ``position_ids``.
+        caches: KV cache of the model.
+        keeps: Whether it has an argument ``logits_to_keep``.
 
     Raises:
-        UnsupportedModelError: torch cannot export it like this.
+        UnsupportedModelError: torch cannot export the model with its cache.
     """
     dims: dict[str, Dims] = {name: _INPUTS[name][1] for name in names}
     dims |= {_KEEP: ("K",)} if keeps else {}
@@ -137,7 +137,7 @@ def trace_cached(
     graph = traced.model.graph
     if len(graph.inputs) != len(dims):
         raise UnsupportedModelError(
-            type(model).__name__, ["an input is not read"], "it is traced without its cache"
+            type(model).__name__, ["an input is not read"], "trace it without its cache"
         )
     for value, name in zip(graph.inputs, dims, strict=True):
         value.name = name
@@ -183,9 +183,9 @@ def _signature(
 
 def _keep_tokens(graph: ir.Graph) -> None:
     """Compute which tokens get logits: the last ``logits_to_keep`` ones, all for 0."""
-    asked = next(value for value in graph.inputs if value.name == _KEEP)
-    graph.inputs.remove(asked)
-    asked.name = g.unused(graph, "kept")
+    argument = next(value for value in graph.inputs if value.name == _KEEP)
+    graph.inputs.remove(argument)
+    argument.name = g.unused(graph, "kept")
     build = g.Builder(graph[0])
     tokens = next(value for value in graph.inputs if value.name == "input_ids")
     count = build.op("Squeeze", [build.op("Shape", [tokens], {"start": 1, "end": 2})])
@@ -202,7 +202,7 @@ def _keep_tokens(graph: ir.Graph) -> None:
         shape=["K"],
         dtype=ir.DataType.INT64,
     )
-    ir.convenience.replace_all_uses_with(asked, kept)
+    ir.convenience.replace_all_uses_with(argument, kept)
 
 
 def cached_program(traced: Traced, signature: Signature, facts: Facts) -> Program:
@@ -212,10 +212,10 @@ def cached_program(traced: Traced, signature: Signature, facts: Facts) -> Progra
 
 
 class FullPass(nn.Module):
-    """A decoder called on whole sequences, as a reference is.
+    """A decoder that is called on whole sequences, as a reference.
 
     Args:
-        model: It.
+        model: A causal language model of transformers.
     """
 
     def __init__(self, model: nn.Module) -> None:

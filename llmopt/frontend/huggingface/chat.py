@@ -1,8 +1,8 @@
-"""Take a Jinja chat template apart into a `ChatFormat` that a device without Jinja renders.
+"""Jinja chat templates become a `ChatFormat`, which a device without Jinja can render.
 
-The template is only ever rendered, never parsed: conversations of marked contents show the
-literal text between any two neighbours, then other conversations, chosen to trip a wrong guess,
-must come out the same from the template and from the pieces.
+The template is rendered, never parsed: conversations with marked contents reveal the literal text
+between adjacent messages. Other conversations, chosen to expose a wrong guess, must then render
+the same from the template and from the format.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Messages = list[dict[str, str]]
 Render = Callable[[Messages], str]
 
 _THINK = "</think>"
-_LEFT, _RIGHT = "\n  \n", " \n\t"  # put around contents to see what is trimmed
+_LEFT, _RIGHT = "\n  \n", " \n\t"  # around contents, to detect trimming
 _DAYS = (datetime(2003, 4, 5, tzinfo=UTC), datetime(2024, 11, 23, tzinfo=UTC))
-# what a template may raise: its own complaints arrive as TemplateError
+# what a template may raise; its own raise_exception arrives as TemplateError
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _WALKS = (("user",), ("user", "assistant", "user"))
 _ODD = (
@@ -37,24 +37,24 @@ _ODD = (
 
 
 class TemplateRefusal(Exception):  # noqa: N818 -- not an error: the answer to a question
-    """A template does not come apart; the message says why."""
+    """A template has no `ChatFormat`; the message says why."""
 
 
 def compile_chat(template: str, special_tokens: Mapping[str, str]) -> tuple[ChatFormat | None, str]:
-    """Return the format that renders as ``template`` does, or None and the reason why not.
+    """Return the format that renders like ``template``, or None and the reason.
 
     Args:
-        template: The Jinja text of a checkpoint's ``chat_template``.
+        template: Jinja text of a checkpoint's ``chat_template``.
         special_tokens: ``{"bos_token": "<s>", ...}``, which templates refer to.
     """
     try:
         marked = _renderer(template, special_tokens, DATE.format)
-        found = _take_apart(marked, _THINK if _THINK in template else None)
+        chat = _decompose(marked, _THINK if _THINK in template else None)
         for day in _DAYS:
-            _compare(found, _renderer(template, special_tokens, day.strftime), day)
+            _compare(chat, _renderer(template, special_tokens, day.strftime), day)
     except TemplateRefusal as refusal:
         return None, str(refusal)
-    return found, ""
+    return chat, ""
 
 
 def _renderer(
@@ -94,7 +94,7 @@ def _environment(date: Callable[[str], str]) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationTag(Extension):
-        """``{% generation %}`` marks what an assistant said, for training: here it is nothing."""
+        """``{% generation %}`` marks an assistant's reply for training; it renders its body."""
 
         tags = {"generation"}  # noqa: RUF012 -- as jinja2 declares it
 
@@ -119,7 +119,7 @@ def _to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
-def _take_apart(render: Render, reasoning_end: str | None) -> ChatFormat:
+def _decompose(render: Render, reasoning_end: str | None) -> ChatFormat:
     joins: dict[tuple[str, str], Join] = {}
     for walk in _WALKS:
         _learn(joins, walk, walk, render)
@@ -129,18 +129,18 @@ def _take_apart(render: Render, reasoning_end: str | None) -> ChatFormat:
 
 
 def _learn_system(joins: dict[tuple[str, str], Join], render: Render) -> bool:
-    """Learn the joins of a system message; return whether it goes before the last user's."""
+    """Learn the joins of a system message; return whether it precedes the last user's."""
     walk = ("system", "user", "assistant", "user")
     try:
-        shown = render(_messages(walk, [_mark(index) for index in range(len(walk))]))
+        text = render(_messages(walk, [_mark(index) for index in range(len(walk))]))
     except TemplateRefusal:
-        return False  # it has no system role: the format will not have one either
-    if _mark(0) not in shown:
-        return False  # it drops the message, which rendering must not do silently
-    system_last = shown.find(_mark(0)) > shown.find(_mark(2))
+        return False  # no system role: the format will have none either
+    if _mark(0) not in text:
+        return False  # it drops the message, which must not happen silently
+    system_last = text.find(_mark(0)) > text.find(_mark(2))
     _learn(joins, ("system", "user"), ("system", "user"), render)
-    as_shown = ("user", "assistant", "system", "user") if system_last else walk
-    _learn(joins, walk, as_shown, render)
+    rendered = ("user", "assistant", "system", "user") if system_last else walk
+    _learn(joins, walk, rendered, render)
     return system_last
 
 
@@ -151,44 +151,44 @@ def _learn_if_allowed(
     try:
         _learn(learned, walk, walk, render)
     except TemplateRefusal:
-        return  # the template allows no such conversation, or treats it in a way of its own
+        return  # the template refuses such a conversation, or treats it specially
     joins |= learned
 
 
 def _learn(
     joins: dict[tuple[str, str], Join],
-    said: tuple[str, ...],
-    shown: tuple[str, ...],
+    sent: tuple[str, ...],
+    rendered: tuple[str, ...],
     render: Render,
 ) -> None:
     """Learn every join of one conversation.
 
     Args:
-        joins: What is known; added to.
-        said: The roles in the order of the messages.
-        shown: The roles in the order in which the template puts them.
-        render: The template.
+        joins: Joins learned so far; extended in place.
+        sent: Roles in the order of the messages.
+        rendered: Roles in the order in which the template renders them.
+        render: Function that renders the template.
     """
-    marks = [_mark(index) for index in range(len(said))]
-    # a system message that is shown elsewhere than said stands before the last user's
-    marks_shown = marks if shown == said else [*marks[1:-1], marks[0], marks[-1]]
-    bare = _between(render(_messages(said, marks)), marks_shown)
+    marks = [_mark(index) for index in range(len(sent))]
+    # a system message that is rendered elsewhere than sent precedes the last user's
+    marks_rendered = marks if rendered == sent else [*marks[1:-1], marks[0], marks[-1]]
+    bare = _between(render(_messages(sent, marks)), marks_rendered)
     padded = _between(
-        render(_messages(said, [f"{_LEFT}{mark}{_RIGHT}" for mark in marks])), marks_shown
+        render(_messages(sent, [f"{_LEFT}{mark}{_RIGHT}" for mark in marks])), marks_rendered
     )
-    roles = (START, *shown, GENERATE)
+    roles = (START, *rendered, GENERATE)
     for first, second, text, wide in zip(roles, roles[1:], bare, padded, strict=False):
         join = _join(first, second, text, wide)
         known = joins.setdefault((first, second), join)
         if known != join:
             raise TemplateRefusal(
-                f"what stands between {first} and {second} depends on more than the two: "
+                f"the text between {first} and {second} depends on other messages: "
                 f"{known.text!r} and {join.text!r}"
             )
 
 
 def _join(first: str, second: str, text: str, wide: str) -> Join:
-    """Return the join whose trimming turns ``text``, seen bare, into ``wide``, seen padded."""
+    """Return the join whose trimming explains ``text``, bare, and ``wide``, padded."""
     for before in (False, True):
         for after in (False, True):
             left = "" if before or first == START else _RIGHT
@@ -214,30 +214,30 @@ def _messages(roles: Sequence[str], contents: Sequence[str]) -> Messages:
 
 
 def _between(text: str, marks: Sequence[str]) -> list[str]:
-    """Return what stands before, between and after the marks."""
+    """Return the text before, between and after the marks."""
     pieces = []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found or mark in text:
+        before, separator, text = text.partition(mark)
+        if not separator or mark in text:
             raise TemplateRefusal("the template drops, repeats or reorders a message")
         pieces.append(before)
     return [*pieces, text]
 
 
-def _compare(found: ChatFormat, render: Render, day: datetime) -> None:
-    """Check the pieces against the template on conversations that they were not made from."""
-    for messages in _conversations(found):
+def _compare(chat: ChatFormat, render: Render, day: datetime) -> None:
+    """Check the format against the template on conversations it was not learned from."""
+    for messages in _conversations(chat):
         expected = render(messages)
-        if found.render(messages, day) != expected:
-            raise TemplateRefusal(f"its pieces do not give its text for {messages!r}")
+        if chat.render(messages, day) != expected:
+            raise TemplateRefusal(f"the format and the template render {messages!r} differently")
 
 
-def _conversations(found: ChatFormat) -> list[Messages]:
+def _conversations(chat: ChatFormat) -> list[Messages]:
     """Return conversations of one to four turns with odd contents, each content in each role."""
     walks = [("user", "assistant") * turns + ("user",) for turns in range(4)]
-    if any(join.first == "system" for join in found.joins):
+    if any(join.first == "system" for join in chat.joins):
         walks += [("system", *walk) for walk in walks]
-    odd = [*_ODD, *([f"thought{found.reasoning_end}\n\nsaid "] if found.reasoning_end else [])]
+    odd = [*_ODD, *([f"thought{chat.reasoning_end}\n\nsaid "] if chat.reasoning_end else [])]
     result = []
     for walk in walks:
         for shift in range(len(odd)):

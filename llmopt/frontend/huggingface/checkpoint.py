@@ -1,7 +1,7 @@
-"""Sources of named tensors, told apart by content and read one tensor at a time.
+"""Checkpoints, recognized by content and read one tensor at a time.
 
 A checkpoint is opened without reading its weights: only headers are parsed, and the sizes they
-promise are compared with the size of the file. `Checkpoint.read` then copies one tensor out.
+declare are compared with the size of the file. `Checkpoint.read` then copies one tensor out.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from llmopt.errors import SourceError, SourceNotFoundError
 from llmopt.frontend.base import Checkpoint, unreadable
 
-SOURCES = "give a .safetensors, .gguf or .bin file, its index .json, or a folder that holds them"
+SOURCES = "give a .safetensors, .gguf or .bin file, its index .json, or a folder that contains them"
 _LFS = b"version https://git-lfs"
 _SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 _BIN = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
-    """Return the checkpoint at ``path``, its kind chosen by content and not by suffix.
+    """Return the checkpoint at ``path``; its kind is recognized by content, not by suffix.
 
     Args:
         path: A file, an index of shards, or a folder that holds one of them.
@@ -28,7 +28,7 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
 
     Raises:
         SourceNotFoundError: Nothing is there, or the folder holds no weights.
-        SourceError: The file is damaged or of no kind we read.
+        SourceError: The file is damaged or of an unknown kind.
         PickleRefusedError: Reading it would execute code and ``trust_pickle`` is false.
     """
     weights = _weights_in(path) if path.is_dir() else [path]
@@ -48,13 +48,13 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
             from llmopt.frontend.huggingface.safetensors import SafetensorsCheckpoint
 
             return SafetensorsCheckpoint(path, shards(main))
-    raise SourceError(main, "not a kind of weights file that is known", SOURCES)
+    raise SourceError(main, "unknown kind of weights file", SOURCES)
 
 
 def digest(path: Path) -> str:
     """Return the sha256 (hex) of the weights and config of a file or folder, read in pieces.
 
-    Of a file alone it is the file's own sha256. Of a folder or an index it covers the names and
+    For a single file it is the file's own sha256; for a folder or an index it covers the names and
     contents of config.json, the index and every shard.
 
     Raises:
@@ -63,14 +63,14 @@ def digest(path: Path) -> str:
     files = _digested(path)
     if files == [path]:
         return _file_digest(path).hex()
-    whole = hashlib.sha256()
+    combined = hashlib.sha256()
     for file in files:
-        whole.update(file.name.encode() + b"\0" + _file_digest(file))
-    return whole.hexdigest()
+        combined.update(file.name.encode() + b"\0" + _file_digest(file))
+    return combined.hexdigest()
 
 
 def shards(main: Path) -> dict[Path, frozenset[str] | None]:
-    """Return the files that hold the weights and, where an index says so, what each must hold.
+    """Return the files of the weights and, if there is an index, the names listed for each.
 
     Raises:
         SourceError: The index is damaged, or names a shard that is missing.
@@ -78,15 +78,15 @@ def shards(main: Path) -> dict[Path, frozenset[str] | None]:
     if main.suffix != ".json":
         return {main: None}
     weight_map = _weight_map(main)
-    promised: dict[Path, set[str]] = {}
+    listed: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        promised.setdefault(main.parent / file, set()).add(name)
-    missing = sorted(file.name for file in promised if not file.is_file())
+        listed.setdefault(main.parent / file, set()).add(name)
+    missing = sorted(file.name for file in listed if not file.is_file())
     if missing:
         some = ", ".join(missing[:5])
-        problem = f"{len(missing)} of {len(promised)} shards are missing: {some}"
+        problem = f"{len(missing)} of {len(listed)} shards are missing: {some}"
         raise SourceError(main, problem, "finish the download")
-    return {file: frozenset(promised[file]) for file in sorted(promised)}
+    return {file: frozenset(listed[file]) for file in sorted(listed)}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             problem = f"names a shard outside its folder: {file!r}"
-            raise SourceError(index, problem, "a shard is a plain file name")
+            raise SourceError(index, problem, "list shards by plain file names")
     if not files:
         raise SourceError(index, "lists no tensors", "download it again")
     return dict(weight_map)
@@ -168,7 +168,7 @@ def _kind_of(start: bytes, suffix: str) -> str:
         return "torch"
     if start[8:9] == b"{" or suffix == ".safetensors":
         return "safetensors"
-    # a damaged file is still spoken of as what its name says, so that the error fits
+    # a damaged file is reported as the kind that its suffix names
     return {".gguf": "gguf", ".bin": "torch", ".pt": "torch", ".pth": "torch"}.get(
         suffix, "unknown"
     )

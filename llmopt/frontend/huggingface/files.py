@@ -1,4 +1,4 @@
-"""The files that an artifact ships beside its model: tokenizer, chat, generation defaults."""
+"""Files that an artifact ships with its model: tokenizer, chat, generation defaults."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _LEGACY = (
 
 
 def legacy_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of generation that older checkpoints keep in config.json."""
+    """Return the generation defaults that older checkpoints have in config.json."""
     return {key: config[key] for key in _LEGACY if config.get(key) is not None}
 
 
 def shipped_files(
     path: Path, generation: Mapping[str, Any], model: ModelFacts
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Return file name to content, and what a user should know about what is absent."""
+    """Return file name to content, and notes for the user on what is missing."""
     notes: list[str] = []
     files = dict(tokenizer_files(path))
     if not files:
-        notes.append("no tokenizer was found: the artifact takes token ids, not text")
+        notes.append("no tokenizer: the artifact takes token ids, not text")
     template = chat_template(files)
     if template is not None:
         chat, reason = compile_chat(template, special_tokens(files))
         if chat is None:
-            notes.append(f"chat template left out: {reason}")
+            notes.append(f"chat template omitted: {reason}")
         else:
             files[CHAT] = chat.to_json().encode()
     settings = dict(generation) or {

@@ -1,4 +1,4 @@
-"""A Hugging Face folder or a GGUF file, of a family that has a definition here or of another."""
+"""Hugging Face folders and GGUF files: the built-in definition or transformers' module."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ def _check_shapes(path: Path, definition: Definition, checkpoint: Checkpoint) ->
     """Raise unless every tensor has the shape that the config gives its parameter.
 
     Raises:
-        SourceError: naming the first few that differ.
+        SourceError: Tensors differ; the message names the first few.
     """
-    wanted = {name: tuple(p.shape) for name, p in definition.module().named_parameters()}
+    expected = {name: tuple(p.shape) for name, p in definition.module().named_parameters()}
     wrong = [
-        f"{recipe.sources[0]} is {list(found)}, not {list(wanted[name])}"
+        f"{recipe.sources[0]} is {list(actual)}, not {list(expected[name])}"
         for name, recipe in definition.recipes().items()
-        if (found := recipe.shape(checkpoint.shape)) != wanted[name]
+        if (actual := recipe.shape(checkpoint.shape)) != expected[name]
     ]
     if wrong:
         problem = f"{len(wrong)} tensors do not fit config.json: {'; '.join(wrong[:3])}"
-        raise SourceError(path, problem, "take both from the same place")
+        raise SourceError(path, problem, "take both from the same checkpoint")
 
 
 def _weights(path: Path) -> Path:
     if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
         raise SourceError(
-            path, "the folder has no config.json", "copy it from where the weights came from"
+            path, "the folder has no config.json", "copy it from the source of the weights"
         )
     return path
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Return the config.json of a folder, or what a GGUF file's metadata says in its words."""
+    """Return the config.json of a folder, or its equivalent from a GGUF file's metadata."""
     if path.is_dir() and (path / "config.json").is_file():
         file = path / "config.json"
         try:
@@ -85,26 +85,26 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _pooling(folder: Path) -> dict[str, Any]:
-    """Return how sentence-transformers' modules.json pools, in the words of ``define``.
+    """Return the pooling of sentence-transformers' modules.json, with the keys of ``define``.
 
     Raises:
-        SourceError: it asks for a module that we do not know, which must not be dropped.
+        SourceError: A module is unknown; dropping it would change the result.
     """
     file = folder / "modules.json"
     if not file.is_file():
         return {}
-    found: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
     for module in json.loads(file.read_bytes()):
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
             settings = json.loads((folder / module["path"] / "config.json").read_bytes())
-            found["pooling"] = _pooling_mode(file, settings)
+            steps["pooling"] = _pooling_mode(file, settings)
         elif kind == "Normalize":
-            found["normalize"] = True
+            steps["normalize"] = True
         elif kind != "Transformer":
-            hint = "remove it from modules.json if you do not need it"
-            raise SourceError(file, f"sentence-transformers module {kind!r} is unknown", hint)
-    return found
+            hint = "remove it from modules.json if its effect is not needed"
+            raise SourceError(file, f"unknown sentence-transformers module {kind!r}", hint)
+    return steps
 
 
 def _pooling_mode(file: Path, settings: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ def _pooling_mode(file: Path, settings: Mapping[str, Any]) -> str:
     chosen = [k for k, v in settings.items() if k.startswith("pooling_mode_") and v is True]
     if len(chosen) != 1 or chosen[0] not in names:
         known = ", ".join(names.values())
-        raise SourceError(file, f"poolings {chosen} asked for", f"exactly one of {known} is known")
+        raise SourceError(file, f"pooling modes {chosen}", f"set exactly one of {known}")
     return names[chosen[0]]
 
 
@@ -164,7 +164,7 @@ def _facts(
         generation = generation or legacy_settings(config)
     files, notes = shipped_files(path, generation, model)
     if model.start is not None and (ignored := unheeded(generation)):
-        notes.append(f"generation_config.json: {', '.join(ignored)} is not heeded")
+        notes.append(f"generation_config.json: {', '.join(ignored)} ignored (not implemented)")
     kind = "huggingface" if (path / "config.json").is_file() else "gguf"
     facts = Facts(
         task=options.task or task,
@@ -174,17 +174,17 @@ def _facts(
         files=files,
     )
     if facts.task != task:
-        raise UsageError(f"--task {facts.task}: this checkpoint is for {task!r}")
+        raise UsageError(f"--task {facts.task}: this checkpoint is for {task!r}; omit --task")
     return facts, notes
 
 
 def _limit(path: Path, definition: Any) -> int:
-    """Return the longest sequence: sentence-transformers cuts texts shorter than the model."""
+    """Return the longest sequence; sentence-transformers may truncate texts earlier."""
     limit = int(definition.config.max_length)
     file = path / "sentence_bert_config.json"
     if path.is_dir() and file.is_file():
-        wanted = json.loads(file.read_bytes()).get("max_seq_length")
-        limit = min(limit, int(wanted or limit))
+        configured = json.loads(file.read_bytes()).get("max_seq_length")
+        limit = min(limit, int(configured or limit))
     return limit
 
 
@@ -192,5 +192,5 @@ def _generation(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
     if not path.is_dir() or not file.is_file():
         return {}
-    found = json.loads(file.read_bytes())
-    return found if isinstance(found, dict) else {}
+    settings = json.loads(file.read_bytes())
+    return settings if isinstance(settings, dict) else {}

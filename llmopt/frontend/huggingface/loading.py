@@ -1,4 +1,4 @@
-"""A Hugging Face folder as the module that transformers makes of it, weights and all."""
+"""Hugging Face folders loaded as modules of transformers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from llmopt.errors import RemoteCodeRefusedError, SourceError, UnsupportedModelError
 
-GIVE: Final = "pass it as file.py:factory, a function that returns it and its example inputs"
+GIVE: Final = "pass file.py:factory, a function that returns the module and example inputs"
 _INSTALL: Final = "pip install 'llmopt[transformers]', or pass the module itself as file.py:factory"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of transformers, its weights in it.
+    """A transformers model with its weights loaded.
 
     Args:
-        path: Its folder.
-        module: It, in eval mode.
-        config: Its config.json.
-        generation: Its generation_config.json, empty where there is none.
-        notes: What a user should know.
+        path: Folder of the model.
+        module: Model, in eval mode.
+        config: Contents of config.json.
+        generation: Contents of generation_config.json, empty if there is none.
+        notes: Remarks for the user.
     """
 
     path: Path
@@ -42,13 +42,13 @@ def load(path: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> L
     """Return the model of a folder.
 
     Raises:
-        RemoteCodeRefusedError: it is code in the folder, and that is not trusted.
-        UnsupportedModelError: transformers is not installed, or has no such model.
-        SourceError: its weights are incomplete or do not fit.
+        RemoteCodeRefusedError: The model is code in the folder, which is not trusted.
+        UnsupportedModelError: transformers is not installed, or does not have the model.
+        SourceError: The weights are incomplete or do not fit.
     """
     kind = f"model type {config.get('model_type')!r}"
     if find_spec("transformers") is None:
-        problem = "not an architecture llmopt defines, and transformers, which may, is not here"
+        problem = "llmopt has no definition of it, and transformers, which may, is not installed"
         raise UnsupportedModelError(kind, [problem], _INSTALL)
     import transformers
 
@@ -62,7 +62,7 @@ def load(path: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> L
         raise UnsupportedModelError(kind, [problem], "pass the module itself as file.py:factory")
     with _silent():
         try:
-            module, found = cls.from_pretrained(
+            module, info = cls.from_pretrained(
                 path,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -72,11 +72,11 @@ def load(path: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> L
         except Exception as error:  # transformers and code from the folder raise anything
             problem = f"transformers cannot load it: {type(error).__name__}: {one_line(error)}"
             raise SourceError(path, problem, "check config.json and the weights") from error
-    _check_complete(path, found)
+    _check_complete(path, info)
     notes = (
         ()
         if not (shipped and known and not trust_remote_code)
-        else ("code in the folder is not used: transformers has this model itself",)
+        else ("code in the folder is not used: transformers has this model built in",)
     )
     return Loaded(path, _prepared(module), config, _json(path / "generation_config.json"), notes)
 
@@ -100,28 +100,28 @@ def _class(config: Mapping[str, Any], *, trusted: bool) -> Any:
     return transformers.AutoModel if known and not config.get("architectures") else None
 
 
-def _check_complete(path: Path, found: Mapping[str, Any]) -> None:
+def _check_complete(path: Path, info: Mapping[str, Any]) -> None:
     for key, word in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
-        names = sorted(str(name) for name in found.get(key) or ())
+        names = sorted(str(name) for name in info.get(key) or ())
         if names:
             some = ", ".join(names[:3])
             problem = f"the checkpoint {word} {len(names)} tensors of the model: {some}"
-            raise SourceError(path, problem, "take config.json and weights from the same place")
+            raise SourceError(path, problem, "take config.json and weights from one checkpoint")
 
 
 def _prepared(module: Any) -> Any:
-    """Return the module in a form that can be traced: nothing of it depends on the data."""
+    """Return the module in a form that can be traced, without data-dependent branches."""
     if getattr(module, "_can_set_experts_implementation", bool)():
         module.set_experts_implementation("batched_mm")
     return module.eval()
 
 
 def special_tokens(loaded: Loaded) -> dict[str, Any]:
-    """Return the tokens that begin, end and fill up a text."""
-    told = {**loaded.config, **loaded.generation}
-    end = told.get("eos_token_id")
+    """Return the tokens that begin, end and pad a text."""
+    config = {**loaded.config, **loaded.generation}
+    end = config.get("eos_token_id")
     return {
-        "bos": told.get("bos_token_id"),
+        "bos": config.get("bos_token_id"),
         "eos": tuple(end) if isinstance(end, list) else () if end is None else (end,),
         "pad": loaded.config.get("pad_token_id"),
     }
@@ -131,12 +131,12 @@ def pixels(config: Any, label: str, count: int) -> Tensor:
     """Return black images [count, channels, height, width] of the size that a config names.
 
     Raises:
-        UnsupportedModelError: It names none.
+        UnsupportedModelError: The config names no size.
     """
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None)
     if size is None:
-        problem = "config.json names no image_size, and another size is another graph"
+        problem = "config.json names no image_size, which fixes the shapes of the graph"
         raise UnsupportedModelError(label, [problem], GIVE)
     height, width = (size, size) if isinstance(size, int) else size
     return torch.zeros(count, vision.num_channels, height, width)
@@ -144,7 +144,7 @@ def pixels(config: Any, label: str, count: int) -> Tensor:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep transformers' progress bars and warnings off the screen."""
+    """Silence transformers' progress bars and warnings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -159,10 +159,10 @@ def _silent() -> Iterator[None]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_bytes()) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    content = json.loads(file.read_bytes()) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def one_line(error: BaseException) -> str:
-    """Return the beginning of what an error says, on one line."""
+    """Return the beginning of an error's message on one line."""
     return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: the header is parsed and checked here, a tensor is one file read.
+"""Safetensors checkpoints: the header is parsed and checked; each tensor is one file read.
 
 Layout of a file (little-endian)::
 
@@ -47,13 +47,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies.
+    """The location and type of one tensor.
 
     Attributes:
-        file: The file that holds it.
-        dtype: Its element type.
-        shape: Its shape.
-        offset: Its first byte, counted from the start of the file.
+        file: File of the tensor.
+        dtype: Element type.
+        shape: Shape.
+        offset: First byte, counted from the start of the file.
     """
 
     file: Path
@@ -63,7 +63,7 @@ class StoredTensor:
 
     @property
     def size_bytes(self) -> int:
-        """Its size in the file."""
+        """Size in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -71,20 +71,20 @@ class SafetensorsCheckpoint:
     """The tensors of one or more safetensors files.
 
     Args:
-        path: What the user named.
-        files: The files and, where an index says so, the names that each must hold.
+        path: Path that the user gave.
+        files: Files and, if there is an index, the names it lists for each.
 
     Raises:
-        SourceError: A file is truncated or damaged, or an index promises what is not there.
+        SourceError: A file is truncated or damaged, or lacks tensors that the index lists.
     """
 
     def __init__(self, path: Path, files: Mapping[Path, frozenset[str] | None]) -> None:
         self.path = path
         self._tensors: dict[str, StoredTensor] = {}
-        for file, promised in files.items():
-            held = parse_header(file)
-            check_promise(file, promised, held)
-            self._tensors |= held
+        for file, listed in files.items():
+            tensors = parse_header(file)
+            check_listed(file, listed, tensors)
+            self._tensors |= tensors
 
     def names(self) -> Collection[str]:
         """Return the name of every tensor."""
@@ -108,7 +108,7 @@ class SafetensorsCheckpoint:
         return self._part(name, 0, prod(tensor.shape)).reshape(tensor.shape)
 
     def read_float32(self, name: str) -> np.ndarray:
-        """Return the same as float32; the narrower type is never in memory as a whole.
+        """Return a fresh float32 array; a narrower type is converted piece by piece.
 
         Raises:
             SourceError: The file was changed since it was opened, or cannot be read.
@@ -133,24 +133,24 @@ class SafetensorsCheckpoint:
             raise unreadable(tensor.file, error) from error
         if flat.size != count:
             problem = f"{name} ended after {start + flat.size} of {prod(tensor.shape)} elements"
-            raise SourceError(tensor.file, problem, "the file changed while it was in use")
+            raise SourceError(tensor.file, problem, "it changed while it was read; compile again")
         return flat
 
 
-def check_promise(file: Path, promised: frozenset[str] | None, held: Collection[str]) -> None:
-    """Refuse a shard that lacks what the index promises.
+def check_listed(file: Path, listed: frozenset[str] | None, names: Collection[str]) -> None:
+    """Refuse a shard that lacks tensors listed by the index.
 
     Raises:
-        SourceError: Names the first tensor that is missing, and how many are.
+        SourceError: Tensors are missing; the message has their number and the first.
     """
-    missing = sorted((promised or frozenset()).difference(held))
+    missing = sorted((listed or frozenset()).difference(names))
     if missing:
-        problem = f"lacks {len(missing)} tensors that the index promises, first {missing[0]!r}"
+        problem = f"lacks {len(missing)} tensors that the index lists, first {missing[0]!r}"
         raise SourceError(file, problem, _AGAIN)
 
 
 def parse_header(file: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a safetensors file, its place checked against the file's size.
+    """Return every tensor of a safetensors file, checked against the file's size.
 
     Raises:
         SourceError: The file is truncated or its header is damaged.
@@ -174,7 +174,7 @@ def _check_length(file: Path, length: int, size: int) -> None:
     if size < 8:
         raise SourceError(file, f"truncated: {size} bytes, the header alone has 8", _AGAIN)
     if length > _HEADER_LIMIT:
-        raise SourceError(file, f"a header of {length} bytes cannot be: damaged", _AGAIN)
+        raise SourceError(file, f"damaged: implausible header size of {length} bytes", _AGAIN)
     if 8 + length > size:
         problem = f"truncated: the header needs {8 + length} bytes, the file has {size}"
         raise SourceError(file, problem, _AGAIN)

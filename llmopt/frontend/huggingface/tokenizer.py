@@ -19,21 +19,21 @@ _COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# vocabularies that only a conversion turns into tokenizer.json
+# vocabularies that transformers can convert to tokenizer.json
 _SLOW = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _AGAIN = "download it again"
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
-    """Return file name -> contents of the tokenizer at ``path``; empty where there is none.
+    """Return file name -> contents of the tokenizer at ``path``, empty if there is none.
 
     Args:
         path: A GGUF file, or a Hugging Face folder (or a file in one).
 
     Raises:
         SourceError: The tokenizer is damaged, or needs transformers to be converted.
-        UnsupportedModelError: A GGUF file's tokenizer is of a kind that we do not know.
+        UnsupportedModelError: A GGUF file's tokenizer is of an unknown kind.
     """
     folder = path if path.is_dir() else path.parent
     ggufs = [path] if path.is_file() else sorted(folder.glob("*.gguf"))
@@ -49,8 +49,8 @@ def folder_tokenizer(folder: Path) -> dict[str, bytes]:
     """Return the tokenizer files of a Hugging Face folder; empty where it has none.
 
     Raises:
-        SourceError: tokenizer.json is damaged, or only files are there that transformers, which
-            is not installed, could convert.
+        SourceError: tokenizer.json is damaged, or missing and transformers, which could convert
+            the older files, is not installed.
     """
     files = {name: _read(folder / name) for name in _COPIED if (folder / name).is_file()}
     if "tokenizer.json" in files:
@@ -63,7 +63,7 @@ def folder_tokenizer(folder: Path) -> dict[str, bytes]:
 
 
 def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return what tokenizer_config.json says; empty where there is none.
+    """Return the contents of tokenizer_config.json, empty if there is none.
 
     Raises:
         SourceError: It is not a JSON object.
@@ -79,11 +79,11 @@ def chat_template(files: Mapping[str, bytes]) -> str | None:
     """
     if "chat_template.jinja" in files:  # where newer transformers writes it; it wins there, too
         return files["chat_template.jinja"].decode()
-    found = tokenizer_config(files).get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {each.get("name"): each.get("template") for each in found}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = tokenizer_config(files).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -112,7 +112,7 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise SourceError(file, problem, "check the file and its rights") from error
+        raise SourceError(file, problem, "check the file's permissions") from error
 
 
 def _object(name: str, raw: bytes) -> dict[str, Any]:
@@ -134,17 +134,17 @@ def _check(file: Path, raw: bytes) -> None:
 
 
 def _convert(folder: Path, slow: list[str]) -> bytes:
-    """Return tokenizer.json as transformers makes it of older vocabulary files."""
-    found = ", ".join(slow)
+    """Return tokenizer.json as transformers converts it from older vocabulary files."""
+    slow_names = ", ".join(slow)
     if importlib.util.find_spec("transformers") is None:
         hint = "pip install 'llmopt[transformers]', or add tokenizer.json to the folder"
-        raise SourceError(folder, f"has {found} but no tokenizer.json", hint)
+        raise SourceError(folder, f"has {slow_names} but no tokenizer.json", hint)
     from transformers import AutoTokenizer
 
     try:
-        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return str(made.backend_tokenizer.to_str()).encode()
+        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return str(fast.backend_tokenizer.to_str()).encode()
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         first = str(error).strip().partition("\n")[0]
-        problem = f"{found} could not be converted to tokenizer.json ({first})"
+        problem = f"{slow_names} could not be converted to tokenizer.json ({first})"
         raise SourceError(folder, problem, "add tokenizer.json to the folder") from error

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints (``pytorch_model.bin``), read without executing what they carry."""
+"""PyTorch checkpoints (``pytorch_model.bin``), read without executing code in them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import numpy as np
 
 from llmopt.errors import PickleRefusedError, SourceError
 from llmopt.frontend.base import unreadable
-from llmopt.frontend.huggingface.safetensors import check_promise
+from llmopt.frontend.huggingface.safetensors import check_listed
 
-_NESTS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights
+_NESTS = ("state_dict", "model_state_dict", "model")  # as training scripts save weights
 _AGAIN = "download or save it again"
-# what torch's readers raise on bytes that are not theirs
+# what torch's readers raise on damaged files
 _DAMAGE = (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError)
-_RELOAD_BYTES = 64_000_000  # pages of a mapped file that may stay resident before it is let go
+_RELOAD_BYTES = 64_000_000  # pages of a mapped file that may stay resident before it is unmapped
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class TorchBinCheckpoint:
     """The tensors of one or more files written by ``torch.save``.
 
     Args:
-        path: What the user named.
-        files: The files and, where an index says so, the names that each must hold.
+        path: Path that the user gave.
+        files: Files and, if there is an index, the names it lists for each.
         trust_pickle: Whether a file that needs unpickling may be unpickled.
 
     Raises:
@@ -53,9 +53,9 @@ class TorchBinCheckpoint:
         self._entries: dict[str, _Tensor] = {}
         self._open: tuple[Path, Mapping[str, Any]] | None = None
         self._touched_bytes = 0
-        for file, promised in files.items():
+        for file, listed in files.items():
             tensors = load_tensors(file, trust_pickle=trust_pickle)
-            check_promise(file, promised, tensors)
+            check_listed(file, listed, tensors)
             for name, tensor in tensors.items():
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 self._entries[name] = _Tensor(file, tuple(tensor.shape), dtype)
@@ -80,7 +80,7 @@ class TorchBinCheckpoint:
         """Return a fresh array with the tensor.
 
         The file stays mapped between calls, so that its pickled index is not read again for each
-        tensor; it is unmapped when the pages that were touched could add up.
+        tensor; it is unmapped once many of its pages have been touched.
 
         Raises:
             SourceError: The file was changed since it was opened, or its element type has no
@@ -92,7 +92,7 @@ class TorchBinCheckpoint:
             self._touched_bytes = 0
         tensor = self._open[1].get(name)
         if tensor is None or tuple(tensor.shape) != entry.shape:
-            hint = "the file changed while it was in use"
+            hint = "it changed while it was read; compile again"
             raise SourceError(entry.file, f"no longer holds {name!r} as it was", hint)
         array = _to_numpy(entry.file, name, tensor)
         self._touched_bytes += array.nbytes
@@ -105,8 +105,8 @@ def load_tensors(file: Path, *, trust_pickle: bool) -> Mapping[str, Any]:
     """Return name -> torch.Tensor of a file, mapped where its format allows.
 
     Raises:
-        PickleRefusedError: It needs unpickling and ``trust_pickle`` is false.
-        SourceError: It is damaged, or holds no tensors.
+        PickleRefusedError: The file needs unpickling and ``trust_pickle`` is false.
+        SourceError: The file is damaged, or has no tensors.
     """
     loaded = _load(file, trust_pickle=trust_pickle)
     if hasattr(loaded, "state_dict"):  # a pickled module: only ever after --trust-pickle
@@ -123,13 +123,13 @@ def _tensors(loaded: Any) -> dict[str, Any]:
 
     if not isinstance(loaded, Mapping):
         return {}
-    found = {
+    tensors = {
         str(name): value.detach()
         for name, value in loaded.items()
         if isinstance(value, torch.Tensor)
     }
     nests = [loaded[nest] for nest in _NESTS if isinstance(loaded.get(nest), Mapping)]
-    return found or (_tensors(nests[0]) if nests else {})
+    return tensors or (_tensors(nests[0]) if nests else {})
 
 
 def _load(file: Path, *, trust_pickle: bool) -> Any:
@@ -137,7 +137,7 @@ def _load(file: Path, *, trust_pickle: bool) -> Any:
 
     mapped = _mappable(file)
     try:
-        with warnings.catch_warnings(action="ignore"):  # on pickle protocols: it refuses or reads
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         if not trust_pickle:
@@ -153,7 +153,7 @@ def _mappable(file: Path) -> bool:
     """Return whether the file is torch's zip archive; the older format has no storages to map.
 
     Raises:
-        SourceError: It is neither, a TorchScript program, or a zip archive cut short.
+        SourceError: The file is neither, is a TorchScript program, or is truncated.
     """
     with file.open("rb") as stream:
         start = stream.read(4)
@@ -170,7 +170,7 @@ def _mappable(file: Path) -> bool:
         problem = f"truncated: the archive's directory is not within its {size} bytes"
         raise SourceError(file, problem, _AGAIN) from error
     if any(name.endswith("/constants.pkl") for name in names):
-        hint = "compile it directly, without a config beside it"
+        hint = "compile the file itself, without a config.json next to it"
         raise SourceError(file, "is a TorchScript program, not a table of weights", hint)
     return True
 
@@ -185,9 +185,9 @@ def _load_trusted(file: Path) -> Any:
 
 
 def _needs(error: Exception) -> str:
-    """Return what the pickle asks for, as far as torch's refusal names it."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"it needs {found[1]} to be unpickled" if found else "it holds more than tensors"
+    """Return the object that the pickle needs, if torch's refusal names it."""
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it needs {match[1]} to be unpickled" if match else "it holds more than tensors"
 
 
 def _damaged(file: Path, error: Exception) -> SourceError:
@@ -212,5 +212,5 @@ def _to_numpy(file: Path, name: str, tensor: Any) -> np.ndarray:
             return np.array(tensor.contiguous().view(bits).numpy(), order="C").view(dtype)
         return np.array(tensor.numpy(), order="C")
     except (TypeError, RuntimeError) as error:
-        problem = f"tensor {name!r} of type {tensor.dtype} has no plain values"
+        problem = f"tensor {name!r} of type {tensor.dtype} has no numpy equivalent"
         raise SourceError(file, problem, "save it as float32") from error

@@ -1,7 +1,7 @@
-"""A Hugging Face folder of a family that has no definition here: transformers' own module.
+"""Hugging Face folders of families without a definition: transformers' own module.
 
-A decoder is traced with its cache if that is keys and values; else, and everything else, as it
-is called without one.
+A decoder is traced with its cache if that is keys and values alone. Any other model is traced
+without a cache.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from llmopt.frontend.huggingface.cached import (
 from llmopt.frontend.huggingface.checkpoint import digest
 from llmopt.frontend.huggingface.files import shipped_files
 from llmopt.frontend.huggingface.loading import GIVE, Loaded, load, pixels, special_tokens
-from llmopt.frontend.huggingface.vision_language import open_seeing
-from llmopt.frontend.huggingface.vision_parts import sees
+from llmopt.frontend.huggingface.vision_language import open_vision_language
+from llmopt.frontend.huggingface.vision_parts import is_vision_language
 from llmopt.frontend.meaning import UNBOUNDED, TracedModel, finish
 from llmopt.frontend.reference import ModuleReference
 from llmopt.frontend.tables import longest
@@ -44,17 +44,17 @@ _LIMITS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_
 
 
 def open_generic(path: Path, config: Mapping[str, Any], options: SourceOptions) -> Source:
-    """Return the source of a folder, by the module that transformers makes of it.
+    """Return the source of a folder, loaded by transformers.
 
     Raises:
-        RemoteCodeRefusedError: the module is code in the folder.
+        RemoteCodeRefusedError: The module is code in the folder.
         UnsupportedModelError: transformers is not installed or does not know the family, or the
             module cannot be traced.
-        SourceError: weights are missing.
+        SourceError: Weights are missing.
     """
     loaded = load(path, config, trust_remote_code=options.trust_remote_code)
-    if sees(loaded.module):
-        return open_seeing(loaded, options)
+    if is_vision_language(loaded.module):
+        return open_vision_language(loaded, options)
     inputs = _inputs(loaded.module, label=str(config.get("model_type")))
     if not _decodes(loaded.module):
         return _plain(loaded, inputs, options)
@@ -64,15 +64,15 @@ def open_generic(path: Path, config: Mapping[str, Any], options: SourceOptions) 
             return _cached(loaded, inputs, caches, options)
         except UnsupportedModelError as error:
             caches = "; ".join(error.problems)
-    note = f"traced without a cache: {caches}"
+    note = f"traced without a KV cache: {caches}"
     return _plain(dataclasses.replace(loaded, notes=(*loaded.notes, note)), inputs, options)
 
 
 def _inputs(module: Any, label: str) -> dict[str, Tensor]:
-    """Return what to call the module with: tokens [B, S] and pixels [B, C, height, width]."""
+    """Return example inputs: tokens [B, S] and pixels [B, C, height, width]."""
     takes, config = inspect.signature(module.forward).parameters, module.config
     if getattr(config, "is_encoder_decoder", False):
-        problem = "an encoder and a decoder: not one component"
+        problem = "an encoder-decoder, which has no single graph"
         raise UnsupportedModelError(label, [problem], "compile its encoder as file.py:factory")
     inputs: dict[str, Tensor] = {}
     if "input_ids" in takes:
@@ -94,18 +94,18 @@ def _inputs(module: Any, label: str) -> dict[str, Tensor]:
 
 
 def _decodes(module: Any) -> bool:
-    """Whether the module maps tokens to the logits of next ones."""
+    """Return whether the module maps tokens to next-token logits."""
     name = type(module).__name__
     return name.endswith(("ForCausalLM", "LMHeadModel")) and module.main_input_name == "input_ids"
 
 
 class _Plain(nn.Module):
-    """A model of transformers that takes tensors in order and returns the tensors it has by name.
+    """A transformers model that takes tensors in order and returns tensors by name.
 
     Args:
-        model: It.
-        names: What it takes.
-        options: More that it is called with.
+        model: Model of transformers.
+        names: Names of its inputs, in order.
+        options: Further arguments of each call.
     """
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], options: dict[str, Any]) -> None:
@@ -116,26 +116,26 @@ class _Plain(nn.Module):
 
     @override
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """Return the tensors of what the model returns; what is nested in it is left out."""
-        given = dict(zip(self._names, tensors, strict=True))
-        found = self.model(**given, **self._options)
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        """Return the tensors of the model's output; nested ones are omitted."""
+        named = dict(zip(self._names, tensors, strict=True))
+        output = self.model(**named, **self._options)
+        return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
 def _plain(loaded: Loaded, inputs: dict[str, Tensor], options: SourceOptions) -> Source:
-    """Return the source of a model called without a cache."""
+    """Return the source of a model without its cache."""
     takes = inspect.signature(loaded.module.forward).parameters
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     module = _Plain(loaded.module, tuple(inputs), more).eval()
-    given = tuple(inputs.values())
+    tensors = tuple(inputs.values())
     result: dict[str, Tensor] = {}
     with torch.no_grad():
-        counted = census(loaded.module, lambda: result.update(module(*given)))
-    traced = trace_module(module, given, (tuple(dynamic_shapes(inputs).values()),))
+        counted = census(loaded.module, lambda: result.update(module(*tensors)))
+    traced = trace_module(module, tensors, (tuple(dynamic_shapes(inputs).values()),))
     for value, name in zip(traced.model.graph.inputs, inputs, strict=True):
         value.name = name
     names = list(inputs)
-    found = TracedModel(
+    traced_model = TracedModel(
         record=SourceRecord(loaded.path.resolve().name, "huggingface", digest(loaded.path)),
         family=str(loaded.config.get("model_type")),
         model=traced.model,
@@ -146,9 +146,9 @@ def _plain(loaded: Loaded, inputs: dict[str, Tensor], options: SourceOptions) ->
         notes=loaded.notes,
     )
     limit = min(filter(None, (_limit(loaded), options.max_length)), default=None)
-    source = finish(found, dataclasses.replace(options, max_length=limit))
-    found_out = source.program.facts.model
-    model = dataclasses.replace(found_out, **special_tokens(loaded), **_heads(loaded))
+    source = finish(traced_model, dataclasses.replace(options, max_length=limit))
+    inferred = source.program.facts.model
+    model = dataclasses.replace(inferred, **special_tokens(loaded), **_heads(loaded))
     return _shipped(loaded, source.program, model, source)
 
 
@@ -157,13 +157,13 @@ def _cached(
 ) -> Source:
     """Return the source of a decoder with its cache."""
     if options.task not in (None, "generate"):
-        raise UsageError(f"--task {options.task}: this checkpoint is for 'generate'")
+        raise UsageError(f"--task {options.task}: this checkpoint is for 'generate'; omit --task")
     module, names = loaded.module, list(inputs)
     keeps = "logits_to_keep" in inspect.signature(module.forward).parameters
     traced, signature = trace_cached(module, names, caches, keeps=keeps)
-    whole = FullPass(module).eval()
+    full = FullPass(module).eval()
     with torch.no_grad():
-        counted = census(module, lambda: whole(**inputs))
+        counted = census(module, lambda: full(**inputs))
     record = SourceRecord(loaded.path.resolve().name, "huggingface", digest(loaded.path))
     key = caches.shapes[0]
     vocabulary = int(module.config.get_text_config().vocab_size)
@@ -180,13 +180,13 @@ def _cached(
     limits = (_limit(loaded), longest(program, vocabulary), options.max_length)
     limit = min(filter(None, limits), default=UNBOUNDED)
     model = dataclasses.replace(model, max_length=limit)
-    reference = ModuleReference(whole, names, ["logits"], positional=0)
+    reference = ModuleReference(full, names, ["logits"], positional=0)
     source = Source(record.name, program, reference, loaded.notes)
     return _shipped(loaded, program, model, source)
 
 
 def _shipped(loaded: Loaded, program: Program, model: ModelFacts, source: Source) -> Source:
-    """Return the source with the folder's tokenizer and settings in it."""
+    """Return the source with the folder's tokenizer and generation settings."""
     if program.signature.find(Role.TOKENS) is None:
         program.learn(model=model)
         return source
@@ -201,7 +201,7 @@ def _limit(loaded: Loaded) -> int | None:
 
 
 def _heads(loaded: Loaded) -> dict[str, Any]:
-    """Return the sizes that the config names, in our words."""
+    """Return the sizes in the config, by the names of `ModelFacts`."""
     text = loaded.module.config.get_text_config()
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     hidden = int(getattr(text, "hidden_size", 0) or 0)

@@ -1,9 +1,9 @@
-"""A model that sees images and writes text becomes a Program of three components.
+"""A vision-language model becomes a Program of three components.
 
-``vision`` gives the features of each image, ``embedding`` looks tokens up and puts features where
-image tokens stand, and ``decoder`` goes on from there with a cache. The vision is traced from
-transformers' module; the text is a definition. That both together are what transformers computes
-is found out by running both, before anything is compiled.
+``vision`` computes the features of each image, ``embedding`` looks tokens up and replaces image
+tokens by features, and ``decoder`` continues from there with a KV cache. The vision encoder is
+traced from transformers' module; the text model is a definition. Before anything is compiled, both
+are run to check that together they compute what transformers computes.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ from llmopt.models.decoder import Decoder
 from llmopt.models.images import with_images
 
 VISION, EMBEDDING = "vision", "embedding"
-SEEN: Final = "image_features"
+FEATURES: Final = "image_features"
 _SAME: Final = 1e-3  # relative: float32 sums in another order, of models of any depth
 _IMAGES: Final = 2
 
 
-def open_seeing(loaded: Loaded, options: SourceOptions) -> Source:
-    """Return the source of a model that sees images.
+def open_vision_language(loaded: Loaded, options: SourceOptions) -> Source:
+    """Return the source of a vision-language model.
 
     Raises:
-        UnsupportedModelError: it is put together in a way that is not known, its text has no
-            definition, or it computes something else than the three components.
-        UsageError: another task is asked for.
+        UnsupportedModelError: The model's structure is unknown, its text model has no definition,
+            or the three components compute something else.
+        UsageError: The task is not ``"generate"``.
     """
     if options.task not in (None, "generate"):
-        raise UsageError(f"--task {options.task}: this checkpoint is for 'generate'")
+        raise UsageError(f"--task {options.task}: this checkpoint is for 'generate'; omit --task")
     label = str(loaded.config.get("model_type"))
     parts = parts_of(loaded.module, label)
     definition, config, read = text_of(parts, label)
-    images = _drawn(pixels(loaded.module.config, label, _IMAGES))
+    images = _random_like(pixels(loaded.module.config, label, _IMAGES))
     length = _features(parts, images, config, label)
     reference = _reference(parts, definition, config, read, length)
     _prove(loaded, parts, reference, images, length)
@@ -83,37 +83,37 @@ def open_seeing(loaded: Loaded, options: SourceOptions) -> Source:
     return Source(record.name, program, reference, (*notes, *more))
 
 
-def _drawn(like: Tensor) -> Tensor:
-    """Return images of random numbers: a model may leave black ones out."""
+def _random_like(like: Tensor) -> Tensor:
+    """Return random images: a model may skip black ones."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
 
 
 def _features(parts: Parts, images: Tensor, config: DecoderConfig, label: str) -> int:
-    """Return how many features an image has.
+    """Return the number of features of an image.
 
     Raises:
-        UnsupportedModelError: They cannot be computed from pixels alone, or are of another width
-            than embeddings.
+        UnsupportedModelError: The features need more than pixels, or differ in width from the
+            embeddings.
     """
     try:
         with torch.no_grad():
-            found = parts.vision(images)
+            features = parts.vision(images)
     except Exception as error:  # transformers raises anything
-        problem = f"its vision does not run on pixels alone: {type(error).__name__}"
+        problem = f"its vision encoder does not run on pixels alone: {type(error).__name__}"
         raise UnsupportedModelError(label, [f"{problem}: {one_line(error)}"], HINT) from error
-    if found.dim() != 3 or (len(found), found.shape[2]) != (len(images), config.hidden):
-        problem = f"features of {len(images)} images are {list(found.shape)}"
-        wanted = f"[{len(images)}, N, {config.hidden}] was expected"
-        raise UnsupportedModelError(label, [f"{problem}, and {wanted}"], HINT)
-    return int(found.shape[1])
+    if features.dim() != 3 or (len(features), features.shape[2]) != (len(images), config.hidden):
+        problem = f"features of {len(images)} images have shape {list(features.shape)}"
+        expected = f"[{len(images)}, N, {config.hidden}]"
+        raise UnsupportedModelError(label, [f"{problem}, not {expected}"], HINT)
+    return int(features.shape[1])
 
 
 def _facts(
     loaded: Loaded, definition: Definition, config: DecoderConfig, options: SourceOptions
 ) -> ModelFacts:
-    """Return what a runner has to know; what its text's config leaves open, the whole's says.
+    """Return the facts that a runner needs, from the text model's config before the model's.
 
-    The whole's is less to be trusted: SmolVLM's names a token for padding that it does not have.
+    The model's is less reliable: SmolVLM's names a padding token beyond the vocabulary.
     """
     text = loaded.module.config.get_text_config().to_dict()
     known = {name: value for name, value in text.items() if value is not None}
@@ -127,74 +127,75 @@ def _facts(
 
 def _reference(
     parts: Parts, definition: Definition, config: DecoderConfig, read: Read, length: int
-) -> SeeingReference:
+) -> VisionLanguageReference:
     def merge(embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return with_images(embeds, batch["input_ids"], batch[SEEN], parts.image_token)
+        return with_images(embeds, batch["input_ids"], batch[FEATURES], parts.image_token)
 
-    vision = ModuleReference(parts.vision, [PIXELS], [SEEN], positional=1)
+    vision = ModuleReference(parts.vision, [PIXELS], [FEATURES], positional=1)
     text = StreamedReference(definition, read, merge)
-    return SeeingReference(vision, text, np.zeros((0, length, config.hidden), np.float32))
+    return VisionLanguageReference(vision, text, np.zeros((0, length, config.hidden), np.float32))
 
 
-class SeeingReference:
-    """Features by transformers' module, and the text that they stand in by its definition.
+class VisionLanguageReference:
+    """Image features from transformers' module, and logits from the text model's definition.
 
     Args:
-        vision: The one.
-        text: The other.
-        nothing: Features [0, N, E] of no images.
+        vision: Vision encoder.
+        text: Text model.
+        no_images: Empty features [0, N, E].
     """
 
     def __init__(
-        self, vision: ModuleReference, text: StreamedReference, nothing: npt.NDArray[np.float32]
+        self, vision: ModuleReference, text: StreamedReference, no_images: npt.NDArray[np.float32]
     ) -> None:
         self._vision = vision
         self._text = text
-        self._nothing = nothing
+        self._no_images = no_images
 
     def run(
         self, batches: Sequence[Arrays], transform: Transform | None = None
     ) -> Iterator[Arrays]:
-        """Yield the features of each batch's images, if it has any, and its logits."""
+        """Yield each batch's logits and, if it has images, their features."""
         pictured = [{PIXELS: batch[PIXELS]} for batch in batches if PIXELS in batch]
         features = list(self._vision.run(pictured, transform))
         remaining = iter(features)
-        shown = [dict(next(remaining)) if PIXELS in batch else {} for batch in batches]
+        visual = [dict(next(remaining)) if PIXELS in batch else {} for batch in batches]
         texts = [
-            {n: a for n, a in batch.items() if n != PIXELS} | {SEEN: found.get(SEEN, self._nothing)}
-            for batch, found in zip(batches, shown, strict=True)
+            {n: a for n, a in batch.items() if n != PIXELS}
+            | {FEATURES: outputs.get(FEATURES, self._no_images)}
+            for batch, outputs in zip(batches, visual, strict=True)
         ]
-        for found, logits in zip(shown, self._text.run(texts, transform), strict=True):
-            yield found | logits
+        for outputs, logits in zip(visual, self._text.run(texts, transform), strict=True):
+            yield outputs | logits
 
 
 def _prove(
-    loaded: Loaded, parts: Parts, reference: SeeingReference, images: Tensor, length: int
+    loaded: Loaded, parts: Parts, reference: VisionLanguageReference, images: Tensor, length: int
 ) -> None:
-    """Compare the parts with the whole: two rows, each an image with text before and after.
+    """Compare the parts with the model on two rows, each an image between tokens.
 
     Raises:
-        UnsupportedModelError: They are something else, or the whole takes more than images.
+        UnsupportedModelError: The logits differ, or the model needs more than images and tokens.
     """
     label = str(loaded.config.get("model_type"))
     first, second, third = [token for token in range(4) if token != parts.image_token][:3]
     row = [first, second, *[parts.image_token] * length, third, first, second]
     ids = torch.tensor([row, row[::-1]])
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         with torch.no_grad():
             shaped = images[:, None] if parts.nested else images
-            wanted = loaded.module(**given, pixel_values=shaped, use_cache=False).logits.numpy()
+            expected = loaded.module(**tokens, pixel_values=shaped, use_cache=False).logits.numpy()
     except Exception as error:  # transformers raises anything
         problem = f"it does not run on pixels and tokens alone: {type(error).__name__}"
         raise UnsupportedModelError(label, [f"{problem}: {one_line(error)}"], HINT) from error
-    places = torch.arange(len(row)).repeat(len(ids), 1)
-    batch = {n: t.numpy() for n, t in {**given, "position_ids": places, PIXELS: images}.items()}
-    [found] = reference.run([batch])
-    error_rel = float(np.abs(found["logits"] - wanted).max() / np.abs(wanted).max())
+    positions = torch.arange(len(row)).repeat(len(ids), 1)
+    batch = {n: t.numpy() for n, t in {**tokens, "position_ids": positions, PIXELS: images}.items()}
+    [outputs] = reference.run([batch])
+    error_rel = float(np.abs(outputs["logits"] - expected).max() / np.abs(expected).max())
     if not error_rel <= _SAME:
-        problem = "its logits are not those of features put among the embeddings of a decoder"
-        raise UnsupportedModelError(label, [f"{problem}: they differ by {error_rel:.2g}"], HINT)
+        problem = "its logits differ from those of a decoder with features among its embeddings"
+        raise UnsupportedModelError(label, [f"{problem}, by {error_rel:.2g}"], HINT)
 
 
 def _traced(parts: Parts, images: Tensor) -> Traced:
@@ -207,13 +208,13 @@ def _vision(traced: Traced, facts: Facts) -> Program:
     pixel.name = PIXELS
     shape: tuple[int | str, ...] = ("I", *(g.static(pixel, axis) or 0 for axis in (1, 2, 3)))
     name_dims(graph, {PIXELS: shape})
-    features.name = SEEN
+    features.name = FEATURES
     width = ("I", facts.model.image_length, facts.model.hidden)
     features.shape = ir.Shape(width)
     g.name_nodes(graph)
     signature = Signature(
         (Port(PIXELS, Role.PIXELS, "float32", shape),),
-        (Port(SEEN, Role.IMAGE_FEATURES, "float32", width),),
+        (Port(FEATURES, Role.IMAGE_FEATURES, "float32", width),),
     )
     return Program(traced.model, signature, facts, VISION)
 
@@ -230,18 +231,18 @@ def _embedding(definition: Definition, config: DecoderConfig, read: Read, facts:
     width = config.hidden
     ports = (
         Port("input_ids", Role.TOKENS, "int64", ("B", "S")),
-        Port(SEEN, Role.IMAGE_FEATURES, "float32", ("I", facts.model.image_length, width)),
+        Port(FEATURES, Role.IMAGE_FEATURES, "float32", ("I", facts.model.image_length, width)),
     )
     inputs: dict[str, tuple[Dims, torch.dtype]] = {
         port.name: (port.shape, _TORCH[port.dtype]) for port in ports
     }
-    whole = Assembly(read)
-    values = [whole.input(port.name, _TYPES[port.dtype], port.shape) for port in ports]
+    assembly = Assembly(read)
+    values = [assembly.input(port.name, _TYPES[port.dtype], port.shape) for port in ports]
     part = trace_part(module, compute, inputs, scope="embed_tokens")
-    (embeds,) = whole.add(part, values)
-    whole.output(embeds, "inputs_embeds")
+    (embeds,) = assembly.add(part, values)
+    assembly.output(embeds, "inputs_embeds")
     output = Port("inputs_embeds", Role.EMBEDS, "float32", ("B", "S", width))
-    return Program(whole.model(), Signature(ports, (output,)), facts, EMBEDDING)
+    return Program(assembly.model(), Signature(ports, (output,)), facts, EMBEDDING)
 
 
 _TORCH: Final = {"int64": torch.int64, "float32": torch.float32}
@@ -249,13 +250,12 @@ _TYPES: Final = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT}
 
 
 def _expected(definition: Definition, vision: nn.Module, graph: ir.Graph) -> dict[str, int]:
-    """Return how many attentions, norms and rotaries the whole has.
+    """Return the number of attentions, norms and rotary embeddings of the model.
 
-    Of the vision those count whose weights are read: the last layers of a tower may be made for
-    nobody.
+    In the vision encoder those count whose weights are used: its last layers may be unused.
     """
-    held = [value.const_value for value in graph.initializers.values() if value.uses()]
-    read = [tensor.source for tensor in held if isinstance(tensor, Leaf)]
+    used_tensors = [value.const_value for value in graph.initializers.values() if value.uses()]
+    read = [tensor.source for tensor in used_tensors if isinstance(tensor, Leaf)]
     names = {part: name for name, part in vision.named_modules()}
     used = {
         kind: sum(

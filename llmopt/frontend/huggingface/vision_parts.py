@@ -1,4 +1,4 @@
-"""What a model of transformers that sees images is made of, told by what its parts are called."""
+"""Parts of transformers' vision-language models, recognized by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmopt.models import Definition, define
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder_families import DECODERS
 
-HINT: Final = "pass a module of its vision or of its text as file.py:factory"
+HINT: Final = "pass its vision encoder or its text model as file.py:factory"
 _TEXTS: Final = ("language_model", "text_model")
 _WAYS: Final = (
     "vision_tower and multi_modal_projector, with vision_feature_layer and "
@@ -26,14 +26,14 @@ _WAYS: Final = (
 
 @dataclass(frozen=True)
 class Parts:
-    """A model that puts features of images among the embeddings of tokens.
+    """A model that inserts features of images among the embeddings of tokens.
 
     Args:
-        vision: ``pixel_values`` [I, channels, height, width] to features [I, N, E].
+        vision: Vision encoder, ``pixel_values`` [I, channels, height, width] to features [I, N, E].
         nested: Whether the model takes images by row, [B, images, channels, height, width].
-        text: What goes on from the embeddings, without its head.
-        head: What makes logits of the last hidden states.
-        image_token: The token that stands for one feature.
+        text: Text model that continues from the embeddings, without its head.
+        head: Linear layer from the last hidden states to logits.
+        image_token: Token that is the placeholder of one feature.
     """
 
     vision: nn.Module
@@ -43,8 +43,8 @@ class Parts:
     image_token: int
 
 
-def sees(module: Any) -> bool:
-    """Whether a model puts images among the tokens of a text that it goes on with."""
+def is_vision_language(module: Any) -> bool:
+    """Return whether a model inserts images among the tokens of a text that it continues."""
     config = module.config
     marked = getattr(config, "image_token_id", None) is not None
     if not marked or getattr(config, "is_encoder_decoder", False):
@@ -53,14 +53,14 @@ def sees(module: Any) -> bool:
 
 
 def parts_of(module: Any, label: str) -> Parts:
-    """Return what a model is made of.
+    """Return the parts of a vision-language model.
 
     Args:
-        module: It; ``sees`` is true of it.
-        label: What to call it in messages.
+        module: Model for which ``is_vision_language`` is true.
+        label: Name of the model in messages.
 
     Raises:
-        UnsupportedModelError: Its images are not made into features in a way that is known.
+        UnsupportedModelError: The path from images to features is unknown.
     """
     base = getattr(module, "model", module)
     text = next((getattr(base, name) for name in _TEXTS if hasattr(base, name)), None)
@@ -71,8 +71,8 @@ def parts_of(module: Any, label: str) -> Parts:
     elif {"vision_model", "connector"} <= names:
         vision, nested = Connected(base), True
     else:
-        found = ", ".join(sorted(names))
-        problem = f"images become features in a way that is not known: it has {found}"
+        children = ", ".join(sorted(names))
+        problem = f"unknown path from images to features: it has {children}"
         raise UnsupportedModelError(label, [f"{problem} (known: {_WAYS})"], HINT)
     if text is None:
         raise UnsupportedModelError(label, [f"it has no {' or '.join(_TEXTS)}"], HINT)
@@ -87,11 +87,11 @@ def _chooses(config: Any) -> bool:
 
 
 class Tower(nn.Module):
-    """Hidden states of one layer of a tower or of several, projected.
+    """Hidden states of one or several layers of a vision tower, projected.
 
     Args:
-        base: What holds the tower and its projector.
-        config: It says which layers, and whether their first token is left out.
+        base: Module with the tower and its projector.
+        config: Config that selects the layers, and whether their first token is dropped.
     """
 
     def __init__(self, base: Any, config: Any) -> None:
@@ -111,10 +111,10 @@ class Tower(nn.Module):
 
 
 class Connected(nn.Module):
-    """Last hidden states, brought together by what connects them to the text.
+    """Last hidden states of a vision tower, passed through its connector.
 
     Args:
-        base: What holds both.
+        base: Module with the tower and the connector.
     """
 
     def __init__(self, base: Any) -> None:
@@ -129,15 +129,15 @@ class Connected(nn.Module):
 
 
 def text_of(parts: Parts, label: str) -> tuple[Definition, DecoderConfig, Read]:
-    """Return the definition of a model's text, its config, and what reads its parameters.
+    """Return the definition of a model's text model, its config and its parameters.
 
     Raises:
-        UnsupportedModelError: llmopt does not define such a text model.
+        UnsupportedModelError: llmopt has no definition of the text model.
     """
     text: Any = parts.text
     config = {**text.config.to_dict(), "architectures": [], "tie_word_embeddings": True}
     if config["model_type"] not in DECODERS:
-        problem = f"its text model {config['model_type']!r} has no definition here"
+        problem = f"its text model {config['model_type']!r} has no definition in llmopt"
         raise UnsupportedModelError(label, [f"{problem} (known: {', '.join(DECODERS)})"], HINT)
     tensors = {f"model.{name}": tensor for name, tensor in text.state_dict().items()}
     head: Any = parts.head.weight
@@ -148,11 +148,9 @@ def text_of(parts: Parts, label: str) -> tuple[Definition, DecoderConfig, Read]:
     ours = definition.config
     assert isinstance(ours, DecoderConfig)
     if ours.embedding_multiplier != 1.0:
-        problem = (
-            f"embeddings of its text model {config['model_type']!r} are multiplied by a number"
-        )
-        why = "of images' features nothing says whether they are, too"
-        raise UnsupportedModelError(label, [f"{problem}, and {why}"], HINT)
+        problem = f"its text model {config['model_type']!r} scales the embeddings of tokens"
+        unknown = "and it is unknown whether features of images are scaled"
+        raise UnsupportedModelError(label, [f"{problem}, {unknown}"], HINT)
     return definition, ours, _read(definition, tensors)
 
 

@@ -1,4 +1,4 @@
-"""ONNX files: weights left where they are, the graph raised to the dialect's opset."""
+"""ONNX files: weights stay in the file, the graph is converted to the dialect's opset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmopt.frontend.base import Source, SourceOptions
 from llmopt.frontend.meaning import TracedModel, finish
 from llmopt.frontend.onnx.reference import OnnxReference
 from llmopt.frontend.onnx.saved import KEY, open_saved
-from llmopt.frontend.torch.trace import FLOATS, held_back, label, quiet, simplify
+from llmopt.frontend.torch.trace import FLOATS, label, quiet, simplify, weights_as_inputs
 from llmopt.interface.facts import SourceRecord
 from llmopt.ir import graph as g
 from llmopt.ir.dialect import IR_VERSION, OPSET
@@ -33,9 +33,8 @@ def open_onnx(path: Path, options: SourceOptions) -> Source:
     """Return the Program and the reference of an ONNX file.
 
     Raises:
-        SourceError: it is damaged, or its external data is missing or cut short.
-        UnsupportedModelError: it has operators that are not ONNX's own, or of an opset that
-            cannot be converted.
+        SourceError: The file is damaged, or its external data is missing or truncated.
+        UnsupportedModelError: An operator is not ONNX's own, or the opset cannot be converted.
     """
     model = _load(path)
     files = _check_external(path, model)
@@ -53,7 +52,7 @@ def open_onnx(path: Path, options: SourceOptions) -> Source:
         label(model.graph)
     _infer_shapes(model)
     simplify(model)
-    found = TracedModel(
+    traced = TracedModel(
         record=SourceRecord(path.stem, "onnx", _digest([path, *files])),
         family=path.stem,
         model=model,
@@ -62,7 +61,7 @@ def open_onnx(path: Path, options: SourceOptions) -> Source:
         limit=None,
         reference=lambda out: OnnxReference(path, names, out, weights),
     )
-    return finish(found, options)
+    return finish(traced, options)
 
 
 def _load(path: Path) -> ir.Model:
@@ -77,23 +76,25 @@ def _load(path: Path) -> ir.Model:
 
 
 def _check_external(path: Path, model: ir.Model) -> list[Path]:
-    """Return the files of external data, once each.
+    """Return the files of external data.
 
     Raises:
-        SourceError: one lies outside the model's folder, is missing or too short.
+        SourceError: A file is outside the model's folder, missing or too short.
     """
     files: dict[Path, None] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        place = Path(tensor.location)
-        if place.is_absolute() or ".." in place.parts:
-            raise SourceError(path, f"{value.name!r} is outside its folder, in {place}", _AGAIN)
-        file = path.parent / place
+        location = Path(tensor.location)
+        if location.is_absolute() or ".." in location.parts:
+            raise SourceError(
+                path, f"the data of {value.name!r} is outside its folder, in {location}", _AGAIN
+            )
+        file = path.parent / location
         if not file.is_file():
             raise SourceError(
-                path, f"its data file {place} is missing", f"copy it to {path.parent}"
+                path, f"its data file {location} is missing", f"copy it to {path.parent}"
             )
         end, size = (tensor.offset or 0) + (tensor.length or tensor.nbytes), file.stat().st_size
         if end > size or (tensor.length or tensor.nbytes) < tensor.nbytes:
@@ -104,10 +105,10 @@ def _check_external(path: Path, model: ir.Model) -> list[Path]:
 
 
 def _inline(path: Path, model: ir.Model) -> None:
-    """Inline functions and refuse what is not ONNX's own then.
+    """Inline functions, and refuse operators that are not ONNX's own.
 
     Raises:
-        UnsupportedModelError: listing every foreign operator.
+        UnsupportedModelError: An operator is foreign; the message lists all.
     """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain == "ai.onnx":
@@ -129,20 +130,20 @@ def _refuse_caches(path: Path, model: ir.Model) -> None:
     if caches:
         raise UnsupportedModelError(
             path.name,
-            [f"it takes a cache ({caches[0]}, ...)"],
-            "export it without one (use_cache=False), or compile the checkpoint it came from",
+            [f"it takes a KV cache ({caches[0]}, ...)"],
+            "export it without one (use_cache=False), or compile its checkpoint",
         )
 
 
 def _without_initializer_inputs(graph: ir.Graph) -> None:
-    """Take initializers out of the inputs, where models of old list them all."""
+    """Remove initializers from the inputs, where older models list them all."""
     for value in list(graph.inputs):
         if value.is_initializer():
             graph.inputs.remove(value)
 
 
 def count_expected(graph: ir.Graph) -> dict[str, int]:
-    """Return how many attentions and norms a graph shows: softmaxes, and roots of means."""
+    """Return the number of attentions and norms: softmaxes, and roots of means."""
     attention = len(g.nodes(graph, "Softmax", "Attention"))
     norms = len(g.nodes(graph, "LayerNormalization", "RMSNormalization"))
     roots = [n for n in g.nodes(graph, "Sqrt", "Pow") if _of_mean(n)]
@@ -150,7 +151,7 @@ def count_expected(graph: ir.Graph) -> dict[str, int]:
 
 
 def _of_mean(node: ir.Node) -> bool:
-    """Whether a root, or a power of -1/2, is taken of a mean with something small added."""
+    """Return whether a node is the root, or the power of -1/2, of a mean plus an epsilon."""
     if node.op_type == "Pow" and g.scalar(g.operand(node, 1)) != -0.5:
         return False
     inner = g.producer(node.inputs[0], "Add", "Max", "Clip")
@@ -159,7 +160,7 @@ def _of_mean(node: ir.Node) -> bool:
 
 
 def _lazy(model: ir.Model) -> dict[str, Callable[[], npt.NDArray[Any]]]:
-    """Make every weight a tensor that is read when needed; return how each is read."""
+    """Make every weight a tensor that is read on demand; return each weight's reader."""
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
     reads: dict[str, Callable[[], npt.NDArray[Any]]] = {}
     for name, value in model.graph.initializers.items():
@@ -168,13 +169,13 @@ def _lazy(model: ir.Model) -> dict[str, Callable[[], npt.NDArray[Any]]]:
             reads[name] = _reader(tensor)
             sizes = list(tensor.shape.numpy())
             value.const_value = Leaf(name, reads[name], tensor.dtype, sizes)
-        elif isinstance(tensor, ir.ExternalTensor):  # shapes and tables of indices: read often
+        elif isinstance(tensor, ir.ExternalTensor):  # shapes and index tables: read often
             value.const_value = ir.tensor(_reader(tensor)(), tensor.dtype, name=name)
     return reads
 
 
 def _reader(tensor: ir.TensorProtocol) -> Callable[[], npt.NDArray[Any]]:
-    """Return a function that copies a tensor out of its file, which it maps only meanwhile."""
+    """Return a function that copies a tensor out of its file, mapped only during the call."""
     if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
         return tensor.numpy
     file, start = Path(tensor.path), tensor.offset or 0
@@ -191,7 +192,7 @@ def _raise_opset(path: Path, model: ir.Model) -> None:
     """Convert to the dialect's opset.
 
     Raises:
-        UnsupportedModelError: with the reason.
+        UnsupportedModelError: The converter failed; the message has its reason.
     """
     from onnxscript import version_converter
 
@@ -200,7 +201,7 @@ def _raise_opset(path: Path, model: ir.Model) -> None:
         if version > OPSET:
             raise ValueError("it is newer")  # noqa: TRY301 - one message for whatever fails
         if version < OPSET:
-            with quiet(), held_back(model):
+            with quiet(), weights_as_inputs(model):
                 version_converter.convert_version(model, OPSET, fallback=True)
     except Exception as error:  # the converter raises whatever an adapter does
         line = str(error).partition("\n")[0][:200]
@@ -215,7 +216,7 @@ def _raise_opset(path: Path, model: ir.Model) -> None:
 
 
 def _infer_shapes(model: ir.Model) -> None:
-    """Find the shape of every value: older exporters write none, and reshape by computed sizes."""
+    """Infer the shape of every value: older exporters omit them, and reshape by computed sizes."""
     for value in model.graph.inputs:
         sizes = g.shape(value) or []
         value.shape = ir.Shape(
@@ -224,22 +225,22 @@ def _infer_shapes(model: ir.Model) -> None:
                 for axis, d in enumerate(sizes)
             ]
         )
-    with held_back(model), quiet():
+    with weights_as_inputs(model), quiet():
         common.ShapeInferencePass(data_prop=True)(model)
 
 
 def _known(outputs: list[str]) -> list[str]:
-    """Return names of outputs, empty where an exporter made them up."""
+    """Return names of outputs, empty where an exporter generated them."""
     return [
         n if not any(c.isdigit() for c in n) and n not in ("output", "out") else "" for n in outputs
     ]
 
 
 def _digest(files: list[Path]) -> str:
-    found = hashlib.sha256()
+    combined = hashlib.sha256()
     for block in _blocks(files):
-        found.update(block)
-    return found.hexdigest()
+        combined.update(block)
+    return combined.hexdigest()
 
 
 def _blocks(files: list[Path]) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
-"""A Program that was written to a file, as ONNX or as text, taken as it is: nothing is raised.
+"""Programs in files, as ONNX or as its text, read without conversion.
 
-The text is ONNX's own. Of a weight whose numbers were left out it says ``["location": "elided"]``;
-passes may move such a weight about, and are told when they read it.
+The text is ONNX's own. A weight whose values are omitted has ``["location": "elided"]``; passes may
+move such a weight, and get an error when they read it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from llmopt.ir.weights import Leaf
 TEXT: Final = (".ir", ".onnxtxt", ".onnxtext")
 """Suffixes of text."""
 ELIDED: Final = "elided"
-"""Where the numbers are that a text leaves out."""
-LIMIT: Final = 512  # tokens: a file says nothing of it
+"""Location of weights whose values a text omits."""
+LIMIT: Final = 512  # tokens: a file has no limit
 _HEAD: Final = f'<ir_version: {dialect.IR_VERSION}, opset_import: ["" : {dialect.OPSET}]> '
 _HINT: Final = "`llmopt opt` and `llmopt diff` take ONNX files and their text"
 _CACHE: Final = re.compile(r"(past|present)(?:_key_values)?\.(\d+)\.(key|value)")
@@ -50,19 +50,19 @@ ROLES: Final = {
     "last_hidden_state": Role.HIDDEN,
     "sentence_embedding": Role.EMBEDDING,
 }
-"""What inputs and outputs mean whose names follow the ecosystem; caches apart."""
+"""Roles of inputs and outputs by their usual names; caches excepted."""
 
 
 def open_program(path: Path) -> Program:
-    """Return the Program in a file; roles are told by the names of the dialect.
+    """Return the Program in a file; roles follow from the names of the dialect.
 
     Raises:
-        SourceNotFoundError: Nothing is there.
-        SourceError: It is damaged, or no Program: of another opset, or with vendor operators.
+        SourceNotFoundError: The file does not exist.
+        SourceError: The file is damaged, of another opset, or has vendor operators.
     """
     model = read_model(path)
     if problems := dialect.verify(model):
-        hint = "`llmopt compile` and `llmopt opt` raise ONNX files that take no cache"
+        hint = "`llmopt compile` and `llmopt opt` convert ONNX files that take no KV cache"
         raise SourceError(path, f"not in the dialect: {'; '.join(problems[:3])}", hint)
     inputs = tuple(port(value) for value in model.graph.inputs)
     outputs = tuple(port(value) for value in model.graph.outputs)
@@ -76,8 +76,8 @@ def read_model(path: Path) -> ir.Model:
     """Return the model in an ONNX file or its text, weights unread.
 
     Raises:
-        SourceNotFoundError: Nothing is there.
-        SourceError: It is damaged.
+        SourceNotFoundError: The file does not exist.
+        SourceError: The file is damaged.
     """
     if not path.is_file():
         raise SourceNotFoundError(path, _HINT)
@@ -97,18 +97,18 @@ def read_model(path: Path) -> ir.Model:
 
 
 def port(value: ir.Value) -> Port:
-    """Return what an input or output means, by its name."""
+    """Return an input or output with the role that its name implies."""
     name = str(value.name)
     role, layer = ROLES.get(name, Role.OTHER), None
-    if found := _CACHE.fullmatch(name):
-        role, layer = Role(f"{found[1]}_{found[3]}"), int(found[2])
+    if match := _CACHE.fullmatch(name):
+        role, layer = Role(f"{match[1]}_{match[3]}"), int(match[2])
     dtype = "" if value.dtype is None else str(value.dtype.numpy().name)
     dims = ("?" if str(d).startswith("?") else d for d in g.shape(value) or ())
     return Port(name, role, dtype, tuple(dims), layer)
 
 
 def _parsed(path: Path) -> ir.Model:
-    """Return the model of a text; its head may be left out."""
+    """Return the model of a text; its header may be omitted."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -120,7 +120,7 @@ def _parsed(path: Path) -> ir.Model:
     except _UNREADABLE as error:
         said = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
         problem = " ".join(said.replace("b'", "").split())[:300]
-        raise SourceError(path, f"not the text of a model ({problem})", "correct it there") from (
+        raise SourceError(path, f"not the text of a model ({problem})", "correct the text") from (
             error
         )
     model = ir.from_proto(proto)
@@ -129,7 +129,7 @@ def _parsed(path: Path) -> ir.Model:
 
 
 def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model whose weights elsewhere are inputs: the checker would look for their file."""
+    """Return a model with external weights as inputs: the checker would open their files."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for tensor in list(copy.graph.initializer):
@@ -156,10 +156,10 @@ def _loaded(path: Path) -> ir.Model:
 
 
 def _check_data(path: Path, model: ir.Model) -> None:
-    """Raise unless every file of weights is there and long enough.
+    """Check that every file of weights exists and is long enough.
 
     Raises:
-        SourceError: One is missing, or was cut.
+        SourceError: A file is missing or truncated.
     """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -167,13 +167,13 @@ def _check_data(path: Path, model: ir.Model) -> None:
             file = path.parent / tensor.location
             size = file.stat().st_size if file.is_file() else 0
             if (tensor.offset or 0) + tensor.nbytes > size:
-                problem = f"its weight {name!r} is not in {tensor.location}: missing or cut"
+                problem = f"the data of weight {name!r} is missing from {tensor.location}"
                 raise SourceError(path, problem, "copy both files again")
 
 
 def _refusal(path: Path, name: str) -> Callable[[], Array]:
     def read() -> NoReturn:
-        problem = f"the numbers of {name!r} are left out of this text"
+        problem = f"this text omits the values of {name!r}"
         raise SourceError(path, problem, "run on the .onnx file, or on text written with -o")
 
     return read

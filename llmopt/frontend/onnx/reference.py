@@ -1,4 +1,4 @@
-"""An ONNX file as it is, run by ONNX Runtime without any of its optimizations."""
+"""References of ONNX files: ONNX Runtime without any of its optimizations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llmopt.interface.arrays import Arrays
 
 
 class OnnxReference:
-    """The file that was imported.
+    """An imported ONNX file.
 
     Args:
         path: The file.
         inputs: The names of its inputs.
-        outputs: What the Program calls its outputs, in order.
-        weights: How each weight is read, by its name in the file.
+        outputs: Names of the Program's outputs, in order.
+        weights: Reader of each weight, by its name in the file.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class OnnxReference:
         self, batches: Sequence[Arrays], transform: Transform | None = None
     ) -> Iterator[Arrays]:
         """Yield the outputs of each batch."""
-        replaced = self._replaced(transform)  # the session only points to them: keep them alive
+        replaced = self._replaced(transform)  # the session does not own them: keep them alive
         session = self._session(replaced)
         for batch in batches:
             results = session.run(None, {name: batch[name] for name in self._inputs})
             yield dict(zip(self._outputs, results, strict=True))
 
     def _replaced(self, transform: Transform | None) -> dict[str, Any]:
-        """Return each weight as ``transform`` gives it, as a value of ONNX Runtime."""
+        """Return each weight, transformed, as a value of ONNX Runtime."""
         if transform is None:
             return {}
         from onnxruntime import OrtValue
@@ -60,7 +60,7 @@ class OnnxReference:
 
     def _session(self, replaced: Mapping[str, Any]) -> Any:
         if find_spec("onnxruntime") is None:
-            need = "an ONNX source is checked with it: pip install 'llmopt[runtime]'"
+            need = "it runs the ONNX source for verification: pip install 'llmopt[runtime]'"
             raise BackendUnavailableError("onnxruntime", need)
         import onnxruntime
 

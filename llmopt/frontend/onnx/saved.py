@@ -1,7 +1,7 @@
-"""A Program in an ONNX file that says what its inputs and outputs mean, and read as it is.
+"""Programs saved as ONNX files with their signature and facts, read without conversion.
 
-Other ONNX files are raised to the dialect when they are read; of this one nothing is changed, so
-that what a pass does to it is what it did to the Program that was saved.
+Other ONNX files are converted to the dialect. These are not changed: a pass does to the file what
+it did to the saved Program.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _PRESENTS: Final = (Role.PRESENT_KEY, Role.PRESENT_VALUE)
 
 
 def save_program(program: Program, path: Path) -> None:
-    """Write a Program to ``path``, its weights to a file beside it.
+    """Write a Program to ``path``, its weights to a file next to it.
 
     Raises:
-        OSError: The disk is full, or another reason of the system's.
+        OSError: The file cannot be written.
     """
     model = program.model.clone()
-    told = {
+    metadata = {
         "signature": dataclasses.asdict(program.signature),
         "model": dataclasses.asdict(program.facts.model),
         "task": program.facts.task,
         "landmarks": landmarks.names(program.graph),
     }
-    model.metadata_props[KEY] = json.dumps(told, sort_keys=True)
+    model.metadata_props[KEY] = json.dumps(metadata, sort_keys=True)
     save_with_data(model, path, f"{path.name}.data")
 
 
@@ -54,31 +54,31 @@ def open_saved(path: Path, model: ir.Model) -> Source:
     """Return the source of a model that ``save_program`` wrote: itself, run by the evaluator.
 
     Raises:
-        SourceError: What it says of itself is damaged.
+        SourceError: The metadata is damaged.
     """
     try:
-        told = Fields(json.loads(model.metadata_props.pop(KEY)), path)
-        signature = read_signature(told.child("signature"))
-        known = read_facts(told.child("model"))
-        task = told.text("task")
-        landmarks.restore(model.graph, told.mapping("landmarks"))
+        metadata = Fields(json.loads(model.metadata_props.pop(KEY)), path)
+        signature = read_signature(metadata.child("signature"))
+        facts = read_facts(metadata.child("model"))
+        task = metadata.text("task")
+        landmarks.restore(model.graph, metadata.mapping("landmarks"))
     except (ValueError, ArtifactError) as error:
-        problem = f"its metadata {KEY!r} cannot be read ({error})"
+        problem = f"the metadata {KEY!r} cannot be read ({error})"
         raise SourceError(path, problem, "write it again with `llmopt bisect`") from error
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and tensor.size > 1 and not value.is_graph_input():
             value.const_value = Leaf(name, tensor.numpy, tensor.dtype, tensor.shape.numpy())
     record = SourceRecord(path.stem, "onnx")
-    program = Program(model, signature, Facts(task=task, model=known, source=record))
+    program = Program(model, signature, Facts(task=task, model=facts, source=record))
     return Source(path.stem, program, SavedReference(program.clone()))
 
 
 class SavedReference:
-    """A saved Program, run by the evaluator, its caches empty where none are given.
+    """A saved Program, run by the evaluator; caches missing from a batch are empty.
 
     Args:
-        program: It.
+        program: Saved Program.
     """
 
     def __init__(self, program: Program) -> None:
@@ -96,7 +96,7 @@ class SavedReference:
             yield evaluator.run({**self._empty(batch), **batch}, names)
 
     def _changed(self, transform: Transform) -> Program:
-        """Return the Program with its weights as ``transform`` gives them."""
+        """Return the Program with its weights transformed."""
         changed = self._program.clone()
         for name, value in changed.graph.initializers.items():
             tensor = value.const_value
@@ -105,7 +105,7 @@ class SavedReference:
         return changed
 
     def _empty(self, batch: Arrays) -> Arrays:
-        """Return caches of no tokens for those that ``batch`` has none for."""
+        """Return empty caches for those that ``batch`` lacks."""
         rows = len(next(iter(batch.values()), ()))
         empty = self._program.signature.empty_caches(rows)
         return {name: array for name, array in empty.items() if name not in batch}

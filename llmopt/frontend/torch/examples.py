@@ -1,4 +1,4 @@
-"""Example inputs to trace a module with: given, or made from what its ``forward`` takes."""
+"""Example inputs to trace a module with: the user's, or built from its ``forward``."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from llmopt.frontend.input_names import role_of
 from llmopt.interface.signature import Role
 
 Tensors = dict[str, Tensor]
-SIZES: Final = (2, 7)  # batch and tokens to trace with: different, and neither is 0 or 1
+SIZES: Final = (2, 7)  # batch and tokens to trace with: different, and neither 0 nor 1
 _ASK: Final = "pass --example-inputs FILE.npz (example_inputs= in Python), one array per input"
 _KINDS: Final = inspect.Parameter
 
 
 def example_inputs(module: nn.Module, options: SourceOptions) -> Tensors | tuple[Tensor, ...]:
-    """Return what to trace ``module`` with: by name, or in order where it takes ``*args``.
+    """Return inputs to trace ``module`` with, by name, or in order where it takes ``*args``.
 
     Raises:
-        UsageError: they do not fit ``forward``, or could not be made for it.
+        UsageError: They do not fit ``forward``, or cannot be built for it.
     """
-    given = options.example_inputs
-    if given is None:
-        return _made(module)
-    if isinstance(given, str | Path):
-        given = load_arrays(Path(given))
-    if not isinstance(given, Mapping):
+    inputs = options.example_inputs
+    if inputs is None:
+        return _default_inputs(module)
+    if isinstance(inputs, str | Path):
+        inputs = load_arrays(Path(inputs))
+    if not isinstance(inputs, Mapping):
         names = [p.name for p in _parameters(module) if p.kind is not _KINDS.VAR_POSITIONAL]
-        tensors = tuple(_tensor(str(i), value) for i, value in enumerate(given))
+        tensors = tuple(_tensor(str(i), value) for i, value in enumerate(inputs))
         if len(tensors) > len(names):
             return tuple(
                 _several(dict(zip(map(str, range(len(tensors))), tensors, strict=True))).values()
             )
-        given = dict(zip(names, tensors, strict=False))
-    _check_names(module, given)
-    return _several({name: _tensor(name, value) for name, value in given.items()})
+        inputs = dict(zip(names, tensors, strict=False))
+    _check_names(module, inputs)
+    return _several({name: _tensor(name, value) for name, value in inputs.items()})
 
 
 def load_arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of an .npz file, without unpickling anything.
 
     Raises:
-        PickleRefusedError: an array in it is pickled.
-        SourceError: it is damaged, or no .npz file.
+        PickleRefusedError: An array in the file is pickled.
+        SourceError: The file is damaged, or not an .npz file.
     """
     if not path.is_file():
         raise SourceNotFoundError(path, "give an .npz file with one array per input")
@@ -60,7 +60,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             arrays = np.load(stream, allow_pickle=False)
             if isinstance(arrays, np.ndarray):
-                raise SourceError(path, "one array without a name", "save it with numpy.savez")
+                raise SourceError(path, "a single array without a name", "save it with numpy.savez")
             return {name: arrays[name] for name in arrays}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         if "pickle" in str(error):
@@ -71,7 +71,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
 
 
 def dynamic_shapes(inputs: Tensors) -> dict[str, Any]:
-    """Return which dimensions are free: batch and tokens of everything that has them."""
+    """Return the dynamic dimensions of each input: batch and tokens."""
     return {
         name: dict.fromkeys(free_axes(name, t, inputs), torch.export.Dim.DYNAMIC)
         for name, t in inputs.items()
@@ -81,8 +81,8 @@ def dynamic_shapes(inputs: Tensors) -> dict[str, Any]:
 def free_axes(name: str, tensor: Tensor, inputs: Tensors) -> list[int]:
     """Return the axes of an input that are batch or tokens.
 
-    Integers are [B, S] and hidden states [B, S, E]. Of other numbers the batch is free; so is, of
-    masks and matrices, what is as long as the tokens.
+    Integers are [B, S] and hidden states [B, S, E]. Of any other tensor the batch is dynamic; of
+    masks and matrices so is every axis as long as the tokens.
     """
     if tensor.dim() < 2:
         return []
@@ -100,13 +100,13 @@ def free_axes(name: str, tensor: Tensor, inputs: Tensors) -> list[int]:
     return [axis for axis in axes if tensor.shape[axis] > 1]
 
 
-def _made(module: nn.Module) -> Tensors:
-    """Return inputs made from the names of ``forward``'s parameters; the first are tokens."""
+def _default_inputs(module: nn.Module) -> Tensors:
+    """Return inputs by the names of ``forward``'s parameters; the first is tokens."""
     vocabulary = _vocabulary(module)
     parameters = [p for p in _parameters(module) if p.kind is not _KINDS.VAR_KEYWORD]
     label = type(module).__name__
     if vocabulary is None or not parameters:
-        raise UsageError(f"{label}: no token embedding, so its inputs cannot be guessed; {_ASK}")
+        raise UsageError(f"{label}: no token embedding to infer its inputs from; {_ASK}")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, SIZES, generator=generator)
     values = {
@@ -123,14 +123,14 @@ def _made(module: nn.Module) -> Tensors:
         elif role in values and not (optional and role is Role.POSITIONS):
             inputs[parameter.name] = values[role]
         elif not optional:
-            raise UsageError(f"{label}: what is the input {parameter.name!r}? {_ASK}")
+            raise UsageError(f"{label}: cannot infer the input {parameter.name!r}; {_ASK}")
     return _runnable(
         module, inputs, required={p.name for p in parameters if p.default is _KINDS.empty}
     )
 
 
 def _runnable(module: nn.Module, inputs: Tensors, required: set[str]) -> Tensors:
-    """Return ``inputs``, or only those it must have, whichever the module runs with."""
+    """Return ``inputs``, or the required ones alone, whichever the module runs on."""
     reason = ""
     fewer = {
         name: t
@@ -152,7 +152,7 @@ def _runnable(module: nn.Module, inputs: Tensors, required: set[str]) -> Tensors
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:
-    """Return what ``forward`` takes; a script says it in a schema of its own."""
+    """Return the parameters of ``forward``; of a script, from its schema."""
     if not isinstance(module, torch.jit.ScriptModule):
         return list(inspect.signature(module.forward).parameters.values())
     script: Any = module
@@ -176,7 +176,7 @@ def _vocabulary(module: nn.Module) -> int | None:
     return None
 
 
-def _check_names(module: nn.Module, given: Mapping[str, Any]) -> None:
+def _check_names(module: nn.Module, inputs: Mapping[str, Any]) -> None:
     parameters = _parameters(module)
     if any(p.kind is _KINDS.VAR_KEYWORD for p in parameters):
         return
@@ -184,13 +184,13 @@ def _check_names(module: nn.Module, given: Mapping[str, Any]) -> None:
     missing = [
         p.name
         for p in parameters
-        if p.default is _KINDS.empty and p.name not in given and p.kind is not _KINDS.VAR_POSITIONAL
+        if p.default is _KINDS.empty
+        and p.name not in inputs
+        and p.kind is not _KINDS.VAR_POSITIONAL
     ]
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in inputs if name not in known]
     if missing or unknown:
-        problem = (
-            f"without {', '.join(missing)}" if missing else f"with unknown {', '.join(unknown)}"
-        )
+        problem = f"lack {', '.join(missing)}" if missing else f"have unknown {', '.join(unknown)}"
         raise UsageError(
             f"example inputs {problem}; {type(module).__name__} takes {', '.join(known)}"
         )
@@ -205,7 +205,7 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def _several(inputs: Tensors) -> Tensors:
-    """Repeat a batch of one: torch takes a dimension of size 1 for a fixed one."""
+    """Repeat a batch of one: torch treats a dimension of size 1 as static."""
     batched = [t for t in inputs.values() if t.dim() > 1]
     if not batched or any(t.shape[0] != 1 for t in batched):
         return inputs

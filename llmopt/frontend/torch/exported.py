@@ -21,12 +21,12 @@ from llmopt.interface.facts import SourceRecord
 
 @dataclass(frozen=True)
 class Runnable:
-    """What computes the same as an exported program.
+    """A callable that computes what an exported program does.
 
     Args:
-        call: It.
-        positional: How many of the inputs it takes by position; the others by name.
-        names: What it calls its inputs, in order; as the exported program does if not given.
+        call: Callable to run.
+        positional: Number of inputs passed by position; the others are passed by name.
+        names: Names of its inputs, in order; the exported program's by default.
     """
 
     call: Callable[..., Any]
@@ -40,8 +40,8 @@ def open_exported(
     """Return the Program and the reference of an exported program.
 
     Raises:
-        UnsupportedModelError: it has inputs or outputs that are no tensors, or an operator that
-            has no ONNX form.
+        UnsupportedModelError: An input or output is not a tensor, or an operator has no ONNX
+            equivalent.
     """
     names = [str(name) for name in exported.graph_signature.user_inputs]
     placeholders = {
@@ -50,7 +50,9 @@ def open_exported(
     odd = [name for name in names if not isinstance(placeholders.get(name), torch.Tensor)]
     if odd:
         raise UnsupportedModelError(
-            record.name, [f"input {name!r} is no tensor" for name in odd], "export it with tensors"
+            record.name,
+            [f"input {name!r} is not a tensor" for name in odd],
+            "export it with tensors",
         )
     traced = translate(exported, reader(dict(exported.state_dict)))
     names = list(run.names or names)
@@ -58,7 +60,7 @@ def open_exported(
         value.name = name
     leaves = [torch.empty(0)] * exported.call_spec.out_spec.num_leaves
     result = torch.utils._pytree.tree_unflatten(leaves, exported.call_spec.out_spec)  # noqa: SLF001 - torch has no other
-    found = TracedModel(
+    traced_model = TracedModel(
         record=record,
         family=record.name,
         model=traced.model,
@@ -67,14 +69,14 @@ def open_exported(
         limit=traced.limit,
         reference=lambda out: ModuleReference(run.call, names, out, positional=run.positional),
     )
-    return finish(found, options)
+    return finish(traced_model, options)
 
 
 def runnable(exported: ExportedProgram, name: str) -> Runnable:
     """Return the exported program as a module, without compiling the guards it carries.
 
     Raises:
-        UnsupportedModelError: its inputs are nested.
+        UnsupportedModelError: The inputs are nested.
     """
     spec = exported.call_spec.in_spec
     args, kwargs = spec.children()

@@ -1,4 +1,4 @@
-"""Files of PyTorch: exported programs, TorchScript, state dicts and pickled modules."""
+"""PyTorch files: exported programs, TorchScript, state dicts and pickled modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmopt.frontend.torch.trace import quiet
 from llmopt.interface.facts import SourceRecord
 
 _AGAIN: Final = "download or save it again"
-_NESTS: Final = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
+_NESTS: Final = ("state_dict", "model_state_dict", "model")  # as training scripts save weights
 _WRITES: Final = re.compile(rb"\b(save|from_file)\s*\(")
 _DAMAGE: Final = (
     RuntimeError,
@@ -36,17 +36,17 @@ _DAMAGE: Final = (
     TypeError,
     OSError,
 )
-_SHOWN: Final = 5  # names in an error
+_LIMIT: Final = 5  # names in an error
 
 
 def open_torch_file(path: Path, options: SourceOptions) -> Source:
     """Return the source of a ``.pt2``, ``.pt``, ``.pth`` or ``.bin`` file.
 
     Raises:
-        PickleRefusedError: reading it would execute code, and it is not trusted.
-        UsageError: it holds only weights, and ``options.model`` does not say of what.
-        SourceError: it is damaged, or its weights are not those of the model.
-        UnsupportedModelError: it cannot be traced.
+        PickleRefusedError: Reading the file would execute code, and it is not trusted.
+        UsageError: The file has only weights, and ``options.model`` names no module.
+        SourceError: The file is damaged, or its weights do not fit the module.
+        UnsupportedModelError: The model cannot be traced.
     """
     names = _archive(path)
     if path.suffix == ".pt2" or any(n.endswith("/archive_format") for n in names):
@@ -66,7 +66,7 @@ def open_torch_file(path: Path, options: SourceOptions) -> Source:
         raise SourceError(path, f"a {kind} without named tensors", "save the module's state_dict()")
     if options.model is None:
         raise UsageError(
-            f"{path}: a state_dict of {len(tensors)} tensors says nothing of the model; pass "
+            f"{path}: a state_dict of {len(tensors)} tensors does not describe a model; pass "
             "--model FILE.py:factory (model= in Python), or compile a folder with a config.json"
         )
     _fill(path, module, tensors)
@@ -74,10 +74,10 @@ def open_torch_file(path: Path, options: SourceOptions) -> Source:
 
 
 def _archive(path: Path) -> list[str]:
-    """Return the names in a zip archive; none for the older format of torch.
+    """Return the names in a zip archive; none for torch's older format.
 
     Raises:
-        SourceError: it is neither, or cut short.
+        SourceError: The file is neither, or is truncated.
     """
     with path.open("rb") as stream:
         start = stream.read(4)
@@ -85,7 +85,7 @@ def _archive(path: Path) -> list[str]:
         return []
     size = path.stat().st_size
     if start != b"PK\x03\x04":
-        raise SourceError(path, f"no file of PyTorch ({size} bytes that start {start!r})", _AGAIN)
+        raise SourceError(path, f"not a PyTorch file ({size} bytes, first {start!r})", _AGAIN)
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
@@ -105,7 +105,7 @@ def _record(path: Path, kind: str) -> SourceRecord:
 
 
 def _open_script(path: Path, options: SourceOptions, names: list[str]) -> Source:
-    """Convert a TorchScript program; its code may compute, but neither read nor write files."""
+    """Convert a TorchScript program, unless its code reads or writes files."""
     from torch._export.converter import TS2EPConverter
 
     with zipfile.ZipFile(path) as archive:
@@ -113,7 +113,7 @@ def _open_script(path: Path, options: SourceOptions, names: list[str]) -> Source
     if any(_WRITES.search(code) for code in codes) and not options.trust_pickle:
         raise PickleRefusedError(path, "its program reads or writes files")
     try:
-        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, we know
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
             script = torch.jit.load(  # type: ignore[no-untyped-call]
                 str(path), map_location="cpu"
             ).eval()
@@ -138,13 +138,13 @@ def _open_script(path: Path, options: SourceOptions, names: list[str]) -> Source
 
 def _load(path: Path, *, trust: bool) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):  # on pickle protocols: it refuses or reads
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not trust:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            match = re.search(r"GLOBAL ([\w.]+)", str(error))
             needs = (
-                f"it needs {found[1]} to be unpickled" if found else "it holds more than tensors"
+                f"it needs {match[1]} to be unpickled" if match else "it holds more than tensors"
             )
             raise PickleRefusedError(path, needs) from error
     except _DAMAGE as error:
@@ -163,21 +163,21 @@ def _load(path: Path, *, trust: bool) -> Any:
 def _tensors(loaded: Any) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         return {}
-    found = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     nests = [loaded[nest] for nest in _NESTS if isinstance(loaded.get(nest), Mapping)]
-    return found or (_tensors(nests[0]) if nests else {})
+    return tensors or (_tensors(nests[0]) if nests else {})
 
 
 def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load weights into a module: every one, and no other."""
-    hint = "--model must name the factory of the module that it was saved from"
+    """Load weights into a module; missing and unexpected ones are errors."""
+    hint = "--model must name the factory of the module that was saved"
     try:
         result = module.load_state_dict(dict(tensors), strict=False, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-        raise SourceError(path, " ".join(lines[:_SHOWN])[:300] or str(error), hint) from error
+        raise SourceError(path, " ".join(lines[:_LIMIT])[:300] or str(error), hint) from error
     problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:_SHOWN])}{', ...' * (len(keys) > _SHOWN)})"
+        f"{len(keys)} {what} ({', '.join(keys[:_LIMIT])}{', ...' * (len(keys) > _LIMIT)})"
         for what, keys in (("missing", result.missing_keys), ("unexpected", result.unexpected_keys))
         if keys
     ]
@@ -187,7 +187,7 @@ def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _damaged(path: Path, error: BaseException) -> SourceError:
     size = path.stat().st_size
-    return SourceError(path, f"not readable, {size} bytes ({_brief(error)})", _AGAIN)
+    return SourceError(path, f"damaged, {size} bytes ({_brief(error)})", _AGAIN)
 
 
 def _brief(error: BaseException) -> str:

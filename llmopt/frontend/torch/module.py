@@ -1,4 +1,4 @@
-"""A PyTorch module, live or made by ``file.py:factory``, becomes a Program."""
+"""A PyTorch module, live or from ``file.py:factory``, becomes a Program."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _SPELLING: Final = "write file.py:factory, a function without arguments that ret
 def open_module(module: nn.Module, options: SourceOptions, name: str | None = None) -> Source:
     """Return the Program and the reference of a module.
 
-    The module is traced and run in eval mode and left in the mode it was in.
+    The module is traced and run in eval mode, then put back into its former mode.
 
     Args:
         module: The module.
         options: Example inputs, task and limits.
-        name: What the artifact is called after; the class if not given.
+        name: Default name of the artifact; the class by default.
 
     Raises:
-        UsageError: example inputs are needed, or do not fit.
-        UnsupportedModelError: it cannot be traced with a free batch and length.
+        UsageError: Example inputs are needed, or do not fit.
+        UnsupportedModelError: The module cannot be traced with a dynamic batch and length.
     """
     family = type(module).__name__
     label = name or family
@@ -58,14 +58,14 @@ def open_module(module: nn.Module, options: SourceOptions, name: str | None = No
         named = inputs if isinstance(inputs, dict) else {str(i): t for i, t in enumerate(inputs)}
         free = dynamic_shapes(named)
         notes += fixed_notes(named, free)
-        shapes = options.dynamic_shapes or _arranged(module, inputs, free)
+        shapes = options.dynamic_shapes or _nested(module, inputs, free)
         with torch.no_grad():
             result = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
         outputs = output_names(result, label)
         traced = trace_module(module, inputs, shapes)
     names = [str(value.name) for value in traced.model.graph.inputs]
     positional = 0 if isinstance(inputs, dict) else len(inputs)
-    found = TracedModel(
+    traced_model = TracedModel(
         record=SourceRecord(label, "module", digest(module)),
         family=family,
         model=traced.model,
@@ -75,10 +75,10 @@ def open_module(module: nn.Module, options: SourceOptions, name: str | None = No
         reference=lambda out: ModuleReference(module, names, out, positional=positional),
         notes=notes,
     )
-    return finish(found, options)
+    return finish(traced_model, options)
 
 
-def _arranged(module: nn.Module, inputs: Tensors | tuple[Tensor, ...], free: dict[str, Any]) -> Any:
+def _nested(module: nn.Module, inputs: Tensors | tuple[Tensor, ...], free: dict[str, Any]) -> Any:
     """Return dynamic shapes in the structure of the call: ``*args`` and ``**kwargs`` nest."""
     import inspect
 
@@ -103,7 +103,7 @@ def _check_values(module: nn.Module, label: str) -> None:
 
 
 def fixed_notes(inputs: Tensors, free: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a note for each input of which only some dimensions are free."""
+    """Return a note for each input with static dimensions."""
     return tuple(
         f"input {name!r}: dimensions {fixed} are fixed at {[tensor.shape[i] for i in fixed]}"
         for name, tensor in inputs.items()
@@ -113,20 +113,20 @@ def fixed_notes(inputs: Tensors, free: Mapping[str, Any]) -> tuple[str, ...]:
 
 def digest(module: nn.Module) -> str:
     """Return the sha256 over names, shapes and numbers of parameters and persistent buffers."""
-    found = hashlib.sha256()
+    combined = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, Tensor):
             array = to_numpy(tensor)
-            found.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            found.update(array.tobytes())
-    return found.hexdigest()
+            combined.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            combined.update(array.tobytes())
+    return combined.hexdigest()
 
 
 def open_factory(text: str, options: SourceOptions) -> Source:
-    """Return the source of the module that ``file.py:factory`` makes.
+    """Return the source of the module that ``file.py:factory`` returns.
 
-    A factory that returns ``(module, example_inputs)`` says what to trace it with; inputs that
-    the options name come first.
+    A factory may return ``(module, example_inputs)``; example inputs in the options take
+    precedence.
     """
     module, inputs = call_factory(text)
     if options.example_inputs is None and inputs is not None:
@@ -135,22 +135,22 @@ def open_factory(text: str, options: SourceOptions) -> Source:
 
 
 def load_factory(text: str) -> nn.Module:
-    """Return the module that ``file.py:factory`` makes.
+    """Return the module that ``file.py:factory`` returns.
 
     Raises:
-        SourceNotFoundError: there is no such file.
-        SourceError: it cannot be imported, or the factory failed.
-        UsageError: there is no such factory, or what it returns is no module.
+        SourceNotFoundError: The file does not exist.
+        SourceError: The file cannot be imported, or the factory failed.
+        UsageError: The factory does not exist, or does not return a module.
     """
     return call_factory(text)[0]
 
 
 def call_factory(text: str) -> tuple[nn.Module, Any]:
-    """Return the module of ``file.py:factory`` and the example inputs it gave, or None."""
-    place, sign, name = text.rpartition(":")
-    path = Path(place)
-    if not sign or not name or path.suffix != ".py":
-        raise UsageError(f"{text!r} names no factory; {_SPELLING}")
+    """Return the module of ``file.py:factory`` and its example inputs, or None."""
+    file, _, name = text.rpartition(":")
+    path = Path(file)
+    if not file or not name or path.suffix != ".py":
+        raise UsageError(f"{text!r} does not name a factory; {_SPELLING}")
     if not path.is_file():
         raise SourceNotFoundError(path, _SPELLING)
     factory = _attribute(path, name)
@@ -159,17 +159,17 @@ def call_factory(text: str) -> tuple[nn.Module, Any]:
     if not callable(factory):
         raise UsageError(f"{text}: {name} is a {type(factory).__name__}, not callable; {_SPELLING}")
     try:
-        made = factory()
+        result = factory()
     except LlmoptError:
         raise
     except Exception as error:  # user code: it may raise anything
         raise SourceError(
             path, f"{name}() failed: {_brief(error)}", "fix it, then compile"
         ) from error
-    module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    module, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(module, nn.Module):
         raise UsageError(
-            f"{text}: it returned a {type(module).__name__}, not an nn.Module; {_SPELLING}"
+            f"{text}: {name}() returned a {type(module).__name__}, not an nn.Module; {_SPELLING}"
         )
     return module, inputs
 
@@ -193,13 +193,15 @@ def _attribute(path: Path, name: str) -> Any:
             ) from error
     if not hasattr(module, name):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise UsageError(f"{path}: no {name!r} in it; it has {', '.join(public) or 'no function'}")
+        raise UsageError(
+            f"{path}: no function {name!r}; it has {', '.join(public) or 'no function'}"
+        )
     return getattr(module, name)
 
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let a file import its neighbours, as it can when Python runs it."""
+    """Let a file import its neighbours, as when Python runs it."""
     sys.path.insert(0, str(folder))
     try:
         yield

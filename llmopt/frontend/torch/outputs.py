@@ -1,4 +1,4 @@
-"""What a module calls the tensors that it returns."""
+"""Names of the tensors that a module returns."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llmopt.errors import UnsupportedModelError
 
 
 def output_names(result: Any, label: str) -> list[str]:
-    """Return the name of each tensor in what a module returned; empty where it has none.
+    """Return the name of each tensor in a module's result, empty where it has none.
 
     Args:
-        result: A tensor; tensors in tuples, lists, dicts and dataclasses; None is left out.
-        label: What the model is called.
+        result: Tensor, or tensors in tuples, lists, dicts and dataclasses; None is skipped.
+        label: Name of the model in messages.
 
     Raises:
-        UnsupportedModelError: something in it is no tensor.
+        UnsupportedModelError: The result has something other than tensors.
     """
     if isinstance(result, Tensor):
         return [""]
@@ -37,7 +37,7 @@ def output_names(result: Any, label: str) -> list[str]:
 
 
 def _parts(result: Any) -> list[tuple[str, Any]] | None:
-    """Return what ``result`` holds, by key; items of a tuple have an empty one."""
+    """Return the items of ``result`` by key; a tensor in a tuple has an empty key."""
     if hasattr(result, "_asdict"):  # a named tuple
         result = result._asdict()
     if dataclasses.is_dataclass(result) and not isinstance(result, type | Mapping):

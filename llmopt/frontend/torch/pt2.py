@@ -1,9 +1,9 @@
-"""Read ``.pt2`` files of ``torch.export.save`` without executing anything that is in them.
+"""``.pt2`` files of ``torch.export.save``, read without executing anything in them.
 
 torch's own loader trusts the file: it unpickles weights, constants and sample inputs where a safe
 load fails, opens compiled libraries, evaluates the expressions of dimensions as Python, and looks
-operators up by whatever name the file says. So every part of the archive is looked at first, with
-the reader that torch will use, and only what is known to be harmless is handed to torch.
+operators up by any name in the file. So every part of the archive is checked first, with the reader
+that torch will use, and only what is known to be harmless is passed to torch.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def load_exported(path: Path, *, trust: bool) -> ExportedProgram:
 
     Args:
         path: The file.
-        trust: Whether it may execute what it carries.
+        trust: Whether the file may execute code.
 
     Raises:
-        PickleRefusedError: it carries something that would be executed.
-        SourceError: it is damaged, or of a format that is no longer read.
+        PickleRefusedError: Something in the file would be executed.
+        SourceError: The file is damaged, or of an older format that is not supported.
     """
     try:
         if not trust:
@@ -91,7 +91,7 @@ def _inspect(path: Path) -> None:
     """Raise if anything in the archive could execute code.
 
     Raises:
-        PickleRefusedError: naming the part.
+        PickleRefusedError: A part could; the message names it.
     """
     with PT2ArchiveReader(str(path)) as archive:
         names = archive.get_file_names()
@@ -100,11 +100,11 @@ def _inspect(path: Path) -> None:
             if reason is not None:
                 raise PickleRefusedError(path, reason)
         if len(set(names)) != len(names):
-            raise PickleRefusedError(path, "two of its parts have one name")
+            raise PickleRefusedError(path, "two of its parts share a name")
 
 
 def _part(archive: PT2ArchiveReader, name: str) -> str | None:
-    """Return why a part of the archive is not harmless, or None."""
+    """Return why a part of the archive could execute code, or None."""
     if name.startswith("data/aotinductor/"):
         return "it carries compiled libraries"
     if name.startswith("models/"):
@@ -116,7 +116,7 @@ def _part(archive: PT2ArchiveReader, name: str) -> str | None:
 
 
 def _is_zip(archive: PT2ArchiveReader, name: str) -> bool:
-    """Whether a weight or constant is stored by torch.save, not as plain bytes."""
+    """Return whether a weight or constant is stored by torch.save, not as plain bytes."""
     if not name.startswith(("data/weights/", "data/constants/")):
         return False
     content = archive.read_bytes(name)
@@ -129,22 +129,22 @@ def _pickle(content: bytes, name: str) -> str | None:
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError) as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        return f"its part {name} needs {found[1] if found else 'objects'} to be unpickled"
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"its part {name} needs {match[1] if match else 'objects'} to be unpickled"
     return None
 
 
 def _payloads(config: Any) -> str | None:
-    """Refuse constants that are objects, and weights that only the full unpickler reads."""
+    """Return a reason if a constant is an object, or a weight needs the full unpickler."""
     for name, entry in config.get("config", {}).items():
-        place = str(entry.get("path_name", ""))
-        if entry.get("use_pickle") or not place.startswith(("weight_", "tensor_")):
+        file = str(entry.get("path_name", ""))
+        if entry.get("use_pickle") or not file.startswith(("weight_", "tensor_")):
             return f"{name!r} in it is pickled"
     return None
 
 
 def _program(node: Any, key: str = "") -> Iterator[str]:
-    """Yield a reason for each string of the program that torch would look up or evaluate."""
+    """Yield a reason for each string of the program that torch could execute."""
     if isinstance(node, dict):
         for name, part in node.items():
             if not _WORD.match(name) and key not in _TEXT:
@@ -158,7 +158,7 @@ def _program(node: Any, key: str = "") -> Iterator[str]:
 
 
 _TEXT: Final = frozenset({"metadata", "guards_code"})
-"""Fields that nothing looks up: notes on where nodes came from; guards are never compiled."""
+"""Fields that nothing looks up: provenance of nodes; guards are never compiled."""
 
 
 def _string(text: str, key: str) -> Iterator[str]:
@@ -175,11 +175,11 @@ def _string(text: str, key: str) -> Iterator[str]:
 
 
 _LOOKED_UP: Final = ("torch", "_operator", "math")
-"""How names begin that torch looks up, part by part, in a module: ``torchx.os`` is torch's os."""
+"""Prefixes of names that torch looks up, part by part: ``torchx.os`` is torch's os."""
 
 
 def _tree(spec: Any) -> Iterator[str]:
-    """Refuse trees of other types: torch imports the modules that some of them name."""
+    """Yield a reason for each tree of another type: torch imports modules that some name."""
     if spec["type"] not in _TREES or "__enum__" in str(spec["context"]):
         yield f"its arguments are a {spec['type']}"
     for child in spec["children_spec"]:
@@ -187,7 +187,7 @@ def _tree(spec: Any) -> Iterator[str]:
 
 
 def harmless(expression: str) -> bool:
-    """Whether an expression only calls functions on numbers and symbols.
+    """Return whether an expression only calls functions on numbers and symbols.
 
     >>> harmless("Mul(Integer(8), Symbol('s75', positive=True))")
     True

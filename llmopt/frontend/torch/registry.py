@@ -1,6 +1,6 @@
-"""torch's table of what ONNX has for its operators, made once for a process.
+"""torch's registry of ONNX decompositions, built once for a process.
 
-``torch.onnx.export`` makes it anew in each call, half a second that is the same every time.
+``torch.onnx.export`` builds it in each call, which takes half a second.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def kept_registry() -> Iterator[None]:
-    """Let exports in here share one table; with a torch that keeps it elsewhere, do nothing."""
+def shared_registry() -> Iterator[None]:
+    """Share one registry among exports; do nothing with a torch that keeps it elsewhere."""
     owner = _owner()
-    made = vars(owner).get("from_torchlib")
-    if not isinstance(made, classmethod):
+    original = vars(owner).get("from_torchlib")
+    if not isinstance(original, classmethod):
         yield
         return
-    owner.from_torchlib = staticmethod(functools.partial(_registry, made.__func__, owner))
+    owner.from_torchlib = staticmethod(functools.partial(_registry, original.__func__, owner))
     try:
         yield
     finally:
-        owner.from_torchlib = made
+        owner.from_torchlib = original
 
 
 def _owner() -> Any:
@@ -36,5 +36,5 @@ def _owner() -> Any:
 
 @functools.cache
 def _registry(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return the table for an opset; nothing that llmopt calls writes to it."""
+    """Return the registry for an opset; nothing that llmopt calls writes to it."""
     return make(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Trace a PyTorch module into an ONNX graph whose weights are read only when needed."""
+"""PyTorch modules traced into ONNX graphs whose weights are read only when needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.frontend.tensors import Read, reader
-from llmopt.frontend.torch.registry import kept_registry
+from llmopt.frontend.torch.registry import shared_registry
 from llmopt.ir.dialect import IR_VERSION, OPSET
 from llmopt.ir.weights import Leaf
 
@@ -28,9 +28,9 @@ class Traced:
     """A traced module.
 
     Args:
-        model: Its graph; weights are ``Leaf`` tensors named as the module's parameters.
-        expected: Attentions and norms, counted from the module and the calls it made.
-        limit: The longest sequence the trace holds for, if it is bounded.
+        model: Traced graph; weights are ``Leaf`` tensors named like the module's parameters.
+        expected: Attentions and norms, counted in the module and its calls.
+        limit: Longest sequence that the trace is valid for, if it is bounded.
     """
 
     model: ir.Model
@@ -47,13 +47,13 @@ def trace_module(
     """Return the graph of ``module`` called with ``inputs``.
 
     Args:
-        module: The module, in eval mode; parameters may be on the meta device.
+        module: Module in eval mode; its parameters may be on the meta device.
         inputs: Example inputs, by name or in order.
-        dynamic_shapes: As ``torch.export.export`` takes it.
-        read: Returns a parameter's numbers by name; the module's own where not given.
+        dynamic_shapes: Argument of ``torch.export.export``.
+        read: Function from a parameter's name to its values; the module's own by default.
 
     Raises:
-        UnsupportedModelError: torch cannot export the module, with its reason.
+        UnsupportedModelError: torch cannot export the module; the message has its reason.
     """
     _reserve(module)
     args = () if isinstance(inputs, Mapping) else tuple(inputs)
@@ -74,7 +74,7 @@ def trace_module(
                 [f"torch.export failed: {_first_lines(error)}"],
                 "make it traceable (no data-dependent branches), or pass dynamic_shapes=",
             ) from error
-    tensors = {  # a tied parameter has several names, and any of them may be asked for
+    tensors = {  # a tied parameter has several names, and any of them may be read
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
@@ -82,9 +82,9 @@ def trace_module(
 
 
 def _reserve(module: torch.nn.Module) -> None:
-    """Give parameters on the meta device an address, but no memory: no page is ever touched.
+    """Give parameters on the meta device an address; no page of it is ever touched.
 
-    torch refuses to mix the meta device with buffers that were computed for real.
+    torch refuses to mix the meta device with buffers on the CPU.
     """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -97,7 +97,7 @@ def translate(
     exported: torch.export.ExportedProgram, read: Read, module: torch.nn.Module | None = None
 ) -> Traced:
     """Return the ONNX graph of an exported program, with parameters bound to ``read``."""
-    with quiet(), torch.no_grad(), kept_registry():
+    with quiet(), torch.no_grad(), shared_registry():
         try:
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
@@ -105,8 +105,8 @@ def translate(
         except Exception as error:  # torch's exporter raises whatever the module does
             raise UnsupportedModelError(
                 type(module).__name__ if module is not None else "exported program",
-                [f"no ONNX form: {_first_lines(error)}"],
-                "replace that operation in the module by one that ONNX has",
+                [f"no ONNX equivalent: {_first_lines(error)}"],
+                "replace that operation in the module by one that ONNX supports",
             ) from error
     assert program is not None
     model = program.model
@@ -119,19 +119,19 @@ def translate(
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold constants and shape arithmetic, with every weight held back as an input."""
+    """Fold constants and shape arithmetic, but no weights."""
     from onnxscript import optimizer
 
-    with quiet(), held_back(model):
+    with quiet(), weights_as_inputs(model):
         optimizer.optimize_ir(model, input_size_limit=1 << 14, output_size_limit=1 << 16)
 
 
 @contextlib.contextmanager
-def held_back(model: ir.Model) -> Iterator[None]:
-    """Make every unread weight an input for a while.
+def weights_as_inputs(model: ir.Model) -> Iterator[None]:
+    """Make every unread weight an input within the context.
 
-    Weights must not be read (they may not be there yet) and two that happen to be equal must not
-    be merged: a quantized model would store them apart.
+    Weights must not be read (they may not exist yet), and two that happen to be equal must not be
+    merged: a quantized model would store them separately.
     """
     graph = model.graph
     tensors = {
@@ -145,7 +145,7 @@ def held_back(model: ir.Model) -> Iterator[None]:
         graph.inputs.append(value)
     try:
         yield
-    finally:  # by name: a converter may have put a new graph in its place
+    finally:  # by name: a converter may have replaced the graph
         graph = model.graph
         for value in [v for v in graph.inputs if v.name in tensors]:
             graph.inputs.remove(value)
@@ -154,7 +154,7 @@ def held_back(model: ir.Model) -> Iterator[None]:
 
 
 def label(graph: ir.Graph) -> None:
-    """Name each node by the module that it came from, ``layers.0.attention/MatMul``."""
+    """Name each node after its module, ``layers.0.attention/MatMul``."""
     taken: dict[str, int] = {}
     for node in graph:
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
@@ -170,7 +170,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's notes on optional packages and its own deprecations off the screen."""
+    """Silence the exporter's notes on optional packages and its own deprecations."""
     names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
@@ -187,27 +187,27 @@ def quiet() -> Iterator[None]:
 def _bind(
     model: ir.Model, names: set[str], exported: torch.export.ExportedProgram, read: Read
 ) -> None:
-    """Let parameters and persistent buffers be read by name; computed buffers stay as they are."""
+    """Bind parameters and persistent buffers to ``read``; computed buffers stay constants."""
     state = exported.state_dict
     first = _first_names(state)
     for name, value in model.graph.initializers.items():
         if name not in names or value.const_value is None:
             continue
-        held = value.const_value
-        sizes = list(held.shape.numpy())
-        if name not in state or math.prod(sizes) <= 1 or held.dtype not in FLOATS:
+        tensor = value.const_value
+        sizes = list(tensor.shape.numpy())
+        if name not in state or math.prod(sizes) <= 1 or tensor.dtype not in FLOATS:
             continue
         source = first[name]
-        value.const_value = Leaf(source, _typed(read, source, held.dtype), held.dtype, sizes)
+        value.const_value = Leaf(source, _typed(read, source, tensor.dtype), tensor.dtype, sizes)
 
 
 def _first_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return each parameter's first name: a tied one has several, its source is read by one."""
+    """Return each parameter's first name: a tied one has several, and is read by one."""
     known: dict[Any, str] = {}
     first = {}
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
-        first[name] = known.setdefault(place, name)
+        storage = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        first[name] = known.setdefault(storage, name)
     return first
 
 
@@ -221,7 +221,7 @@ FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataT
 def _expected(
     exported: torch.export.ExportedProgram, module: torch.nn.Module | None
 ) -> dict[str, int]:
-    """Count attentions and norms: by module classes where they are named so, else by calls."""
+    """Count attentions and norms: by module class if one is named so, else by calls."""
     calls = [str(n.target) for n in exported.graph.nodes if n.op == "call_function"]
 
     def called(*names: str) -> int:
@@ -234,7 +234,7 @@ def _expected(
 
 
 def _outermost(module: torch.nn.Module, word: str) -> int:
-    """Count modules whose class is named after ``word``, not those inside another such one."""
+    """Count the outermost modules whose class name contains ``word``."""
     if word in type(module).__name__.lower():
         return 1
     return sum(_outermost(child, word) for child in module.children())
@@ -247,7 +247,7 @@ def _limit(exported: torch.export.ExportedProgram) -> int | None:
 
 
 def _first_lines(error: BaseException) -> str:
-    """Return the telling part of a torch error on one line."""
+    """Return the informative part of a torch error on one line."""
     while error.__cause__ is not None and "Failed to" in str(error):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

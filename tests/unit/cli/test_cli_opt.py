@@ -130,7 +130,7 @@ def test_numbers_that_a_text_leaves_out_are_missed_by_who_reads_them(
     assert "Swish" in again.stdout
     assert refused.exit_code == 1
     assert len(refused.stderr.splitlines()) == 2
-    assert "the numbers of 'w' are left out of this text" in refused.stderr
+    assert "this text omits the values of 'w'" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["shown.ir"]
 
 

@@ -225,7 +225,7 @@ def test_two_user_messages_in_a_row_render_where_the_template_allows_them() -> N
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "repeats"),
         (
             "{% for m in messages %}<{{ loop.index }}>{{ m.content }}{% endfor %}",
-            "depends on more than the two",
+            "depends on other messages",
         ),
         ("{% for m in messages %}{{ m.content | replace(' ', '_') }}\n{% endfor %}", "changes"),
         (
@@ -234,14 +234,17 @@ def test_two_user_messages_in_a_row_render_where_the_template_allows_them() -> N
         ),
         (
             "{% for m in messages %}{{ m.role }}:{{ m.content | replace('<', '') }}{% endfor %}",
-            "do not give its text",
+            "and the template render",
         ),
         ("{% for m in messages %}{{ m.nothing.at.all }}{% endfor %}", "the template fails"),
         ("{% for m in messages %}", "does not parse"),
         ("{{ raise_exception('never') }}", "the template fails: never"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "the template fails"),
         ("{{ 1 // 0 }}", "the template fails"),
-        ("{{ strftime_now('%Y')[:2] }}{% for m in messages %}{{ m.content }}|{% endfor %}", "text"),
+        (
+            "{{ strftime_now('%Y')[:2] }}{% for m in messages %}{{ m.content }}|{% endfor %}",
+            "differently",
+        ),
     ],
 )
 def test_what_does_not_come_apart_is_said(template: str, reason: str) -> None:

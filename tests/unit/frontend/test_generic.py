@@ -108,7 +108,7 @@ def test_code_that_is_trusted_is_traced_without_a_cache_and_says_so(own: Path) -
 
     assert source.program.facts.task == "generate"
     assert not source.program.signature.has_cache
-    assert any("traced without a cache" in note for note in source.notes)
+    assert any("traced without a KV cache" in note for note in source.notes)
     given = feeds(source.program.signature, Case(3, 5, 0, "left"), 19)
     (found,) = source.reference.run([given])
     assert found["logits"].shape == (3, 5, 19)
@@ -166,7 +166,7 @@ def test_an_encoder_and_a_decoder_are_not_one_component(tmp_path: Path) -> None:
     )
     transformers.LongT5ForConditionalGeneration(config).save_pretrained(tmp_path)
 
-    with pytest.raises(UnsupportedModelError, match="an encoder and a decoder"):
+    with pytest.raises(UnsupportedModelError, match="an encoder-decoder"):
         open_source(tmp_path, SourceOptions())
 
 

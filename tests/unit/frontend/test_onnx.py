@@ -165,7 +165,7 @@ def test_fixed_shapes_and_caches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="'ids' is fixed at"):
         opened(saved(model(shape=(1, 8)), tmp_path))
     past = helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT, [1, 2, 3, 4])
-    with pytest.raises(UnsupportedModelError, match="takes a cache"):
+    with pytest.raises(UnsupportedModelError, match="takes a KV cache"):
         opened(saved(model(inputs=[past]), tmp_path))
 
 

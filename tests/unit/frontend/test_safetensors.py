@@ -87,7 +87,7 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     ("weight_map", "problem"),
     [
         ({"a": "gone.safetensors"}, "1 of 1 shards are missing: gone.safetensors"),
-        ({"z": "model-1.safetensors"}, "lacks 1 tensors that the index promises, first 'z'"),
+        ({"z": "model-1.safetensors"}, "lacks 1 tensors that the index lists, first 'z'"),
         ({"a": "../model-1.safetensors"}, "outside its folder"),
         ({"a": 3}, "outside its folder"),
         ({}, "lists no tensors"),
@@ -161,7 +161,7 @@ def test_a_damaged_header_is_refused(tmp_path: Path, header: Any, problem: str) 
 def test_an_absurd_header_length_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
-    with pytest.raises(SourceError, match="cannot be: damaged"):
+    with pytest.raises(SourceError, match="implausible header size of"):
         open_checkpoint(path)
 
 
@@ -211,7 +211,7 @@ def test_a_config_without_weights_is_not_found(tmp_path: Path) -> None:
     [
         ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("m.safetensors", b"", "is empty"),
-        ("m.onnx", b"\x08\x07\x12\x04test", "not a kind of weights file"),
+        ("m.onnx", b"\x08\x07\x12\x04test", "unknown kind of weights file"),
     ],
 )
 def test_what_is_not_weights_is_named(tmp_path: Path, name: str, data: bytes, problem: str) -> None:

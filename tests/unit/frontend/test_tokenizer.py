@@ -261,7 +261,7 @@ def test_an_unknown_split_is_told_and_falls_back(
     path = save(tmp_path / "m.gguf", byte_level_metadata("brand-new"))
     with caplog.at_level(logging.WARNING, logger="llmopt"):
         assert_same(path, TEXTS)
-    assert "'brand-new' is not known" in caplog.text
+    assert "unknown tokenizer.ggml.pre 'brand-new'" in caplog.text
 
 
 @pytest.mark.parametrize(

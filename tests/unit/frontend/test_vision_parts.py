@@ -1,4 +1,4 @@
-"""Models that see images are told by what they are made of, or refused with what was found."""
+"""Vision-language models are recognized by their parts, or refused with what they have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from llmopt.errors import UnsupportedModelError
-from llmopt.frontend.huggingface.vision_parts import Connected, Tower, parts_of, sees
+from llmopt.frontend.huggingface.vision_parts import Connected, Tower, is_vision_language, parts_of
 
 
 class Whole(nn.Module):
@@ -29,7 +29,7 @@ class Whole(nn.Module):
         self.head = nn.Linear(2, 2)
 
     def get_image_features(self) -> None:
-        """Be one that sees."""
+        """Be one that is_vision_language."""
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the head."""
@@ -37,11 +37,11 @@ class Whole(nn.Module):
 
 
 def test_a_model_sees_if_it_has_an_image_token_features_and_a_head() -> None:
-    assert sees(Whole("language_model"))
-    assert not sees(Whole("language_model", is_encoder_decoder=True))
+    assert is_vision_language(Whole("language_model"))
+    assert not is_vision_language(Whole("language_model", is_encoder_decoder=True))
     blind = Whole("language_model")
     blind.config.image_token_id = None
-    assert not sees(blind)
+    assert not is_vision_language(blind)
 
 
 def test_the_two_ways_to_features_are_told_apart() -> None:
@@ -58,7 +58,7 @@ def test_the_two_ways_to_features_are_told_apart() -> None:
     ("names", "problem"),
     [
         (("visual", "language_model"), r"it has language_model, visual \(known: vision_tower"),
-        (("vision_tower", "multi_modal_projector", "language_model"), "not known"),
+        (("vision_tower", "multi_modal_projector", "language_model"), "unknown path"),
         (("vision_model", "connector", "writer"), "no language_model or text_model"),
     ],
 )

@@ -246,12 +246,12 @@ _GEMMA3 = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"
         pytest.param({"hidden_act": "xielu"}, ["activation 'xielu'"], id="activation"),
         pytest.param({"hidden_size": None}, ["lacks 'hidden_size'"], id="no size"),
         pytest.param({"num_key_value_heads": 4}, ["6 query heads", "4 key heads"], id="groups"),
-        pytest.param({"partial_rotary_factor": 0.5}, ["a part of each head"], id="partial"),
+        pytest.param({"partial_rotary_factor": 0.5}, ["partial rotary embeddings"], id="partial"),
         pytest.param(
             {"num_hidden_layers": 5}, ["lacks 9 tensors: model.layers.4.", "…"], id="lacks"
         ),
         pytest.param(
-            {"num_hidden_layers": 3}, ["9 tensors", "left out: model.layers.3."], id="left out"
+            {"num_hidden_layers": 3}, ["9 tensors", "unused: model.layers.3."], id="unused"
         ),
         pytest.param(
             {"quantization_config": {"quant_method": "gptq"}}, ["quantized with 'gptq'"], id="gptq"
@@ -311,5 +311,5 @@ def test_heads_of_pre_training_and_computed_buffers_are_left_aside() -> None:
 
 
 def test_a_classifier_is_refused_by_its_tensors_where_the_config_names_no_class() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"left out: classifier\.weight"):
+    with pytest.raises(UnsupportedModelError, match=r"unused: classifier\.weight"):
         define(BERT, BERT_NAMES | {"classifier.weight"})
