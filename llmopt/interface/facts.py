@@ -41,12 +41,12 @@ class ModelFacts:
         pad: Token that fills up short rows.
         cache: ``"shared"``: past and present may be one buffer of fixed capacity that the model
             writes in place; ``"concat"``: present is past and the new tokens; ``"none"``.
-        pooling: How hidden states become one embedding, where the model does not do it itself.
+        pooling: Pooling of hidden states into one embedding, where the model does not pool itself.
         max_source: Most tokens that can be read, of a model that writes another sequence.
         source_vocabulary: Tokens that it reads, where they are not those that it writes.
         start: Token that such a model's sequences begin with.
         image_token: Token in whose place a feature of an image goes, of a model that sees any.
-        image_length: How many of them an image takes.
+        image_length: Number of image tokens of one image.
     """
 
     family: str = ""

@@ -29,8 +29,8 @@ def chained(program: Program, runs: Mapping[str, Run]) -> Run:
     none: images may be left out. All outputs come together.
 
     Args:
-        program: What inputs and outputs mean.
-        runs: What runs each component, by name.
+        program: Program that gives inputs and outputs their meaning.
+        runs: Run of each component, by name.
     """
     if len(runs) == 1:
         return runs[program.main]
@@ -43,8 +43,8 @@ def apart(
     """Return what each of several components takes, by its name, of what the whole is given.
 
     Args:
-        program: What inputs and outputs mean.
-        runs: What runs each component; all but the last are run.
+        program: Program that gives inputs and outputs their meaning.
+        runs: Run of each component; all but the last are run.
         given: Inputs of all, as `chained` takes them; nothing of a component that is left out.
     """
     taken: dict[str, Arrays] = {}
@@ -93,8 +93,8 @@ class _Link:
     """One component of a chain.
 
     Args:
-        run: What runs it.
-        signature: What it takes and gives.
+        run: Run of the component.
+        signature: Signature of the component.
         prefix: Begins the names of its inputs, as the chain takes them.
         handed: The inputs that are outputs or inputs of the one before it.
     """
@@ -108,8 +108,8 @@ class _Link:
         """Return what it takes, by its own names; nothing where it is given nothing.
 
         Args:
-            given: What the chain is given.
-            known: What the component before it took and gave.
+            given: Inputs of the chain.
+            known: Inputs and outputs of the component before it.
         """
         own = {p.name: self.prefix + p.name for p in self.signature.inputs}
         taken = {n: given[outer] for n, outer in own.items() if outer in given}
@@ -129,7 +129,7 @@ class _Chain:
     """Functions, each of which takes what the one before it gives.
 
     Args:
-        links: They.
+        links: Components in the order they run.
     """
 
     def __init__(self, links: Sequence[_Link]) -> None:
@@ -161,8 +161,8 @@ def source_feeds(program: Program, case: Case) -> Arrays:
     """Return inputs of an encoder, as `chained` takes them; none where there is no encoder.
 
     Args:
-        program: What inputs mean.
-        case: How many sequences of how many tokens, padded how.
+        program: Program that gives inputs their meaning.
+        case: Number of sequences, their length and padding.
     """
     if ENCODER not in program.signatures:
         return {}

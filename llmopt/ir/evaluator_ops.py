@@ -40,11 +40,11 @@ class Attention(op_attention.Attention_25):  # type: ignore[misc] # onnx has no 
 
         Args:
             q: [B, S, H*D], or [B, H, S, D].
-            k: Of as many axes.
-            v: Of as many axes.
+            k: Keys, of as many axes.
+            v: Values, of as many axes.
             mask: Broadcasts to [B, H, S, T]; boolean, or added to the scores.
             rest: Past key, past value and the count of real keys.
-            attributes: Of the operator.
+            attributes: Attributes of the operator.
         """
         rows = q.shape[-2]
         if mask is not None and (mask.ndim == 1 or mask.shape[-2] == 1):

@@ -25,7 +25,7 @@ class Case:
         new: New tokens of each, S.
         past: Tokens already in the cache, P.
         padding: ``"none"``, ``"left"`` or ``"right"``.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
     """
 
     batch: int = 1

@@ -24,11 +24,11 @@ def illustrated(
     component of such a one, gets its batch back.
 
     Args:
-        program: What inputs mean.
+        program: Program that gives inputs their meaning.
         batch: ``input_ids`` [B, S] among them; they are left as they are.
         mask: [B, S], 1 where a token is.
         within: An image stands among so many first tokens; among all where not given.
-        seed: Of the pixels.
+        seed: Seed of the pixels.
     """
     facts = program.facts.model
     ports = [p for s in program.signatures.values() for p in s.inputs if p.role == Role.PIXELS]

@@ -27,8 +27,8 @@ class Probe:
     """A part of a graph, ready to be evaluated.
 
     Args:
-        program: Where the values are.
-        values: What to evaluate.
+        program: Program that holds the values.
+        values: Values to evaluate.
     """
 
     def __init__(self, program: Program, values: Sequence[ir.Value]) -> None:
@@ -70,7 +70,7 @@ class Probe:
 
         Args:
             feeds: Graph inputs by name; more than needed is fine.
-            sizes: What B, S, P and T are.
+            sizes: Sizes of B, S, P and T.
         """
         import onnx
         from onnx.reference import ReferenceEvaluator

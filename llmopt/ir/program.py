@@ -25,12 +25,12 @@ class Facts:
         task: ``"generate"``, ``"text-to-text"``, ``"speech-to-text"``, ``"embed"``, ``"encode"``
             or ``"raw"``.
         model: Heads, widths, limits and special tokens.
-        source: Where it came from.
-        expected: How many of each fusible thing the source has, counted from its config or its
+        source: Record of the source.
+        expected: Number of each fusible operator in the source, counted from its config or its
             module tree and never by a pass: ``{"attention": 30, "norm": 61, "rotary": 30}``.
         files: Tokenizer, chat and generation files to ship: name to content.
-        activations: For weights that were measured, how large what meets each column is: name to
-            mean squares [K] float32, > 0, of mean about 1.
+        activations: Mean squares of the activations that meet each column of a measured weight:
+            name to [K] float32, > 0, of mean about 1.
     """
 
     task: str = "raw"
@@ -54,9 +54,9 @@ class Program:
 
     Args:
         model: The graph, standard ONNX operators of opset ``dialect.OPSET``.
-        signature: What its inputs and outputs mean.
-        facts: What else is known.
-        name: What the component is called.
+        signature: Meaning of its inputs and outputs.
+        facts: Further facts.
+        name: Name of the component.
     """
 
     def __init__(

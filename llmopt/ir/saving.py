@@ -20,8 +20,8 @@ def save_with_data(model: ir.Model, path: Path, data: str, *, alignment: int | N
     """Write ``model`` to ``path`` and its weights to the file ``data`` beside it.
 
     Args:
-        model: What to write.
-        path: Where to.
+        model: Model to write.
+        path: Output file.
         data: The name of the file of weights.
         alignment: Large weights start at multiples of this many bytes.
 
@@ -45,7 +45,7 @@ def save_all(
 
     Args:
         models: By the name of their file.
-        folder: Where to.
+        folder: Output directory.
         data: The name of the file of weights.
         alignment: Large weights start at multiples of this many bytes.
 

@@ -21,8 +21,8 @@ class Formals:
     """The types that an operator's schema names.
 
     Args:
-        inputs: For each formal input a type, ``"tensor(int64)"``, or a letter for one of several.
-        outputs: For each formal output.
+        inputs: Type of each formal input, ``"tensor(int64)"``, or a letter for one of several.
+        outputs: Type of each formal output.
         allowed: The types that each letter may stand for.
         variadic: Whether the last input may come any number of times.
     """
@@ -85,7 +85,7 @@ def element_types(graph: ir.Graph, schemas: Schemas = standard) -> Types:
     """Return the element type of every value whose type can be told.
 
     Args:
-        graph: Its nodes in topological order.
+        graph: A graph with its nodes in topological order.
         schemas: Gives the types of an operator; of the standard ones, if not given.
     """
     roots = (*graph.inputs, *graph.initializers.values())

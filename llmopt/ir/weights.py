@@ -40,7 +40,7 @@ class Derived(ir.LazyTensor):
     """A tensor computed from others when it is read.
 
     Args:
-        op: What is done to the parts: ``"transpose"``, ``"concat"``, ``"cast"``, ...
+        op: Operation on the parts: ``"transpose"``, ``"concat"``, ``"cast"``, ...
         parts: The tensors it is made from.
         compute: Arrays of the parts to the array of the result.
         dtype: Element type of the result.
@@ -106,7 +106,7 @@ def stacked(tensors: Sequence[ir.TensorProtocol], count: int, width: int) -> ir.
     Args:
         tensors: Each some of the matrices, one below the other: [E' * N, K].
         count: E, how many matrices there are in all.
-        width: How much of each row is kept, K at most.
+        width: Number of columns of each row to keep, K at most.
     """
     rows = sum(_sizes(tensor)[0] for tensor in tensors) // count
     shape = (count, rows, width)

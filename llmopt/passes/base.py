@@ -22,8 +22,8 @@ class Miss:
 
     Args:
         node: The node's name.
-        reason: What kept the pass from it.
-        kind: What was missed, where the fusion report counts it: ``"attention"``.
+        reason: Reason why the pass left the node alone.
+        kind: Kind under which the fusion report counts the miss: ``"attention"``.
     """
 
     node: str
@@ -36,9 +36,9 @@ class Outcome:
     """What a pass did; and what it did not do, and why.
 
     Args:
-        applied: How many changes it made.
+        applied: Number of changes made.
         missed: Every candidate it declined.
-        notes: What it found out, a sentence each; an analysis gives nothing else.
+        notes: Findings, a sentence each; an analysis reports nothing else.
     """
 
     applied: int = 0

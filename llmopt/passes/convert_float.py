@@ -91,9 +91,9 @@ class ConvertFloat(RoundingPass):
 
     Args:
         dtype: ``float16``, or ``bfloat16``, which has the range of float32.
-        islands: What stays in float32: ``sums`` (squares, exponentials, sums and means written
-            out), ``norms`` (fused norms too), ``residuals`` (sums of two values, which grow from
-            layer to layer, and the fused norms that read them), or ``none``, for experiments.
+        islands: Operators that stay in float32: ``sums`` (squares, exponentials, sums and means
+            written out), ``norms`` (fused norms too), ``residuals`` (sums of two values, which grow
+            from layer to layer, and the fused norms that read them), or ``none``, for experiments.
     """
 
     name: ClassVar[str] = "convert-float"
@@ -150,7 +150,7 @@ class _Home:
     """Where a value is computed.
 
     Args:
-        wide: In float32.
+        wide: Value in float32.
         spreads: Operators that read it, and nothing narrow, stay in float32.
     """
 
@@ -168,10 +168,10 @@ class _Conversion:
     """One Program on its way to another float.
 
     Args:
-        program: What to convert.
+        program: Program to convert.
         dtype: The narrow type's name.
         islands: Operators that stay in float32.
-        outcome: What was done.
+        outcome: Outcome of the pass.
     """
 
     program: Program

@@ -53,9 +53,9 @@ class _MatMulPlan:
     """How an Einsum is a MatMul.
 
     Args:
-        labels: Of each operand, one letter an axis.
-        out: Of the result.
-        orders: Of the operands and the product when they are multiplied.
+        labels: Labels of each operand, one letter an axis.
+        out: Labels of the result.
+        orders: Axis orders of the operands and of the product in the MatMul.
     """
 
     labels: tuple[str, str]

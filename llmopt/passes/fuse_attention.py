@@ -39,8 +39,8 @@ class Scores:
         turned: Whether the transpose was taken off K.
         scale: Factor of the products.
         softcap: Bound of the scores; 0 is none.
-        masks: What is added or selected afterwards; each a value and how it is meant:
-            ``"keep"`` (bool, True attends), ``"drop"`` (bool, True does not) or ``"add"``.
+        masks: Masks applied afterwards, each a value and its meaning: ``"keep"`` (bool, True
+            attends), ``"drop"`` (bool, True does not) or ``"add"``.
     """
 
     q: ir.Value

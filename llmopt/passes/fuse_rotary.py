@@ -70,12 +70,12 @@ class Rotation:
     """A rotation that is written out.
 
     Args:
-        x: What is rotated, of four axes.
+        x: Rotated value, of four axes.
         cos: Cosines, of as many axes or broadcast to them.
         sin: Sines.
-        layout: Where the heads and the tokens of x are.
-        pairing: Which numbers turn together, and how they are told in the tables.
-        apart: What has to be put side by side first, where x is not that already.
+        layout: Axes of the heads and the tokens of x.
+        pairing: Pairing of the numbers that rotate together, and its form in the tables.
+        apart: Halves to be concatenated first, where x is not one value.
     """
 
     x: ir.Value

@@ -16,8 +16,8 @@ def run_hits(item: Pass, program: Program, limit: int | None = None) -> int:
 
     Args:
         item: The pass, any that counts its changes with ``Outcome.hit``.
-        program: What to edit. Nothing dead is left in it, and every node has a name of its own. A
-            pass that raises an exception is left where it did.
+        program: Program to edit. No dead node is left in it, and every node has a unique name.
+            After an exception it is as the pass left it.
         limit: Stop where this many were counted; 0 changes nothing.
     """
     counted = 0

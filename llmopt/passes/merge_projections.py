@@ -30,9 +30,9 @@ class Projection:
 
     Args:
         product: The MatMul.
-        weight: Its weight, [in, out].
+        weight: Weight of the projection, [in, out].
         bias: [out], or None.
-        result: Where the projection is read.
+        result: Value that readers of the projection use.
     """
 
     product: ir.Node

@@ -29,7 +29,7 @@ class Atom:
     Args:
         place: The axis that it was at the start, and which part of it: in order, atoms are where
             they were.
-        size: How long it is; never 1.
+        size: Length of the axis; never 1.
     """
 
     place: tuple[int, ...]
@@ -48,7 +48,7 @@ class MovementStep:
     """One operator.
 
     Args:
-        sizes: Of its result.
+        sizes: Sizes of the result.
         order: The axis of the operand that each axis is, of a Transpose; empty for a Reshape.
     """
 
@@ -63,7 +63,7 @@ class Movement:
     Args:
         before: Sizes of what it begins with.
         after: Sizes of what it ends with.
-        axes: What each axis of the end is made of.
+        axes: Atoms that each axis of the end consists of.
     """
 
     before: Sizes

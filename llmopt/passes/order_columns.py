@@ -34,8 +34,8 @@ class _ColumnRange:
     """A part of what a projection makes.
 
     Args:
-        value: Where it is read.
-        columns: Of the projection, in the order of the part.
+        value: Value that is read.
+        columns: Columns of the projection, in the order of the part.
     """
 
     value: ir.Value

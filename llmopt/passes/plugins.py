@@ -116,7 +116,7 @@ def installed(group: str, ours: Mapping[str, str], base: type[Any]) -> dict[str,
     Args:
         group: ``"llmopt.passes"`` or ``"llmopt.backends"``.
         ours: Our own, whose names are taken.
-        base: What each has to be a subclass of.
+        base: Base class that each has to be a subclass of.
     """
     found: dict[str, type[Any]] = {}
     for entry in _entries(group, tuple(sys.path)):

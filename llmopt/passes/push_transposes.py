@@ -80,7 +80,7 @@ class _Rewriter:
     """Computes on turned operands what a region computes.
 
     Args:
-        region: What is rewritten.
+        region: Region to rewrite.
     """
 
     def __init__(self, region: Region) -> None:

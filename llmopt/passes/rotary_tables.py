@@ -42,11 +42,11 @@ def table(
     """Return the table of ``value`` [positions, D/2] as an initializer, or why there is none.
 
     Args:
-        program: Where it is.
+        program: Program that holds the value.
         value: Cosines or sines.
         name: ``"cos"`` or ``"sin"``.
-        layout: Of what is rotated.
-        pairing: How the angles are told.
+        layout: Layout of the rotated value.
+        pairing: Form of the angles.
     """
     probe = Probe(program, [value])
     if (reason := _not_positional(program, probe)) is not None:

@@ -32,8 +32,8 @@ class RoundingPass(Pass):
         """Return what running this pass on ``program``, which is left as it is, does to weights.
 
         Args:
-            program: What the pass would be given.
-            after: What the passes behind it do to the weights that this one leaves alone.
+            program: Program as the pass would receive it.
+            after: Rounding of later passes, for weights that this one leaves alone.
         """
 
 

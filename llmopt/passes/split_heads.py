@@ -73,7 +73,7 @@ class _Splitter:
     """Rebuilds values of three axes with four.
 
     Args:
-        build: Where new nodes go.
+        build: Builder at the position of the new nodes.
         batch: B.
         heads: H; the first axis is B * H, or 1.
     """

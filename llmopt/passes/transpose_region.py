@@ -28,7 +28,7 @@ class Region:
         start: The transpose.
         orders: By which order each value is turned: what ``start`` gives, and all that is
             computed of it here.
-        steps: What each operator is on turned operands, in order.
+        steps: Permuted form of each operator, in order.
         met: A transpose that could be undone, of those that can be reached.
     """
 

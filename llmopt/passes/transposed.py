@@ -30,8 +30,8 @@ class Permuted:
     Args:
         operands: By which order each operand has to be turned that has to be.
         result: By which order its results are turned then.
-        axis: What its attribute ``axis`` is then, where it has one.
-        numbers: What operands of constant integers are then, by their places.
+        axis: Value of the attribute ``axis`` after the permutation, where the operator has one.
+        numbers: Values of constant integer operands after the permutation, by operand number.
     """
 
     operands: Mapping[int, Order]

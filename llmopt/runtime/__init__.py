@@ -35,7 +35,7 @@ def load(
         threads: Threads inside one operator; None for as many as the process may use.
         key: A public key, PEM: the bundle has to be signed with its private one.
         certificate_chain: Certificates, PEM, that the signer's own has to lead to; or a key.
-        signature: Of the bundle; None for the one beside it.
+        signature: Signature file of the bundle; None for the one next to it.
 
     Raises:
         ArtifactError: It is not an artifact, damaged, or from a newer llmopt.

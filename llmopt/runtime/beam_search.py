@@ -37,9 +37,9 @@ class Search:
     Args:
         beams: Sequences followed at once.
         length_penalty: Scores are divided by the length to this power.
-        early_stopping: When a search is over: ``True``, ``False`` or ``"never"``.
+        early_stopping: End of a search: ``True``, ``False`` or ``"never"``.
         eos: Tokens that end a sequence.
-        begun: How many tokens a sequence begins with.
+        begun: Number of tokens that a sequence begins with.
         limit: Most tokens of a sequence, those included.
 
     Raises:
@@ -75,8 +75,8 @@ class Beams:
     """The search for what one source becomes.
 
     Args:
-        search: How.
-        start: What every sequence begins with.
+        search: Options of the search.
+        start: Tokens that every sequence begins with.
     """
 
     search: Search

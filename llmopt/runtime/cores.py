@@ -11,7 +11,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Return how many cores this process may keep busy: its affinity, within its cgroup's quota.
 
     Args:
-        root: Where ``proc`` and ``sys`` are found.
+        root: Directory that holds ``proc`` and ``sys``.
     """
     allowed = len(os.sched_getaffinity(0))
     # A quota of 1.5 cores with two threads is throttled for a quarter of the time.

@@ -26,8 +26,8 @@ class EncoderRun:
     """The model that reads, beside the one that writes.
 
     Args:
-        encoder: It.
-        decoder: What takes its outputs.
+        encoder: Session of the encoder.
+        decoder: Session of the decoder that takes its outputs.
     """
 
     encoder: Session
@@ -50,8 +50,8 @@ class DecoderLoop:
 
     Args:
         session: The decoder.
-        rules: What the checkpoint forbids, forces and prefers.
-        request: What is asked for; what it leaves open is as the rules have it.
+        rules: Tokens that the checkpoint forbids, forces and prefers.
+        request: Options of the request; the rules fill in what it leaves open.
         given: The names of what was asked for.
 
     Raises:
@@ -82,8 +82,8 @@ class DecoderLoop:
         """Return the tokens after each beginning, the one that ended it included.
 
         Args:
-            memory: What the decoder is given in every step, a row for each beginning.
-            starts: What each sequence begins with; all are of equal length.
+            memory: Inputs of the decoder that are the same in every step, a row for each sequence.
+            starts: First tokens of each sequence; all are of equal length.
         """
         search = self._search(len(starts[0]))
         if search.limit <= len(starts[0]):

@@ -29,7 +29,7 @@ class Asked:
     """What is asked for.
 
     Args:
-        request: It.
+        request: Options of the request.
         given: The names of the options that were given.
     """
 
@@ -42,9 +42,9 @@ class Seq2Seq:
     """The two models of an artifact, opened on this machine.
 
     Args:
-        manifest: What the artifact is.
+        manifest: Manifest of the artifact.
         reader: The model that reads, and what takes its outputs.
-        rules: How it writes, unless it is told otherwise.
+        rules: Defaults of generation.
     """
 
     manifest: Manifest

@@ -65,7 +65,7 @@ class Request:
         beams: Sequences that a model which reads one text and writes another follows at once, see
             `llmopt.runtime.beam_search`; None for what the checkpoint says, as for the next two.
         length_penalty: Their scores are divided by their length to this power.
-        early_stopping: When the search is over: true, false or ``"never"``.
+        early_stopping: End of the search: true, false or ``"never"``.
 
     Raises:
         UsageError: A value is outside its range.
@@ -109,7 +109,7 @@ class Generation:
     Args:
         session: The model.
         prompts: Tokens, one list a row.
-        request: What to generate.
+        request: Options of the request.
         given: Inputs that are the same in every step.
 
     Raises:

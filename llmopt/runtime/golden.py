@@ -40,14 +40,14 @@ class Golden:
     Args:
         inputs: Arrays by input name; of a decoder, ``input_ids`` and ``attention_mask`` [B, S],
             and ``pixel_values`` of one that sees images.
-        outputs: What is kept of each output; of a decoder, ``columns`` [B, S, C] int32, tokens by
+        outputs: Kept part of each output; of a decoder, ``columns`` [B, S, C] int32, tokens by
             falling logit and then others, and ``logits`` [B, S, C] float32.
         scales: The largest magnitude of each output.
-        tolerance: How far off an output may be, relative to ``scales``.
+        tolerance: Largest error of an output, relative to ``scales``.
         counted: Part of a decoder's tokens that has to keep it.
-        prefill: How many tokens a decoder's first step takes; 0 for what runs once.
+        prefill: Number of tokens in a decoder's first step; 0 for what runs once.
         text: A text; empty where the artifact takes no text.
-        tokens: Its tokens.
+        tokens: Tokens of the text.
         made_with: The target whose kernels made the outputs.
     """
 

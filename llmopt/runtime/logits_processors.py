@@ -36,7 +36,7 @@ class Rules:
     Lengths count every token of the written sequence, those that it begins with included.
 
     Args:
-        start: What it begins with; None for the manifest's.
+        start: First token; None for the manifest's.
         eos: Tokens that end it.
         max_length: Most tokens; 0 where nothing is said.
         min_length: None of ``eos`` before so many.
@@ -49,7 +49,7 @@ class Rules:
         first_suppressed: Tokens that do not come first after the beginning.
         beams: Sequences that are followed at once.
         length_penalty: Scores are divided by the length to this power.
-        early_stopping: When a search is over, see `beams`.
+        early_stopping: End of a search, see `beam_search`.
         languages: A token for each language that is heard, by name.
         tasks: A token for each task, by name.
         no_timestamps: The token that asks for none.
@@ -114,8 +114,8 @@ class Rules:
 
         Args:
             scores: [R, V] float32, of the token after each row.
-            rows: What was written so far, one sequence of equal length for each.
-            begun: How many tokens it began with.
+            rows: Tokens so far, one sequence of equal length for each row.
+            begun: Number of tokens that each began with.
             limit: Most tokens.
         """
         length = len(rows[0])

@@ -36,7 +36,7 @@ def artifact_of(path: Path, trust: Trust | None = None) -> Path:
 
     Args:
         path: An artifact, or a bundle.
-        trust: Whose signature the bundle has to have; None for none.
+        trust: Required signer of the bundle; None for any.
 
     Raises:
         BundleError: The bundle is damaged.

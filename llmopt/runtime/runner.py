@@ -81,8 +81,9 @@ class Runner:
             prompt: A text, or several to be continued (by a model that reads one text and writes
                 another: rewritten) together. With ``chat=True`` each may be
                 a conversation: ``{"role": …, "content": …}`` for each message.
-            images: Of a model that sees: [I, channels, height, width] float, as the checkpoint's
-                image processor makes them, in the order in which their tokens stand in the prompts.
+            images: Pixels for a vision-language model: [I, channels, height, width] float, as the
+                checkpoint's image processor makes them, in the order of their tokens in the
+                prompts.
             **options: See `Request`.
 
         Returns:
@@ -172,7 +173,7 @@ class Runner:
         Args:
             features: [B, bands, frames] or [bands, frames] float32: log-mel features of 30 s, as
                 the checkpoint's feature extractor makes them.
-            language: What is spoken, ``"en"``; found out if not given.
+            language: Spoken language, ``"en"``; detected by default.
             task: ``"transcribe"``, or ``"translate"`` into English.
             **options: See `Request`.
 
@@ -201,10 +202,9 @@ class Runner:
 
         Args:
             ids: [B, S] tokens.
-            prefill: How many go in the first step; the rest follow one by one. None for all.
+            prefill: Number of tokens in the first step; the rest follow one by one. None for all.
             mask: [B, S], 0 where a row is padding in front; None where there is none.
-            source: What is read first, by a model that reads one sequence and writes another: the
-                inputs of its encoder, by name.
+            source: Inputs of the encoder by name, for an encoder-decoder model.
             images: See `generate`; their tokens are all in the first step.
 
         Returns:
@@ -233,7 +233,7 @@ class Runner:
 
         Args:
             texts: Sentences.
-            batch_size: How many go through the model at once.
+            batch_size: Number of texts in one batch.
 
         Returns:
             [N, E] float32, in the order of ``texts``.

@@ -50,7 +50,7 @@ class Sampler:
     A row's tokens depend on the seed and on its place in the batch, not on the other rows.
 
     Args:
-        sampling: How to choose.
+        sampling: Sampling options.
         rows: B.
     """
 

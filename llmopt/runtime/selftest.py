@@ -43,9 +43,9 @@ class Check:
     Args:
         name: ``"files"``, ``"tokenizer"``, ``"logits"``, ``"best token"``, or an output's name.
         passed: Whether it was as it has to be.
-        compared: How many files, tokens, elements or positions were compared.
+        compared: Number of files, tokens, elements or positions compared.
         error_rel: ``max|a - b| / max|b|``; None where that means nothing.
-        tolerance: What it had to keep.
+        tolerance: Largest error allowed.
     """
 
     name: str
@@ -60,9 +60,9 @@ class SelfTest:
     """What a self-test found.
 
     Args:
-        artifact: Its path.
-        target: What it was built for.
-        checks: What was compared.
+        artifact: Path of the artifact.
+        target: Target of the artifact.
+        checks: Results of each comparison.
         load_s: Seconds to open it, libraries included.
         speed: By name, units in the names.
         peak_memory_bytes: Most memory resident at once; None where the system does not say.
@@ -110,7 +110,7 @@ def selftest(artifact: Path, threads: int | None = None) -> SelfTest:
     """Return what the self-test of an artifact found; a device that is off is no exception.
 
     Args:
-        artifact: Its folder.
+        artifact: Directory of the artifact.
         threads: Threads inside one operator; None for as many as the process may use.
 
     Raises:

@@ -43,7 +43,7 @@ class TimedOperator:
     Args:
         module: The source's module that it came from; empty where nothing says so.
         op: The operator, as its engine calls it.
-        kernel_s: How long it computed.
+        kernel_s: Duration of the kernel, seconds.
         seconds: The same and what lies between it and the operator before: the engine preparing
             it, and the profile being written.
     """
@@ -59,8 +59,8 @@ class TimedRun:
     """One run of the model.
 
     Args:
-        seconds: How long it took, what lies between operators included.
-        operators: In the order that they ran.
+        seconds: Duration of the run, with gaps between operators.
+        operators: Operators in the order that they ran.
     """
 
     seconds: float
@@ -143,7 +143,7 @@ def open_session(folder: Path, manifest: Manifest, threads: int | None = None) -
 
     Args:
         folder: The artifact.
-        manifest: Its manifest.
+        manifest: Manifest of the artifact.
         threads: Threads inside one operator; None for as many as the process may use.
 
     Raises:

@@ -35,8 +35,8 @@ class Machine:
     """What this machine has.
 
     Args:
-        architecture: As Linux calls it: ``"x86_64"``, ``"aarch64"``.
-        cpu_features: As Linux names them.
+        architecture: Architecture in Linux's name: ``"x86_64"``, ``"aarch64"``.
+        cpu_features: CPU features in Linux's names.
         memory_bytes: All that a process may use; None where nobody says.
         packages: Versions of the runtimes that are installed; empty where one has none.
         cuda: Whether there is a driver for NVIDIA's GPUs.
@@ -70,8 +70,8 @@ def choose(contents: Contents, machine: Machine, path: Path) -> Variant:
     bundle.
 
     Args:
-        contents: What the bundle holds.
-        machine: Where it shall run.
+        contents: Contents of the bundle.
+        machine: Machine to run on.
         path: The bundle, for messages.
 
     Raises:
@@ -108,7 +108,7 @@ def usable_memory(root: Path = Path("/")) -> int | None:
     """Return how much memory a process may use: the machine's, within the cgroup's limit.
 
     Args:
-        root: Where ``proc`` and ``sys`` are found.
+        root: Directory that holds ``proc`` and ``sys``.
     """
     found = []
     try:

@@ -34,7 +34,7 @@ def with_sight(folder: Path, decoder: Session) -> Session:
 
     Args:
         folder: The artifact.
-        decoder: Its main model.
+        decoder: Session of the main model.
 
     Raises:
         ArtifactError: A file cannot be read.
@@ -124,8 +124,8 @@ class _SeeingStepper:
     for no image.
 
     Args:
-        session: What makes embeddings.
-        decoder: What goes on from them.
+        session: Session that makes embeddings.
+        decoder: Stepper of the decoder.
     """
 
     def __init__(self, session: SeeingSession, decoder: Stepper) -> None:
@@ -152,8 +152,8 @@ def shown(session: Session, prompts: Prompts, images: Any) -> tuple[Prompts, dic
         session: The model.
         prompts: Tokens, one list a row. An image token may stand for an image, or one for each
             of its features, as the checkpoint's own processor writes them.
-        images: As `SeeingSession.features` takes them, in the order in which their tokens stand,
-            row after row; None for none.
+        images: Images as `SeeingSession.features` takes them, in the order of their tokens, row
+            after row; None for no image.
 
     Raises:
         UsageError: The model sees no images, or the prompts have other image tokens than there

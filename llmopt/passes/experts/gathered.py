@@ -33,7 +33,7 @@ class _Applied:
     Args:
         gather: The node that gathers.
         weight: [E, out, in].
-        indices: Which expert each row is for.
+        indices: Indices of the expert of each row.
         rows: [.., in], a row for each expert of each token.
     """
 

@@ -19,11 +19,11 @@ class Experts:
     Args:
         x: [N, H] or [B, S, H], a row for each token.
         logits: [N, E] or [B, S, E], what the choice is made by.
-        k: How many are chosen.
+        k: Number of experts chosen for each token.
         normalized: Whether the shares of those that are chosen add up to one.
-        gate_up: One value [E, 2 * I, H], or [H, 2 * I] for each expert; gates come first.
-        down: One value [E, H, I], or [I, H] for each expert.
-        result: Of the sizes of ``x``.
+        gate_up: A value [E, 2 * I, H], or [H, 2 * I] for each expert; gates come first.
+        down: A value [E, H, I], or [I, H] for each expert.
+        result: Output of the mixture, of the shape of ``x``.
         gathers: The nodes that gather the two, where there is one value of each.
     """
 

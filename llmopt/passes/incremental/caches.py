@@ -28,8 +28,8 @@ class Cache:
     """Keys or values of one layer.
 
     Args:
-        past: What goes in, and what it is called.
-        present: What comes out; named once it is made.
+        past: Cache input and its name.
+        present: Cache output; named once it exists.
         value: The graph input.
     """
 

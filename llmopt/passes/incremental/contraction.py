@@ -33,7 +33,7 @@ class _Product:
 
     Args:
         node: The operator.
-        labels: One text for each operand, one letter an axis.
+        labels: Labels of each operand, one letter an axis.
         out: The letters of what comes out.
     """
 

@@ -37,8 +37,8 @@ class Flow:
     """A value that depends on tokens, row by row.
 
     Args:
-        axes: What each axis is.
-        layer: Which attention it is the scores or weights of; -1 for any other value.
+        axes: Meaning of each axis.
+        layer: Attention whose scores or weights it is; -1 for any other value.
         causal: Whether keys after the query are masked.
         weights: Whether a softmax was taken, so that masked keys weigh nothing.
     """

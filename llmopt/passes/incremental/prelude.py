@@ -38,7 +38,7 @@ class Prelude:
 
     Args:
         program: The decoder; new nodes are put at the end of its graph.
-        proofs: Which of its values vary with the number of tokens.
+        proofs: Proofs of which values vary with the number of tokens.
         past: A past of keys, [B, G, P, D].
     """
 
@@ -78,9 +78,9 @@ class Prelude:
         """Return the rows of ``value`` for all T tokens that ``position_ids`` ask for.
 
         Args:
-            value: It; it is the same for every sequence.
-            rows: Its axis of tokens.
-            batch: Where the axis of sequences shall be; below 0 in front of its own.
+            value: Value to lay out; the same for every sequence.
+            rows: Axis of tokens of the value.
+            batch: Axis that sequences shall be on; below 0 in front of its own.
         """
         key = value, rows, batch
         if key not in self._placed:

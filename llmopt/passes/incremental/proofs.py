@@ -34,7 +34,7 @@ class Proofs:
     """Evaluates values of a Program that depend on no token.
 
     Args:
-        program: It.
+        program: Program whose values are evaluated.
     """
 
     def __init__(self, program: Program) -> None:
@@ -69,10 +69,10 @@ class Proofs:
         """Show that ``value`` begins as it does for a shorter sequence.
 
         Args:
-            node: What reads it, for the refusal.
-            value: It.
-            rows: Its axis of queries, if it has one.
-            keys: Its axis of keys, if it has one; keys after the query do not count.
+            node: Reader of the value, for the refusal.
+            value: Value to evaluate.
+            rows: Axis of queries, if the value has one.
+            keys: Axis of keys, if the value has one; keys after the query do not count.
             shifts: Whether a number may be added to a whole row: a softmax does not see it.
 
         Raises:
@@ -98,9 +98,9 @@ class Proofs:
         A number added to a whole row does not count: a softmax does not see it.
 
         Args:
-            node: What reads it, for the refusal.
+            node: Reader of the value, for the refusal.
             value: A mask or bias.
-            axes: Its axes of queries, if it has one, and of keys.
+            axes: Axes of queries, if the value has one, and of keys.
 
         Raises:
             NotIncrementalError: it cannot be evaluated.
@@ -124,11 +124,11 @@ class Proofs:
         """Whether ``value`` masks every key after its query.
 
         Args:
-            node: What reads it, for the refusal.
+            node: Reader of the value, for the refusal.
             value: A mask.
             sense: ``"keep"`` (bool, True attends), ``"drop"`` (bool, True does not), ``"add"`` or
                 ``"subtract"`` (a low number, or a high one).
-            axes: Its axes of queries and of keys.
+            axes: Axes of queries and of keys.
 
         Raises:
             NotIncrementalError: it cannot be evaluated.

@@ -28,8 +28,8 @@ class Use:
     """A value of positions alone that meets tokens.
 
     Args:
-        node: Where.
-        index: Which operand of it.
+        node: Node that reads the value.
+        index: Operand number at that node.
         rows: The axis of new tokens; None if it has none.
         keys: The axis of all tokens; None if it has none.
         batch: The axis that sequences would have; below 0 in front of those it has, None where
@@ -49,10 +49,10 @@ class Site:
 
     Args:
         node: The product.
-        index: Which operand of it they are.
-        layer: Of which attention.
+        index: Operand number of the scores.
+        layer: Number of the attention.
         part: ``"key"`` or ``"value"``.
-        axes: What its axes are.
+        axes: Meaning of each axis.
         depth: The axis that is D.
     """
 
@@ -69,8 +69,8 @@ class CachedAttention:
     """An Attention whose keys and values get a past.
 
     Args:
-        node: It.
-        layer: Its number.
+        node: Attention node.
+        layer: Number of the attention.
     """
 
     node: ir.Node
@@ -83,14 +83,14 @@ class DecoderReading:
 
     Args:
         program: The decoder, unchanged.
-        proofs: What values of positions alone are shown to keep.
+        proofs: Proofs about values of positions alone.
         flows: Every value that depends on tokens.
-        uses: Where positions meet tokens.
+        uses: Operands where positions meet tokens.
         sites: Keys and values of attention that is written out.
         fused: Attention operators.
         stretched: Reshapes of scores, whose keys are more than their queries then.
-        softmaxes: Where scores become weights.
-        layers: How many attentions were met.
+        softmaxes: Sites where scores become weights.
+        layers: Number of attentions so far.
     """
 
     program: Program
@@ -123,9 +123,9 @@ class DecoderReading:
         """Note that an operand of positions alone meets tokens, and prove that it may.
 
         Args:
-            node: Where.
+            node: Node that reads the value.
             index: The operand; it does not depend on tokens.
-            beside: What its axes meet, and what stands in front of those.
+            beside: Axes that its axes meet, and those in front of them.
             shifts: Whether a number may be added to a whole row of it.
 
         Returns:

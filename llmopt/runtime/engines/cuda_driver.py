@@ -24,8 +24,8 @@ class Driver:
     """One GPU, opened through the CUDA driver.
 
     Args:
-        backend: Who asks, for messages.
-        ordinal: Which GPU.
+        backend: Name of the backend, for messages.
+        ordinal: Number of the GPU.
 
     Raises:
         BackendUnavailableError: There is no driver, or no GPU.
@@ -122,10 +122,10 @@ class Memory:
     """Memory of the device, given back when nothing holds it any more.
 
     Args:
-        driver: Whose it is.
-        pointer: Its address.
-        size_bytes: Its length.
-        shape: Of the array in it.
+        driver: Driver that allocated it.
+        pointer: Address on the device.
+        size_bytes: Length of the allocation.
+        shape: Shape of the array in it.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class OnnxRuntimeSession(Session):
 
     Args:
         folder: The artifact.
-        manifest: Its manifest.
+        manifest: Manifest of the artifact.
         threads: Threads inside one operator; None for as many as the process may use.
 
     Raises:
@@ -233,7 +233,7 @@ class Binding:
         """Run the model once on these buffers.
 
         Args:
-            options: Of this run.
+            options: Options of this run.
 
         Raises:
             LlmoptError: onnxruntime could not run it.

@@ -84,7 +84,7 @@ class _Fixed:
     Args:
         session: The model.
         binding: All of its buffers.
-        inputs: Those that are written before each run.
+        inputs: Inputs that are written before each run.
         logits: [B, 1, V], on the device.
         options: Name the captured graph.
     """

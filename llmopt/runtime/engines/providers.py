@@ -34,8 +34,8 @@ class Provider:
 
     Args:
         provider: ONNX Runtime's name of it.
-        device: Where its memory is: ``"cpu"`` or ``"cuda"``.
-        settings: Its options.
+        device: Device of its memory: ``"cpu"`` or ``"cuda"``.
+        settings: Options of the provider.
         plugin: The package that brings it, where it is not part of onnxruntime.
         whole: Whether it has to take every node.
     """
@@ -56,8 +56,8 @@ def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Provider
     """Return where an artifact runs.
 
     Args:
-        target: Its target as text, options included.
-        requires: What its manifest says that it requires: ``ep``, the provider it was proven with.
+        target: Target as text, options included.
+        requires: Requirements in the manifest: ``ep``, the provider that verified the artifact.
         threads: Threads inside one operator.
 
     Raises:
@@ -81,7 +81,7 @@ def openvino(threads: int, precision: str = "f32") -> Provider:
 
     Args:
         threads: Threads inside one operator.
-        precision: What it computes in: ``"f32"`` or ``"bf16"``.
+        precision: Precision of its arithmetic: ``"f32"`` or ``"bf16"``.
     """
     told = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -98,8 +98,8 @@ def start(ort: Any, model: str | Path | bytes, options: Any, place: Provider) ->
     Args:
         ort: The package ``onnxruntime``.
         model: A file, or the model itself.
-        options: Of the session; the provider is added to them.
-        place: Where it shall run.
+        options: Options of the session; the provider is added to them.
+        place: Provider to run on.
 
     Raises:
         BackendUnavailableError: the provider is not here, does not start, or leaves nodes.

@@ -28,7 +28,7 @@ class ReferenceSession(Session):
 
     Args:
         folder: The artifact.
-        manifest: Its manifest.
+        manifest: Manifest of the artifact.
         threads: Not heeded: products are numpy's, which takes as many as it finds.
 
     Raises:

@@ -41,7 +41,7 @@ class TensorRtSession(Session):
 
     Args:
         folder: The artifact.
-        manifest: Its manifest.
+        manifest: Manifest of the artifact.
         threads: Not used: the work is the GPU's.
 
     Raises:

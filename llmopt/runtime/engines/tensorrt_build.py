@@ -32,8 +32,8 @@ class Built:
     """An engine, fresh from the builder.
 
     Args:
-        engine: Its bytes.
-        layers: What the engine's inspector tells of each layer, one a line.
+        engine: Serialized engine.
+        layers: Description of each layer by the engine's inspector, one a line.
     """
 
     engine: bytes

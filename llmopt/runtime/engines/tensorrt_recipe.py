@@ -30,7 +30,7 @@ class InputRange:
 
     Args:
         least: The smallest of each dimension.
-        best: Those that kernels are chosen for.
+        best: Sizes that kernels are optimized for.
         most: The largest.
     """
 
@@ -61,8 +61,8 @@ class Profile:
 
     Args:
         name: ``"prefill"``, ``"decode"`` or ``"all"``.
-        shapes: For each input with a free size, its shape.
-        values: For each input whose *number* decides a size, that number.
+        shapes: Shape of each input with a free size.
+        values: Value of each input whose *number* decides a size.
     """
 
     name: str
@@ -89,7 +89,7 @@ class EngineRecipe:
             engine is built at the first load, for the GPU that is there.
         profiles: The sizes to serve.
         network: The typed network's file.
-        tolerance: How far an engine may be from ``golden.npz``, relative.
+        tolerance: Largest error of an engine against ``golden.npz``, relative.
     """
 
     package: str

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import platform
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,15 +79,19 @@ class TvmLibrary:
         self._callers = {str(name): told.get("calls", {}) for name, told in described.items()}
         self._weights = self._ffi.convert(self._mapped(entry.parent / WEIGHTS, index))
         self._machine = self._opened(entry)
+        self._lock = threading.Lock()  # the machine keeps the registers of one call at a time
 
     def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        """Return what a function gives for tensors.
+        """Return the results of a function; calls from several threads wait for one another.
 
         Raises:
-            LlmoptError: It failed.
+            LlmoptError: The function failed.
+            BackendUnavailableError: The process is a fork of the one that loaded TVM.
         """
+        _check_process()
         try:
-            return self._machine[name](*arguments, self._weights)
+            with self._lock:
+                return self._machine[name](*arguments, self._weights)
         except _FAILURES as error:
             raise LlmoptError(f"tvm could not run {name!r}: {_last_line(error)}") from error
 
@@ -169,7 +175,7 @@ def run_once(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str = "") 
     Args:
         library: The functions.
         feeds: Arrays by input name.
-        prefix: Of the functions' names: ``"exact_"`` for those that verification runs.
+        prefix: Prefix of the functions' names: ``"exact_"`` for those that verification runs.
     """
     batch = max(len(array) for array in feeds.values() if array.ndim)
     most = library.limits.batch
@@ -283,7 +289,7 @@ class TvmSession(Session):
 
     Args:
         folder: The artifact.
-        manifest: Its manifest.
+        manifest: Manifest of the artifact.
         threads: Threads inside one kernel; None for as many as the process may use.
 
     Raises:
@@ -353,8 +359,9 @@ def _runtime(threads: int) -> Any:
     """Return ``tvm_ffi`` with TVM's runtime loaded, its pool set to ``threads``.
 
     Raises:
-        BackendUnavailableError: It is not installed.
+        BackendUnavailableError: It is not installed, or the process is a fork of one that loaded it.
     """
+    _check_process()
     tiles_allowed()  # before there are threads; whether they are needed is checked elsewhere
     # Read once, when the first kernel runs in parallel. TVM would halve the cores, as if each were
     # two, and tie threads to cores that others may be using.
@@ -372,6 +379,24 @@ def _runtime(threads: int) -> Any:
         raise BackendUnavailableError("tvm", f"{_last_line(error)}; {_INSTALL}") from error
     tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
     return tvm_ffi
+
+
+def _check_process() -> None:
+    """Refuse a child that was forked after TVM was loaded: it has none of TVM's worker threads.
+
+    Raises:
+        BackendUnavailableError: A call would wait for them for ever.
+    """
+    if os.getpid() != _loading_process():
+        problem = "TVM was loaded before this process was forked, and its threads are not in it"
+        hint = "load artifacts after the fork, or start processes by 'spawn'"
+        raise BackendUnavailableError("tvm", f"{problem}; {hint}")
+
+
+@functools.cache
+def _loading_process() -> int:
+    """Return the number of the process that loaded TVM's runtime."""
+    return os.getpid()
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ class TvmCudaSession(Session):
 
     Args:
         folder: The artifact.
-        manifest: Its manifest.
+        manifest: Manifest of the artifact.
         threads: Not heeded: kernels run on the GPU.
 
     Raises:
@@ -232,8 +232,8 @@ def check_capability(found: str, requires: Mapping[str, Any]) -> None:
     """Raise if a GPU is older than the kernels.
 
     Args:
-        found: Its compute capability, ``"7.5"``.
-        requires: What the artifact needs, ``{"cuda_arch": "sm_80"}``.
+        found: Compute capability of the GPU, ``"7.5"``.
+        requires: Requirements of the artifact, ``{"cuda_arch": "sm_80"}``.
 
     Raises:
         BackendUnavailableError: It is.

@@ -28,10 +28,10 @@ class _KernelCall:
 
     Args:
         module: The source's.
-        kernel: Its name.
-        inside: From being told of its start to being told of its end.
-        since: From the end of the kernel before to its own.
-        told: Of that, being told of what prepared it.
+        kernel: Name of the kernel.
+        inside: Time between the notices of its start and its end.
+        since: Time from the end of the kernel before to its own end.
+        told: Part of that spent in notices of its preparation.
         first: Whether there is no kernel before.
     """
 
@@ -53,7 +53,7 @@ class Stopwatch:
     """Times the calls of a machine.
 
     Args:
-        callers: For each function and kernel, the source's module of each call, in order.
+        callers: Source modules of each call, in order, by function and kernel.
 
     Attributes:
         runs: What was timed, one entry for each function that was called.

@@ -36,7 +36,7 @@ class Service:
 
     Args:
         name: The model's name.
-        created: When the server started, in seconds since 1970.
+        created: Start of the server, in seconds since 1970.
         line: The model.
     """
 
@@ -159,7 +159,7 @@ class _LocalOnly:
     """Answers requests whose Host is a name of this machine.
 
     Args:
-        application: What answers them.
+        application: Application that answers local requests.
     """
 
     def __init__(self, made: ASGIApp) -> None:

@@ -71,7 +71,7 @@ class Turn(Generic[Piece]):
     """One piece of work in the line; iterate over what it gives.
 
     Args:
-        work: What to do when its turn comes, piece by piece.
+        work: Work to do, piece by piece, when it is first in line.
         closed: Set when turns no longer come.
         left: Called on the loop when it is over.
     """

@@ -44,7 +44,7 @@ class Ask:
 
     Args:
         prompts: A text, tokens or a conversation each.
-        options: How.
+        options: Options of generation.
         stream: Whether it is answered piece by piece.
         usage: Whether a stream ends with how many tokens it took.
     """
@@ -62,7 +62,7 @@ class EmbedAsk:
     Args:
         inputs: A text or tokens each.
         base64: Whether numbers are wanted as bytes in base64.
-        width: How many numbers each should have; None for as many as the model gives.
+        width: Numbers of each vector; None for the model's own width.
     """
 
     inputs: tuple[str | Tokens, ...]

@@ -60,8 +60,8 @@ def serve(artifact: Path, name: str, place: ListenOptions, threads: int | None =
 
     Args:
         artifact: The folder.
-        name: What clients call it.
-        place: Where to listen.
+        name: Name of the model for clients.
+        place: Address to listen at, and limits.
         threads: Threads inside one operator; None for as many as the process may use.
 
     Raises:
@@ -113,7 +113,7 @@ class _Server(uvicorn.Server):
     """A server that closes the line as soon as it is told to end.
 
     Args:
-        config: Of uvicorn.
+        config: Configuration of uvicorn.
         line: The model.
     """
 

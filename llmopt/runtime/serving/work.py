@@ -33,10 +33,10 @@ class Text:
     """A piece of a generated text.
 
     Args:
-        row: Which prompt it follows.
-        text: It; perhaps none.
-        tokens: How many tokens that row has come to.
-        reason: Why it ends, ``"stop"`` or ``"length"``; None if it goes on.
+        row: Number of the prompt that it continues.
+        text: New text; may be empty.
+        tokens: Number of tokens of that row so far.
+        reason: Reason of the end, ``"stop"`` or ``"length"``; None if it goes on.
     """
 
     row: int
