@@ -93,10 +93,10 @@ def sample(program: Program, run: Run, read: Arrays, length: int) -> npt.NDArray
     """Return [ROWS, length + 1] tokens that the artifact writes at temperature 1, seeded.
 
     Args:
-        program: What inputs mean.
+        program: Program that gives inputs their meaning.
         run: The artifact.
-        read: What it reads first, if it is of two components.
-        length: How many tokens to write.
+        read: Inputs of the encoder, for a Program of two components.
+        length: Number of tokens to generate.
     """
     rng = np.random.default_rng(0)
     model = program.facts.model
@@ -167,8 +167,8 @@ class Evaluation:
     """An artifact against a reference.
 
     Args:
-        text: What they were compared on, in words.
-        found: What came out.
+        text: Description of the text that they were compared on.
+        found: Quality of the candidate.
     """
 
     text: str
@@ -180,10 +180,10 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
 
     Args:
         candidate: The artifact.
-        reference: What it should be: `runner_results` or `source_results`.
-        text: What to compare on: for a language model running text, cut into windows of 256
-            tokens; for another, one text a line. None for text that the artifact writes itself
-            (random tokens, where it writes none).
+        reference: Results to compare with: `runner_results` or `source_results`.
+        text: Text to compare on: for a language model running text, cut into windows of 256 tokens;
+            for another model, one text a line. None for text that the artifact generates itself
+            (random tokens, where it generates none).
 
     Raises:
         UsageError: The text is too short, or the reference is another kind of model.

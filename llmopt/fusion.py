@@ -27,8 +27,8 @@ class FusionCount:
     """One kind of fusion.
 
     Args:
-        expected: How many the source has, counted from its config or module tree; None if unknown.
-        fused: How many the Program has.
+        expected: Number in the source, counted from its config or module tree; None if unknown.
+        fused: Number of fused operators in the Program.
         misses: ``node: reason`` for each place that a pass declined.
     """
 
@@ -100,7 +100,7 @@ def require(report: Mapping[str, FusionCount], requirements: Sequence[str]) -> N
     """Raise unless every required kind was fused wherever the source has it.
 
     Args:
-        report: What was fused.
+        report: Fusion report.
         requirements: ``"attention=all"`` and the like.
 
     Raises:

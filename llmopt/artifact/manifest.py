@@ -32,8 +32,8 @@ class Component:
 
     Args:
         name: ``"encoder"``; ``"vision"`` or ``"embedding"``.
-        entry: Its file.
-        signature: What it takes and gives.
+        entry: File of the component.
+        signature: Signature of the component.
     """
 
     name: str
@@ -54,8 +54,8 @@ class FileRecord:
 
     Args:
         path: Relative to the artifact, with forward slashes.
-        size_bytes: Its length.
-        sha256: Its digest, in hex.
+        size_bytes: Length of the file.
+        sha256: Digest of the file, in hex.
     """
 
     path: str
@@ -90,20 +90,20 @@ class Manifest:
         entry: The model file that a runner opens.
         task: ``"generate"``, ``"text-to-text"``, ``"speech-to-text"``, ``"embed"``, ``"encode"``
             or ``"raw"``.
-        versions: Of llmopt, the backend and the opset that made it.
-        source: What it was made from.
+        versions: Versions of llmopt, the backend and the opset that made it.
+        source: Record of the source.
         pipeline: The passes as text.
         recipe: The command that makes it again, paths left out; empty where none is known.
         precision: The precision plan.
-        signature: What the model takes and gives.
+        signature: Inputs and outputs of the model.
         components: Further models, which run before it, in their order.
-        model: What a runner has to know of it.
+        model: Facts of the model that a runner needs.
         files: Every file but the manifest and the build report.
-        verification: What was checked and how far it was off.
-        quality: What quantization cost, measured.
-        requires: What the machine must have, and the bounds that it was built for.
-        work: What a run has to do: operators by module, multiply-adds, bytes of weights.
-        compiled: What each pass did, and how much of what can be fused was.
+        verification: Result of verification: cases and the worst error.
+        quality: Measured cost of quantization.
+        requires: Requirements on the machine, and the bounds that it was built for.
+        work: Work of a run: operators by module, multiply-adds, bytes of weights.
+        compiled: Result of each pass, and the fusion report.
         schema: Version of this format.
     """
 

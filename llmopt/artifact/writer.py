@@ -27,7 +27,7 @@ def staged_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     what was at ``destination`` as it was; with ``force`` the old one is replaced only then.
 
     Args:
-        destination: Where the finished folder goes.
+        destination: Path of the finished folder.
         force: Replace what is there.
 
     Raises:

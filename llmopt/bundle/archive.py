@@ -59,7 +59,7 @@ class ArchiveMember:
     """A member to be written.
 
     Args:
-        record: Its name, size and digest.
+        record: Name, size and digest of the file.
         source: The file that holds it, or the bytes themselves.
     """
 
@@ -115,7 +115,7 @@ class Seal:
     """What the end of an archive says of the rest.
 
     Args:
-        body_bytes: How many bytes it is the digest of.
+        body_bytes: Number of bytes that the digest covers.
         sha256: The digest, in hex.
     """
 
@@ -156,8 +156,8 @@ class Archive:
 
     Args:
         stream: The file.
-        seal: What its end says.
-        path: Its path, for messages.
+        seal: Seal at the end of the archive.
+        path: Path of the archive, for messages.
     """
 
     def __init__(self, stream: BinaryIO, seal: Seal, path: Path) -> None:

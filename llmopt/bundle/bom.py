@@ -37,10 +37,10 @@ def bill_of_materials(
     """Return the bill of materials as JSON.
 
     Args:
-        name: What the model is called.
+        name: Name of the model.
         parts: The variants, each with its artifact's manifest.
-        licenses: Of the model, as SPDX names them.
-        version: Of llmopt.
+        licenses: Licenses of the model, as SPDX names them.
+        version: Version of llmopt.
     """
     models = [_model(variant, manifest, licenses) for variant, manifest in parts]
     libraries = {each["bom-ref"]: each for variant, _ in parts for each in _libraries(variant)}

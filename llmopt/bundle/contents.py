@@ -32,7 +32,7 @@ class Runtime:
     """The package that runs a variant.
 
     Args:
-        package: Its name for pip; empty where nothing is known.
+        package: Name of the package for pip; empty if unknown.
         at_least: The oldest version that may, inclusive.
         below: The first version that may not; empty where there is none.
     """
@@ -64,7 +64,7 @@ class Needs:
         runtime: The package that runs it.
         plugins: Packages that the runtime needs beside it.
         machines: Processors it runs on, the one it was made for first; empty for any.
-        cpu_features: What it uses of the processor, as Linux names it.
+        cpu_features: CPU features that the variant uses, in Linux's names.
         device: ``"cuda"``, or empty.
         memory_bytes: Memory it takes at most, estimated: weights as often as the runtime may
             hold them, and what the runtime takes itself.
@@ -95,12 +95,12 @@ class Variant:
     """One of the artifacts.
 
     Args:
-        name: Its name in the bundle, and that of the folder it is unpacked to.
-        target: What it was compiled for, options included.
-        task: What it is for.
-        needs: What a machine must have.
+        name: Name in the bundle, and of the folder it is unpacked to.
+        target: Target, options included.
+        task: Task of the artifact.
+        needs: Requirements on the machine.
         files: The member that holds each of its files.
-        recipe: What it was made from, and how: the way to make it again.
+        recipe: Source and command that make it again.
     """
 
     name: str
@@ -137,11 +137,11 @@ class Contents:
     """All that a bundle says of itself.
 
     Args:
-        name: What the model is called.
-        variants: In the order in which they are preferred.
+        name: Name of the model.
+        variants: Variants in the order of preference.
         members: Every member that follows, in the archive's order.
         licenses: Licences of the model, as SPDX names them.
-        versions: Of llmopt and zstd, which made it.
+        versions: Versions of llmopt and zstd that made it.
         schema: Version of this format.
     """
 

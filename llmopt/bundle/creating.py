@@ -28,7 +28,7 @@ class Licensing:
     """Under what a model may be used.
 
     Args:
-        names: As SPDX names licences, or expressions of them: ``"Apache-2.0"``.
+        names: Licenses as SPDX names them, or expressions of them: ``"Apache-2.0"``.
         files: Their texts, and notices.
     """
 
@@ -61,10 +61,10 @@ def create(
     artifacts have are stored once. Files that an artifact's manifest does not list are left out.
 
     Args:
-        artifacts: In the order in which they are preferred, where several suit a machine.
-        output: Where it goes.
-        licensing: Of the model.
-        version: Of llmopt.
+        artifacts: Artifacts in the order of preference, where several suit a machine.
+        output: Path of the bundle.
+        licensing: License of the model.
+        version: Version of llmopt.
         force: Replace what is there.
 
     Raises:

@@ -26,11 +26,11 @@ class _Kind:
     """What all artifacts of a target need.
 
     Args:
-        package: What runs them, for pip.
-        version: Its name among the manifest's versions.
-        compatible: Which other versions run what one of them was made with.
+        package: Package of the runtime, for pip.
+        version: Key of its version in the manifest's versions.
+        compatible: Versions that run what one of them was made with.
         machines: Processors they run on, the intended one first; empty where the artifact says.
-        copies: How often weights lie in memory: 2 where the runtime lays them out anew.
+        copies: Number of copies of the weights in memory: 2 where the runtime repacks them.
         device: ``"cuda"``, or empty.
     """
 

@@ -29,9 +29,9 @@ class Bundle:
 
     Args:
         path: The file.
-        stream: It, open.
-        seal: What its end says.
-        contents: What it holds.
+        stream: Open file of the bundle.
+        seal: Seal at the end of the bundle.
+        contents: Contents of the bundle.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Bundle:
         """Write variants into folders, which are made.
 
         Args:
-            variants: Where each goes, by name.
+            variants: Output folder of each variant, by name.
 
         Raises:
             BundleError: A member is not what the manifest says.
@@ -119,7 +119,7 @@ def open_bundle(path: Path, trust: Trust | None = None) -> Iterator[Bundle]:
 
     Args:
         path: The file.
-        trust: Whose signature it has to have; None for none.
+        trust: Required signer; None for any.
 
     Raises:
         BundleError: It is damaged, or no bundle.

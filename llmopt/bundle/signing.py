@@ -87,7 +87,7 @@ def require_signed(bundle: Path, sha256: str, trust: Trust) -> None:
     Args:
         bundle: The file.
         sha256: The digest of all of it, in hex.
-        trust: Whose signature it has to have.
+        trust: Required signer.
 
     Raises:
         SignatureError: It has no signature, another one, or that of something else.
@@ -129,8 +129,8 @@ def sign(
 
     Args:
         bundle: The file.
-        signature: Where its signature goes.
-        private_key: Of one of the curves P-256, P-384 and P-521, PEM, not encrypted.
+        signature: Path of the signature.
+        private_key: Private key on one of the curves P-256, P-384 and P-521, PEM, not encrypted.
         certificates: The signer's own and those that lead from it to the root; none to sign with
             the key alone.
         force: Replace a signature that is there.

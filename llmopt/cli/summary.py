@@ -81,8 +81,8 @@ def checks_table(checks: Sequence[Checked], passes: Sequence[Ran]) -> str:
     """Return a line for each pass: changes, seconds, worst errors; blank where nothing changed.
 
     Args:
-        checks: What was found before any pass, and after each.
-        passes: What each did; there may be fewer, if one could not finish.
+        checks: Errors before any pass, and after each.
+        passes: Results of the passes; fewer than checks, if one could not finish.
     """
     from llmopt.verification.checks import ELSEWHERE
 

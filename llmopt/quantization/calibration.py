@@ -25,7 +25,7 @@ class Observer:
     """The magnitudes that were seen of each activation, channel by channel.
 
     Args:
-        percentile: Of the magnitudes of a channel that its range covers, 50 … 100.
+        percentile: Percentile of a channel's magnitudes that its range covers, 50 … 100.
 
     Raises:
         UsageError: The percentile is not in that range.

@@ -33,7 +33,7 @@ class Estimate:
 
     Args:
         value: The number.
-        error: Its standard error; None from one sample.
+        error: Standard error; None from one sample.
     """
 
     value: float
@@ -47,10 +47,11 @@ class Quality:
     Args:
         samples: Positions compared.
         kl_mean: Mean KL(reference || candidate), nats, ≥ 0.
-        kl_p99: Its 99th percentile; None from fewer than 662 positions.
+        kl_p99: 99th percentile of the KL divergence; None from fewer than 662 positions.
         top1: Share of positions where both have the same most likely token, 0 … 1.
-        perplexity: Of the candidate on the next tokens; None if none were given, or it overflows.
-        perplexity_reference: Of the reference on the same.
+        perplexity: Perplexity of the candidate on the next tokens; None without them, or on
+            overflow.
+        perplexity_reference: Perplexity of the reference on the same tokens.
     """
 
     samples: int

@@ -113,7 +113,7 @@ class QuantizedPart(ir.LazyTensor):
 
     Args:
         of: The weight.
-        which: Which of its tensors.
+        which: Name of the tensor: codes, scale or zero point.
         read: Computes it.
         dtype: Element type.
         shape: Sizes.

@@ -42,7 +42,7 @@ class Quantized:
         codes: [N, K'] uint8, K' = K rounded up to whole blocks; padding holds the zero point.
         scale: [N, K'/block] float32 or float16; not 0; negative where that fits a block better.
         zero_point: [N, K'/block] uint8, or None where it is ``scheme.middle`` everywhere.
-        scheme: How it was quantized.
+        scheme: Quantization scheme.
         columns: K.
     """
 
@@ -119,7 +119,7 @@ def quantize_blockwise(  # noqa: PLR0913 - what goes in, and where it goes
         importance: [K] float32, > 0: how much errors in a column matter; None for all the same.
         scale_dtype: ``np.float32`` or ``np.float16``; unused when ``out`` is given.
         out: Arrays to write into, as `empty` makes them.
-        first_row: What an error calls the first row, when ``weight`` is a part of a larger one.
+        first_row: Number of the first row for errors, when ``weight`` is a part of a larger one.
 
     Raises:
         UnsupportedModelError: a value is NaN or infinite, or too large for a float16 scale.

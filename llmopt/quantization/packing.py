@@ -52,7 +52,7 @@ class Packed:
         data: [N, K'/block, block*bits/8] uint8, K' = K rounded up to whole blocks.
         scale: [N, K'/block] float32 or float16.
         zero_point: [N, ceil(K'/block * bits / 8)] uint8, or None where it is the middle code.
-        scheme: How it was quantized.
+        scheme: Quantization scheme.
         columns: K.
     """
 

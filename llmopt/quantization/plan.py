@@ -55,8 +55,8 @@ class PrecisionPlan:
 
         Args:
             names: The tensors to quantize: which ones may be is the caller's knowledge.
-            scheme: For all of them.
-            overrides: For some of them, another one; names beyond ``names`` are ignored.
+            scheme: Scheme of all tensors.
+            overrides: Other schemes of some tensors; names beyond ``names`` are ignored.
         """
         other = overrides or {}
         return cls({name: str(other.get(name, scheme)) for name in names})

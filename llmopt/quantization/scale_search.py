@@ -73,7 +73,7 @@ class _Blocks:
     Args:
         values: [n, block] float32.
         near: [n] float32, not 0.
-        scheme: Which codes there are.
+        scheme: Scheme that defines the codes.
         importance: [n, block] float32, or None.
     """
 

@@ -30,10 +30,9 @@ def write_model(
     """Write a lowered Program into ``folder``.
 
     Args:
-        program: What to write.
-        folder: Where to.
-        providers: What onnxruntime-genai is to run it with, and their options; the processor if
-            none.
+        program: Program to write.
+        folder: Output directory.
+        providers: Providers for onnxruntime-genai, and their options; the CPU if empty.
     """
     for part in program.parts():
         finish(part.model)

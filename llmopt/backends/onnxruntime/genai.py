@@ -22,8 +22,8 @@ def genai_config(
 
     Args:
         program: The decoder.
-        entry: Its file.
-        providers: What is to run it, and options; the processor if none.
+        entry: File of the model.
+        providers: Providers and their options; the CPU if empty.
     """
     if not program.signature.has_cache or program.facts.task != "generate":
         return None

@@ -55,8 +55,8 @@ class KernelTable:
     """The kernels of one provider.
 
     Args:
-        provider: Its name.
-        source: Where the table is from, and of which version.
+        provider: Name of the provider.
+        source: Package and version that the table is from.
         kernels: By domain and operator.
         formals: The schemas of operators beyond ONNX's own.
     """

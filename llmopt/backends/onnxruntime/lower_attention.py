@@ -101,7 +101,7 @@ def not_grouped(program: Program, op: AttentionOp, *, bias: bool = False) -> str
     """Return why GroupQueryAttention would compute something else, or None.
 
     Args:
-        program: Where it is.
+        program: Program that holds the attention.
         op: An Attention with a cache.
         bias: Whether GroupQueryAttention takes a bias.
     """

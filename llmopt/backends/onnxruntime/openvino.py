@@ -54,7 +54,7 @@ def choose(entry: Path, program: Program) -> tuple[str, str]:
 
     Args:
         entry: The written model.
-        program: What it takes.
+        program: Program to run.
     """
     ep, why = _faster(entry, program)
     _mark(entry, ep)

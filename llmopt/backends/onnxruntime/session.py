@@ -35,7 +35,7 @@ def open_session(
         exact: Multiply quantized weights in float32 instead of int8, so that what is left of the
             error is the graph's and not the kernels' rounding.
         widened: Compute in float32 what the model says is of 16 bits; its weights are as they are.
-        place: Where to run it; on the processor, if not given.
+        place: Provider to run on; the CPU by default.
 
     Raises:
         BackendUnavailableError: onnxruntime is not installed, or the provider is not here.

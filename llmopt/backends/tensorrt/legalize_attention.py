@@ -116,9 +116,9 @@ class _Legalizer:
     """The attentions of one Program on their way to TensorRT's form.
 
     Args:
-        program: What to edit.
+        program: Program to edit.
         writes: ``write_indices`` [B] if there is a cache.
-        outcome: What was done.
+        outcome: Outcome of the pass.
     """
 
     program: Program

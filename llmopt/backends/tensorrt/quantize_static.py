@@ -59,7 +59,7 @@ class QuantizeStatic(RoundingPass):
 
     Args:
         code: ``int8`` or ``float8`` (E4M3).
-        percentile: Of the magnitudes that a scale covers; 100 is min-max.
+        percentile: Percentile of the magnitudes that a scale covers; 100 is min-max.
         calibration: A text file, one text a line; random tokens if not given.
         smooth: Whether channels are evened out before int8.
     """
@@ -195,7 +195,7 @@ class ProductGroup:
         nodes: Each MatMul of it.
         even: [K], what its channels are divided by and the rows of the weights multiplied.
         limit: The largest magnitude of x after that.
-        lost: How much of each token rounding x loses, as a part of its square.
+        lost: Part of each token's square that rounding x loses.
     """
 
     x: ir.Value

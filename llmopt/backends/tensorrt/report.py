@@ -22,7 +22,7 @@ class EngineLayer:
     """One layer of an engine.
 
     Args:
-        name: Its name, which says what kernel it is.
+        name: Name of the layer, which tells its kernel.
         nodes: The ONNX nodes that it computes, or has a part in.
     """
 
@@ -40,9 +40,9 @@ class AttentionFusion:
     """What became of one attention.
 
     Args:
-        node: Its ONNX node.
+        node: Name of the ONNX node.
         layers: The fused layers that compute it, one for each profile; none where it is not fused.
-        reason: Why it is not one layer.
+        reason: Reason why it is not one layer.
     """
 
     node: str
@@ -77,10 +77,10 @@ def attentions(
     """Return what became of every attention of a network.
 
     Args:
-        layers: Of the engine.
+        layers: Layers of the engine.
         nodes: The attentions of the network.
         declined: Attentions that were written out before the build, and why.
-        profiles: How many profiles the engine has: a fused attention has a layer in each.
+        profiles: Number of profiles of the engine: a fused attention has a layer in each.
     """
     found = []
     for node in nodes:

@@ -29,7 +29,7 @@ class _NetworkCaches:
 
     Args:
         mask: The mask's name; [B, C].
-        presents: For each past key or value, what the network calls it afterwards.
+        presents: Name of each past key or value after the step, by its name before.
     """
 
     mask: str

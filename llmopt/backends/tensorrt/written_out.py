@@ -23,11 +23,11 @@ def written_out(
     """Return softmax(softcap * tanh(q k^T * scale / softcap) + mask) v, [B, H, S, D].
 
     Args:
-        build: Where the nodes go.
+        build: Builder at the position of the new nodes.
         operands: q [B, H, S, D], k and v [B, G, T, D], G a divisor of H.
         mask: [B or 1, 1, S, T] boolean or added; None where all is seen.
-        scale: What scores are multiplied by.
-        softcap: What they are bounded by.
+        scale: Factor of the scores.
+        softcap: Bound of the scores.
     """
     q, k, v = operands
     heads, groups = g.static(q, 1), g.static(k, 1)

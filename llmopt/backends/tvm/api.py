@@ -114,10 +114,10 @@ def call(
     """Return a call of a kernel.
 
     Args:
-        name: Its global name.
-        arguments: What it reads.
+        name: Global name of the function.
+        arguments: Operands of the call.
         kinds: The types of what it writes.
-        aliases: For each output, the argument that it is written into, or -1; None for none.
+        aliases: Argument that each output is written into, or -1; None for none.
     """
     if aliases is None:
         return relax().call_tir(name, list(arguments), list(kinds))

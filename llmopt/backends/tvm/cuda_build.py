@@ -49,7 +49,7 @@ def target_of(arch: str, machine: str) -> dict[str, object]:
 
     Args:
         arch: ``"sm_80"``.
-        machine: Of the host: ``"x86_64"`` or ``"aarch64"``.
+        machine: Architecture of the host: ``"x86_64"`` or ``"aarch64"``.
     """
     host = {"kind": "llvm", "mtriple": TRIPLES[machine]}
     return {"kind": "cuda", "arch": arch, "host": host}
@@ -59,10 +59,10 @@ def build(module: Any, target: dict[str, object], library: Path, kernels: Path) 
     """Compile ``module`` and return the source of its kernels.
 
     Args:
-        module: Of Relax.
-        target: As `target_of` makes it.
-        library: Where the code of the host goes.
-        kernels: Where the kernels go.
+        module: Module of Relax.
+        target: Target from `target_of`.
+        library: Output file of the host code.
+        kernels: Output file of the kernels.
 
     Raises:
         BackendUnavailableError: There is no compiler of CUDA.

@@ -26,8 +26,8 @@ class CudaModule(Module):
     """The functions of a Program in Relax's own operators, and the weights that they take.
 
     Args:
-        program: What to convert.
-        limits: What memory is planned for.
+        program: Program to convert.
+        limits: Sizes that memory is planned for.
     """
 
     def __init__(self, program: Program, limits: Capacity) -> None:
@@ -45,8 +45,8 @@ class CudaFunction(Function):
     """One function while it is being written.
 
     Args:
-        module: What it is part of.
-        entry: How it is called.
+        module: Module that it is part of.
+        entry: Entry point of the function.
     """
 
     def __init__(self, module: CudaModule, entry: EntryPoint) -> None:

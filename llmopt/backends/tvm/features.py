@@ -87,9 +87,9 @@ class Processor:
 
     Args:
         machine: ``"x86_64"`` or ``"aarch64"``.
-        mcpu: Its name in LLVM.
-        llvm_features: What LLVM may use on it, in LLVM's names.
-        masked: What the named processor has and code must do without, in LLVM's names.
+        mcpu: Name of the processor in LLVM.
+        llvm_features: Features that LLVM may use, in LLVM's names.
+        masked: Features of the named processor that code must not use, in LLVM's names.
     """
 
     machine: str

@@ -30,8 +30,8 @@ class Function:
     """One function while it is being written.
 
     Args:
-        module: What it is part of.
-        entry: How it is called.
+        module: Module that it is part of.
+        entry: Entry point of the function.
     """
 
     def __init__(self, module: Module, entry: EntryPoint) -> None:
@@ -230,8 +230,8 @@ class Function:
         """Call a kernel and return its outputs.
 
         Args:
-            kernel: What to call.
-            operands: What it reads, by its own names.
+            kernel: Kernel to call.
+            operands: Operands by the kernel's own names.
             outputs: Shape and type of what it writes.
             inplace: Outputs that are operands written in place: number to name.
         """

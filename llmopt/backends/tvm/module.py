@@ -27,9 +27,9 @@ class Module:
     """The functions and kernels of a Program, and the weights that they take.
 
     Args:
-        program: What to convert.
-        features: What kernels may use.
-        limits: What memory is planned for.
+        program: Program to convert.
+        features: Features that kernels may use.
+        limits: Sizes that memory is planned for.
 
     Attributes:
         calls: For each function and kernel, the source's module of each call, in order.
@@ -58,7 +58,7 @@ class Module:
 
         Args:
             make: Makes a kernel, the same for the same arguments.
-            wanted: What it is made of.
+            wanted: Recipe of the array.
         """
         found: Made = _made(make, wanted)
         return found

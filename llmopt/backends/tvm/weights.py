@@ -25,7 +25,7 @@ class StoredArray:
     """One array of the file.
 
     Args:
-        name: Of the source, and which part of it.
+        name: Name in the source, and of the part.
         dtype: Element type as numpy spells it.
         shape: Sizes.
     """
@@ -60,8 +60,8 @@ class WeightFile:
         """Return the number of each part of a weight, which is stored only once for one key.
 
         Args:
-            key: What tells this weight from others.
-            parts: What will be read, by part.
+            key: Identity of the weight.
+            parts: Arrays that will be read, by part.
             read: Returns the arrays of the parts; called once, when they are written.
         """
         group = self._groups.get(key)

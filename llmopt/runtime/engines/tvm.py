@@ -359,7 +359,7 @@ def _runtime(threads: int) -> Any:
     """Return ``tvm_ffi`` with TVM's runtime loaded, its pool set to ``threads``.
 
     Raises:
-        BackendUnavailableError: It is not installed, or the process is a fork of one that loaded it.
+        BackendUnavailableError: It is not installed, or was loaded before this process was forked.
     """
     _check_process()
     tiles_allowed()  # before there are threads; whether they are needed is checked elsewhere

@@ -24,7 +24,7 @@ class Turning:
 
     Args:
         width: D, numbers in a head.
-        rotary: How many of them are rotated, the first ones, half by half; 0 for none.
+        rotary: Number of leading elements that are rotated, half by half; 0 for none.
         norm: Epsilon of the RMS norm before that (Qwen3's and Gemma's QK norm); None for none.
     """
 
@@ -52,13 +52,13 @@ class Head:
     """One head, before and after.
 
     Args:
-        turning: What to do.
-        lanes: Of a vector that divides D and half of the rotated width.
+        turning: Norm, rotation and scale to apply.
+        lanes: Lanes of a vector that divides D and half of the rotated width.
         source: Buffer and place of its first number.
         target: Buffer and place of its first result.
         tables: Cosines and sines, [positions, rotary / 2] each, and the position.
         weight: [D] of the norm.
-        scale: What results are multiplied by.
+        scale: Factor of the results.
     """
 
     turning: Turning

@@ -11,10 +11,11 @@ class Kernel:
     """A function in destination-passing style: its parameters are inputs, then outputs.
 
     Args:
-        name: One for each distinct function, ``"linear_w4_decode_n576_k1536_b32_avx512vnni"``.
+        name: Name, one for each distinct function,
+            ``"linear_w4_decode_n576_k1536_b32_avx512vnni"``.
         function: ``tvm.tirx.PrimFunc`` whose parameters are buffers.
-        inputs: What each of its first parameters is: ``("x", "codes", "scale", "bias")``.
-        outputs: What each of the others is.
+        inputs: Meaning of the first parameters: ``("x", "codes", "scale", "bias")``.
+        outputs: Meaning of the other parameters.
     """
 
     name: str

@@ -78,7 +78,7 @@ class NormRow:
 
     Args:
         norm: The norm.
-        lanes: Of a vector.
+        lanes: Lanes of a vector.
         source: Buffer and place of its numbers.
         weight: [W].
         bias: [W]; None where there is none.

@@ -23,8 +23,8 @@ def rotary(turning: Turning, heads: int, features: Features) -> Kernel:
 
     Args:
         turning: Width, and how much of it is rotated; its norm is not applied.
-        heads: How many heads are in a row.
-        features: Of the processor.
+        heads: Number of heads in a row.
+        features: Features of the processor.
     """
     plain = Turning(turning.width, turning.rotary)
     name = f"rotary_h{heads}_d{turning.width}_{plain.label}_{features.label}"

@@ -95,7 +95,7 @@ def prefetch(buffer: Any, index: Sequence[Expr], *, write: bool = False, near: i
     """Ask for the line of memory that an element lies in.
 
     Args:
-        buffer: Of which.
+        buffer: Buffer to prefetch from.
         index: The element; behind the buffer's end nothing happens.
         write: Whether it will be written.
         near: 3 for the first cache, 2 for the second.
@@ -130,7 +130,7 @@ class Register:
     is asked of TVM's heap in every iteration.
 
     Args:
-        lanes: How many elements.
+        lanes: Number of elements.
         dtype: Their type.
     """
 

@@ -20,7 +20,7 @@ class Argument:
     """One parameter of a kernel.
 
     Args:
-        name: Its name in `Kernel.inputs` or `Kernel.outputs`.
+        name: Name in `Kernel.inputs` or `Kernel.outputs`.
         shape: Sizes; a text such as ``"m"`` stands for a number known when the kernel runs, the
             same wherever it is written.
         dtype: Element type.

@@ -22,7 +22,7 @@ class Places:
         form: The attention.
         q: [M, H·D], or the packed rows [M, H·D + 2·G·D]; M = B·S.
         k: [B·T, G·D], the packed rows, or a cache [B, G, C, D].
-        v: As ``k``.
+        v: Values, as ``k``.
         mask: [B, T] int64, 0 for padding.
         y: [M, H·D].
         length: S.

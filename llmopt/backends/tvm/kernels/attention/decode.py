@@ -50,13 +50,13 @@ class HeadTask:
     """What a task works on.
 
     Args:
-        io: Where everything is.
-        lanes: Of a vector that divides D.
+        io: Addresses of all buffers.
+        lanes: Lanes of a vector that divides D.
         together: Query heads whose sums stay in registers together; divides R.
         b: The sequence.
         g: The key head.
         first: The first key.
-        count: How many keys.
+        count: Number of keys.
         query: [R, D] float32, turned and scaled.
         scores: [R, PIECE] float32, scores, then weights.
     """
@@ -169,11 +169,11 @@ class Joined:
     """All pieces, to be joined.
 
     Args:
-        io: Where everything is.
-        lanes: Of a vector that divides D.
+        io: Addresses of all buffers.
+        lanes: Lanes of a vector that divides D.
         batch: B.
-        pieces: How many pieces a key head has.
-        results: What they left.
+        pieces: Number of pieces of a key head.
+        results: Partial results of the pieces.
     """
 
     io: Places

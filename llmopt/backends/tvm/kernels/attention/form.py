@@ -24,10 +24,10 @@ class AttentionForm:
         kv_heads: G, key heads; divides H.
         width: D, numbers in a head.
         causal: Whether a query sees no later key (then ``right`` is 0).
-        left: How many earlier keys it sees; None for all.
-        right: How many later keys it sees; None for all.
+        left: Number of earlier keys that a query attends to; None for all.
+        right: Number of later keys that a query attends to; None for all.
         softcap: Scores become ``softcap * tanh(score / softcap)`` if it is not 0.
-        scale: Of the scores; None is 1 / √D.
+        scale: Scale of the scores; None is 1 / √D.
         masked: Whether keys may be padding. Only then is the mask read; its shape always is.
         cached: Whether keys and values are in caches [B, G, C, D] of which the first T are in use.
         packed: Whether Q, K and V are parts of one row [H·D + 2·G·D]; without a cache.

@@ -49,12 +49,12 @@ class BlockSizes:
     """Sizes of the blocks.
 
     Args:
-        lanes: Of a vector of rows.
+        lanes: Lanes of a vector of rows.
         vectors: Vectors of rows in a block.
         tile: Keys that stay in registers together.
         deep: Channels that do: the most up to ``tile`` that divide the width of a head.
         square: Lanes of a vector of channels; divides the width of a head and ``lanes``.
-        numbers: What products are made of.
+        numbers: Element type of the products.
         unit: AMX's tiles, where they multiply; `attention_tiles` then has the products.
         keys: Keys in a block; a multiple of ``tile``.
     """
@@ -93,7 +93,7 @@ class RowBlock:
 
     Args:
         n: Sizes.
-        io: Where everything is.
+        io: Addresses of all buffers.
         b: The sequence.
         g: The key head.
         turned: [D, N], queries times the scale; pairs of bfloat16 are pairs of channels.

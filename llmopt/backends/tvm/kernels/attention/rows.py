@@ -42,7 +42,7 @@ class Fresh:
     Args:
         form: The attention.
         turning: Norm and rotation.
-        lanes: Of a vector that divides what is rotated.
+        lanes: Lanes of a vector that divides the rotated width.
         qkv: [M, H·D + 2·G·D].
         norms: [D] for queries, [D] for keys; None where there is no norm.
         tables: cos, sin [positions, rotary / 2]; None where nothing is rotated.

@@ -39,7 +39,7 @@ def score(w: Any, unit: Tiles, origin: Any, count: Any) -> None:
         w: The block (`attention_prefill.Work`).
         unit: The processor's tiles.
         origin: The block's first key.
-        count: How many keys it has, a multiple of `STEP`.
+        count: Number of keys, a multiple of `STEP`.
     """
     half, rows = w.io.form.width // 2, w.n.rows
     with T.serial(count // STEP) as j, T.serial(rows // STEP) as c:

@@ -78,12 +78,12 @@ class _AmxTile:
     """A tile of weights times some rows.
 
     Args:
-        panel: Its weights.
+        panel: Panel of its weights.
         activations: The rounded rows, padded to a multiple of 32.
         unit: The processor's tiles.
-        epilogue: What follows.
+        epilogue: Epilogue of the product.
         first: The first row.
-        steps: How many times 32 rows.
+        steps: Number of steps of 32 rows.
         sums: [32, 32] int32, of one step.
         results: [rows, 32] float32, what earlier runs summed up.
     """
@@ -219,9 +219,9 @@ def emit(
 
     Args:
         buffers: ``x`` [M, K], the weight's arrays, what the epilogue reads, ``y`` [M, N].
-        epilogue: What follows.
+        epilogue: Epilogue of the product.
         k: Columns of the weight.
-        storage: How the weight is stored; see `fits`.
+        storage: Layout of the weight; see `fits`.
         unit: The processor's tiles.
     """
     m, form = buffers["x"].shape[0], PanelSizes.of(storage)

@@ -61,10 +61,10 @@ class _BfloatTile:
 
     Args:
         unit: The processor's tiles.
-        epilogue: What follows; it has the weights among its buffers.
+        epilogue: Epilogue of the product; it has the weights among its buffers.
         activations: The rounded rows, tiles one below the other: [.., 16 pairs].
-        depth: How many tiles a row of the weight has.
-        tile: Which outputs.
+        depth: Number of tiles in a row of the weight.
+        tile: Index of the tile of outputs.
         sums: [32, 32] float32.
     """
 
@@ -128,7 +128,7 @@ def emit(buffers: Mapping[str, Any], epilogue: Epilogue, k: int, unit: Tiles) ->
 
     Args:
         buffers: ``x`` [M, K], ``weights``, what the epilogue reads, ``y`` [M, N].
-        epilogue: What follows.
+        epilogue: Epilogue of the product.
         k: Columns of the weight.
         unit: The processor's tiles.
     """

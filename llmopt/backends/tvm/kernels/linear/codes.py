@@ -19,10 +19,10 @@ def four_codes(storage: Storage, quad: int, word: Callable[[int], Expr], lanes: 
     """Return the codes of four columns, a byte each.
 
     Args:
-        storage: How the weights are stored.
-        quad: Which four columns of their unit.
+        storage: Layout of the weights.
+        quad: Index of the four columns in their unit.
         word: Gives the lanes [lanes] int32 of one word of the unit.
-        lanes: Of a vector.
+        lanes: Lanes of a vector.
     """
     pieces = storage.quad(quad)
     found: Expr = reduce(or_, (_moved(word(piece.word), piece, lanes) for piece in pieces))

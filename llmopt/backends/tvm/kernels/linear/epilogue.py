@@ -114,7 +114,8 @@ class Epilogue:
 
     Args:
         n: Rows of the weight, gate and up together.
-        steps: Of ``bias``, ``gelu``, ``gelu_tanh``, ``swiglu``, ``residual``, in their order.
+        steps: Steps among ``bias``, ``gelu``, ``gelu_tanh``, ``swiglu``, ``residual``, in their
+            order.
         buffers: The kernel's buffers by name.
     """
 

@@ -42,10 +42,10 @@ def emit(
 
     Args:
         buffers: By name.
-        epilogue: What follows.
+        epilogue: Epilogue of the product.
         k: Columns of the weight.
-        storage: How the weight is stored.
-        lanes: Of the processor's vectors.
+        storage: Layout of the weight.
+        lanes: Lanes of the processor's vectors.
     """
     m = buffers["x"].shape[0]
 

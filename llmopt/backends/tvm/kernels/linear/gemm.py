@@ -53,10 +53,10 @@ def emit(
 
     Args:
         buffers: ``x`` [M, K], the weight's arrays, what the epilogue reads, ``y`` [M, N].
-        epilogue: What follows.
+        epilogue: Epilogue of the product.
         k: Columns of the weight.
-        storage: How the weight is stored.
-        products: How integers are multiplied here.
+        storage: Layout of the weight.
+        products: Integer products of this processor.
     """
     m = buffers["x"].shape[0]
     activations = allocate(m, storage)
@@ -91,9 +91,9 @@ def each_piece(m: Expr, count: int, at_once: int, begin: Callable[[Expr], Step])
     """Emit the loops over pieces of the result, and over the rows of each.
 
     Args:
-        m: How many rows there are.
-        count: How many tiles there are.
-        at_once: How many rows a step computes.
+        m: Number of rows.
+        count: Number of tiles.
+        at_once: Number of rows in a step.
         begin: Emits what a piece of a tile begins with; what it returns emits the rows from a
             first one on.
     """
@@ -112,9 +112,9 @@ def pieces(
     """Emit the loop over pieces of the result, which threads share.
 
     Args:
-        m: How many rows there are.
-        count: How many tiles there are.
-        sizes: How many rows a step computes, and how many a piece has, about.
+        m: Number of rows.
+        count: Number of tiles.
+        sizes: Number of rows in a step, and about how many a piece has.
         emit_piece: Emits a tile's rows, from a first one on, so many steps.
     """
     at_once, rows = sizes

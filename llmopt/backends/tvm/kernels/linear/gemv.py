@@ -33,10 +33,10 @@ def emit(
 
     Args:
         buffers: ``x`` [1, K], the weight's arrays, what the epilogue reads, ``y`` [1, N].
-        epilogue: What follows.
+        epilogue: Epilogue of the product.
         k: Columns of the weight.
-        storage: How the weight is stored.
-        products: How integers are multiplied here.
+        storage: Layout of the weight.
+        products: Integer products of this processor.
     """
     row = T.int64(0)
     activations = allocate(T.int64(1), storage)

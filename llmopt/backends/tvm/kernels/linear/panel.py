@@ -60,9 +60,9 @@ class PanelSizes:
     """Sizes of panels.
 
     Args:
-        storage: How the weight is stored.
+        storage: Layout of the weight.
         high: Tiles of 64 columns in a panel; the last may have fewer.
-        count: How many panels a row makes.
+        count: Number of panels in a row.
     """
 
     storage: Storage
@@ -123,7 +123,7 @@ class Panel:
     Args:
         form: Sizes.
         buffers: ``codes``, ``scale`` and, with zero points, ``zero_point``.
-        tile: Which tile.
+        tile: Index of the tile.
     """
 
     def __init__(self, form: PanelSizes, buffers: Mapping[str, Any], tile: Expr) -> None:
@@ -166,8 +166,8 @@ class Panel:
         """Ask for a part of what the next panel is made from: behind what this one is.
 
         Args:
-            panel: This one.
-            part: Which, of `FETCHING` times as many as a panel has tiles.
+            panel: Index of the panel.
+            part: Index of the part, of `FETCHING` times as many as a panel has tiles.
         """
         storage, parts = self.form.storage, FETCHING * self.form.high
         words = self.form.columns * storage.bits // 32

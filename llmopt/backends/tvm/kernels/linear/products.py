@@ -51,11 +51,12 @@ class DotProducts:
 
     Args:
         lanes: Outputs in a vector.
-        registers: How many vectors the processor holds.
-        straight: How many columns are worth straight code.
-        depth: How many groups of four may be added between ``start`` and ``finish``.
+        registers: Number of vector registers of the processor.
+        straight: Number of columns that are worth straight code.
+        depth: Number of groups of four that may be added between ``start`` and ``finish``.
         start: The sums so far [lanes] int32 to what ``step`` adds to.
-        step: That, weights and activations [lanes] int32 (four bytes a lane) to the next one.
+        step: Function of a sum, weights and activations [lanes] int32 (four bytes a lane) to the
+            next sum.
         finish: The sums so far and the last one to the sums.
         pair: Sums of two rows and two outputs [4] int32, eight activations of each row and eight
             codes of each output [16] int8 to the next sums; None where no instruction does that.
@@ -75,7 +76,7 @@ def products(features: Features, *, largest: int, signed: bool) -> DotProducts:
     """Return the fastest products that the features allow.
 
     Args:
-        features: What the processor can do.
+        features: Features of the processor.
         largest: The largest stored code of a weight: 15, 63, 128 or 255.
         signed: Whether codes are stored signed, as `linear_storage` decides.
     """

@@ -53,7 +53,7 @@ class Activations:
         correction: [M, blocks]: what starts the sums of a block, int32, or, where weights have
             zero points, the sum of the codes, float32; None where nothing is to correct.
         group: Columns that share a scale; the last may be fewer.
-        tiles: Of a row, where codes lie in tiles; 0 where they do not.
+        tiles: Number of tiles in a row, where codes lie in tiles; 0 elsewhere.
     """
 
     codes: Any
@@ -85,8 +85,8 @@ def allocate_tiles(m: Expr, columns: int, group: int) -> Activations:
     """Return memory for ``m`` rows, a multiple of 16, in tiles of 16 x 64 codes.
 
     Args:
-        m: How many rows.
-        columns: Of a row, padded.
+        m: Number of rows.
+        columns: Number of columns of a row, padded.
         group: Columns that share a scale.
     """
     count = -(-columns // (4 * _QUADS))
@@ -101,9 +101,9 @@ class _Span:
 
     Args:
         x: [M, K] float32.
-        row: Which row.
+        row: Index of the row.
         start: The first column; the length of a block divides it.
-        width: How many columns.
+        width: Number of columns.
     """
 
     x: Any

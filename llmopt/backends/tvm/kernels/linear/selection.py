@@ -41,10 +41,10 @@ class Linear:
     Args:
         n: Rows of the weight; gate and up rows together, where the epilogue is gated.
         k: Columns of the weight.
-        scheme: How the weight is rounded: None for float32, `Cast` for bfloat16.
+        scheme: Rounding of the weight: None for float32, `Cast` for bfloat16.
         rows: ``"one"`` for M = 1, ``"many"`` for any M, known when the kernel runs.
-        epilogue: Of ``"bias"``, then one of ``"gelu"``, ``"gelu_tanh"``, ``"swiglu"`` (the first
-            half of the rows are gates, the result has N / 2 columns), then ``"residual"``.
+        epilogue: Steps: ``"bias"``, then one of ``"gelu"``, ``"gelu_tanh"``, ``"swiglu"`` (the
+            first half of the rows are gates, the result has N / 2 columns), then ``"residual"``.
         features: The processor's instructions.
         exact: Whether activations stay float32 where a scheme would round them.
         scale: Type in which scales of blocks are stored. ``"float16"`` saves half a bit a weight
@@ -103,7 +103,7 @@ class Packing:
     Args:
         n: Rows of the weight.
         k: Columns of the weight.
-        storage: Of integer weights, or of bfloat16; None for float32.
+        storage: Layout of integer weights, or of bfloat16; None for float32.
         paired: Whether each tile has gates and what they multiply.
     """
 
@@ -136,10 +136,10 @@ class LinearKernels:
     """How a product is computed.
 
     Args:
-        kernels: To be called in order. Inputs: ``x`` [M, K], the arrays of the packing by name,
-            ``bias`` [N] and ``residual`` [M, columns] where the epilogue has them; output: ``y``
-            [M, columns]. All float32 where the packing does not say otherwise.
-        packing: Of the weight.
+        kernels: Kernels in the order of their calls. Inputs: ``x`` [M, K], the arrays of the
+            packing by name, ``bias`` [N] and ``residual`` [M, columns] where the epilogue has them;
+            output: ``y`` [M, columns]. All float32 where the packing does not say otherwise.
+        packing: Packing of the weight.
     """
 
     kernels: tuple[Kernel, ...]
@@ -158,7 +158,7 @@ def pack(weight: Weight, packing: Packing) -> dict[str, Array]:
     Args:
         weight: [N, K] of any float type, rounded here if the packing is of integers; or
             `Quantized` or `Packed` in the packing's scheme; or `Columns` of int8, [K, N].
-        packing: As `choose` gave it.
+        packing: Packing from `choose`.
 
     Raises:
         ValueError: the weight is not of the packing's shape or scheme.

@@ -57,8 +57,8 @@ class Tile:
     """What a tile is computed from.
 
     Args:
-        storage: How the weights are stored.
-        products: How integers are multiplied here.
+        storage: Layout of the weights.
+        products: Integer products of this processor.
         activations: The rounded rows.
         buffers: ``codes``, ``scale`` and, with zero points, ``zero_point``.
     """
@@ -74,7 +74,7 @@ class Tile:
         Args:
             rows: The rows' numbers.
             tile: The tile's number.
-            width: How many outputs are computed at once: 8, 16 or 32.
+            width: Number of outputs in a step: 8, 16 or 32.
 
         Returns:
             The vectors of each row.
