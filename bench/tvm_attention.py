@@ -18,7 +18,7 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 from llmopt.backends.tvm.features import find_processor
 from llmopt.backends.tvm.kernels.attention.selection import (
     AttentionForm,
-    Turning,
+    Rotation,
     attention,
     decode,
 )
@@ -147,7 +147,7 @@ def decoding(keys: int, form: AttentionForm) -> tuple[float, int]:
         "k_cache": cache[0],
         "v_cache": cache[1],
     }
-    kernel = decode(form, Turning(width, width), PROCESSOR.features)
+    kernel = decode(form, Rotation(width, width), PROCESSOR.features)
     arrays = [given[name] for name in kernel.inputs]
     seconds = best_s(kernel, [*arrays, np.zeros((1, form.heads * width), np.float32)])
     return seconds, cache.nbytes

@@ -190,7 +190,7 @@ class Manifest:
         (folder / MANIFEST).write_text(self.to_json(), encoding="utf-8")
 
     def component(self, name: str) -> Self | None:
-        """Return this manifest as that of one of its components alone; None if it has no such."""
+        """Return the manifest of one component alone; None if there is no such component."""
         found = next((each for each in self.components if each.name == name), None)
         if found is None:
             return None

@@ -9,7 +9,7 @@ from llmopt.ir.landmarks import Landmark, is_landmark
 from llmopt.ir.program import Program
 
 
-def not_in_place(program: Program) -> str | None:
+def cache_left_out(program: Program) -> str | None:
     """Return why caches cannot be written in place, None if they can: Attention keeps them all.
 
     A backend that owns the buffers of a cache knows Attention alone, masked by what its

@@ -170,7 +170,7 @@ class Archive:
         stream.seek(0)
 
     def first(self, name: str, most: int) -> bytes:
-        """Return the first member, which has to have this name and at most so many bytes.
+        """Return the first member, which must have this name and at most ``most`` bytes.
 
         Raises:
             BundleError: It is another one, or damaged.

@@ -89,9 +89,9 @@ def numbers(version: str) -> tuple[int, ...]:
     return () if found is None else tuple(map(int, found[0].split(".")))
 
 
-def _runtime(kind: _Kind, made_with: str) -> Runtime:
-    """Return which versions run what one of them made."""
-    version = numbers(made_with)
+def _runtime(kind: _Kind, built_with: str) -> Runtime:
+    """Return the versions of a runtime that run an artifact of one version."""
+    version = numbers(built_with)
     if len(version) < 2:  # it was made where the runtime was not installed
         return Runtime(kind.package)
     if kind.compatible == "same":

@@ -160,22 +160,22 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _write(chunks: Iterator[bytes], places: list[Path]) -> None:
+def _write(chunks: Iterator[bytes], paths: list[Path]) -> None:
     """Write a member to each of its places, or read over it if it has none."""
-    if not places:
+    if not paths:
         for _ in chunks:
             pass
         return
-    for place in places:
+    for place in paths:
         place.parent.mkdir(parents=True, exist_ok=True)
-    first, *others = places
+    first, *others = paths
     with first.open("xb") as file:
         file.writelines(chunks)
     for other in others:
         shutil.copyfile(first, other)
 
 
-def _require_room(place: Path, needed: int) -> None:
-    free = shutil.disk_usage(place).free
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise StorageError(place, f"{needed} bytes are to be written and {free} are free")
+        raise StorageError(folder, f"{needed} bytes are to be written and {free} are free")

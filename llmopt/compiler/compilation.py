@@ -255,7 +255,7 @@ class Compilation:
         with self.clock("making the example"):
             made = make_golden(program, run, folder, min(ROWS, self.options.batch))
             within = dataclasses.asdict(bounds)
-            dataclasses.replace(made, made_with=target, **within).write(folder)
+            dataclasses.replace(made, producer=target, **within).write(folder)
 
     def _manifest(
         self,

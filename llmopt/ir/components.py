@@ -38,19 +38,19 @@ def chained(program: Program, runs: Mapping[str, Run]) -> Run:
 
 
 def apart(
-    program: Program, runs: Mapping[str, Run], given: Mapping[str, npt.NDArray[Any]]
+    program: Program, runs: Mapping[str, Run], feeds: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, Arrays]:
     """Return what each of several components takes, by its name, of what the whole is given.
 
     Args:
         program: Program that gives inputs and outputs their meaning.
         runs: Run of each component; all but the last are run.
-        given: Inputs of all, as `chained` takes them; nothing of a component that is left out.
+        feeds: Inputs of all, as `chained` takes them; nothing of a component that is left out.
     """
     taken: dict[str, Arrays] = {}
     known: Arrays = {}
     for name, link in zip(program.signatures, _links(program, runs), strict=True):
-        taken[name] = inputs = link.inputs(given, known)
+        taken[name] = inputs = link.inputs(feeds, known)
         if inputs and name != program.main:
             known = inputs | link.run(inputs)
     return taken
@@ -104,15 +104,15 @@ class _Link:
     prefix: str
     handed: Mapping[str, str]
 
-    def inputs(self, given: Mapping[str, npt.NDArray[Any]], known: Arrays) -> Arrays:
+    def inputs(self, feeds: Mapping[str, npt.NDArray[Any]], known: Arrays) -> Arrays:
         """Return what it takes, by its own names; nothing where it is given nothing.
 
         Args:
-            given: Inputs of the chain.
+            feeds: Inputs of the chain.
             known: Inputs and outputs of the component before it.
         """
         own = {p.name: self.prefix + p.name for p in self.signature.inputs}
-        taken = {n: given[outer] for n, outer in own.items() if outer in given}
+        taken = {n: feeds[outer] for n, outer in own.items() if outer in feeds}
         if not taken:
             return {}
         ports = {port.name: port for port in self.signature.inputs}
@@ -137,11 +137,11 @@ class _Chain:
         self._given: Arrays = {}
         self._first: Arrays = {}
 
-    def __call__(self, given: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         known: Arrays = {}
         every: Arrays = {}
         for place, link in enumerate(self._links):
-            inputs = link.inputs(given, known)
+            inputs = link.inputs(feeds, known)
             found = self._remembered(link, inputs) if place == 0 else link.run(inputs)
             known = inputs | found
             every |= found

@@ -128,10 +128,10 @@ def _evaluator(model: onnx.ModelProto) -> Any:
         raise LlmoptError(f"onnx's evaluator cannot run it: {_first_line(error)}") from error
 
 
-def _computed(evaluator: Any, names: list[str], given: Mapping[str, Array]) -> dict[str, Array]:
+def _computed(evaluator: Any, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
     try:
         with np.errstate(all="ignore"):  # infinities are what masks are made of
-            results = evaluator.run(names, given)
+            results = evaluator.run(names, feeds)
     except _FAILURES as error:
         reason = _first_line(error)
         raise LlmoptError(f"onnx's evaluator could not run the model: {reason}") from error

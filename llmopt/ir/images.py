@@ -27,7 +27,7 @@ def illustrated(
         program: Program that gives inputs their meaning.
         batch: ``input_ids`` [B, S] among them; they are left as they are.
         mask: [B, S], 1 where a token is.
-        within: An image stands among so many first tokens; among all where not given.
+        within: Number of first tokens that may be an image; all by default.
         seed: Seed of the pixels.
     """
     facts = program.facts.model

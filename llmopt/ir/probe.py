@@ -129,9 +129,9 @@ def _cut(values: Sequence[ir.Value]) -> list[ir.Node]:
 
 
 def _outer(
-    nodes: Sequence[ir.Node], values: Sequence[ir.Value], made: Sequence[ir.Value]
+    nodes: Sequence[ir.Node], values: Sequence[ir.Value], computed: Sequence[ir.Value]
 ) -> list[ir.Value]:
-    inner = {v for node in nodes for v in node.outputs} | set(made)
+    inner = {v for node in nodes for v in node.outputs} | set(computed)
     read = [v for node in nodes for v in node.inputs if v is not None] + list(values)
     return [v for v in dict.fromkeys(read) if v not in inner]
 

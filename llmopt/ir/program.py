@@ -103,7 +103,7 @@ class Program:
     def parts(self) -> list[Program]:
         """Return each component as a Program of its own that shares the graph.
 
-        What one learns about itself the whole does not know until it is told, see ``absorb``.
+        The whole does not see what a part learns about itself until ``absorb``.
         """
         if len(self.components) == 1:
             return [self]

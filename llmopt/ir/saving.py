@@ -73,7 +73,7 @@ def save_all(
 def _move(
     tensor: onnx.TensorProto,
     own: Path,
-    whole: BinaryIO,
+    stream: BinaryIO,
     placed: dict[bytes, int],
     alignment: int,
 ) -> None:
@@ -83,11 +83,11 @@ def _move(
     pieces = _mapped(own, start, length)
     digest = hashlib.sha256(pieces).digest()
     if digest not in placed:
-        whole.write(bytes(-whole.tell() % alignment))
-        placed[digest] = whole.tell()
-        whole.write(pieces)
+        stream.write(bytes(-stream.tell() % alignment))
+        placed[digest] = stream.tell()
+        stream.write(pieces)
     del tensor.external_data[:]
-    where = {"location": Path(whole.name).name, "offset": placed[digest], "length": length}
+    where = {"location": Path(stream.name).name, "offset": placed[digest], "length": length}
     for key, value in where.items():
         tensor.external_data.add(key=key, value=str(value))
 

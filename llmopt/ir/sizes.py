@@ -57,10 +57,10 @@ def shape_of(sizes: Iterable[g.Dim]) -> ir.Shape:
     return ir.Shape([None if str(size).startswith("?") else size for size in sizes])
 
 
-def told(sizes: Iterable[g.Dim]) -> str:
-    """Return sizes as a reader is told them.
+def spelled(sizes: Iterable[g.Dim]) -> str:
+    """Return sizes as messages show them.
 
-    >>> told(["B", 8])
+    >>> spelled(["B", 8])
     '[B, 8]'
     """
     return f"[{', '.join('?' if str(size).startswith('?') else str(size) for size in sizes)}]"

@@ -82,7 +82,7 @@ def _standard(op_type: str) -> Formals | None:
 
 
 def element_types(graph: ir.Graph, schemas: Schemas = standard) -> Types:
-    """Return the element type of every value whose type can be told.
+    """Return the element type of every value whose type can be inferred.
 
     Args:
         graph: A graph with its nodes in topological order.

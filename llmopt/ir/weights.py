@@ -188,7 +188,7 @@ def leaves(tensor: ir.TensorProtocol) -> Iterator[Leaf]:
 def identity(tensor: ir.TensorProtocol) -> object:
     """Return a key that two tensors share only when they hold the same numbers.
 
-    Source tensors are told apart by name, derived ones by what was done to which; anything else
+    Source tensors are identified by name, derived ones by operation and operands; anything else
     by object, which never merges two tensors wrongly.
     """
     if isinstance(tensor, Leaf):

@@ -62,7 +62,7 @@ class Outcome:
         self.missed.append(Miss(name, reason, kind))
 
     def note(self, text: str) -> None:
-        """Record something that the user is told, beside what was changed."""
+        """Record a finding for the user, in addition to the changes."""
         self.notes.append(text)
 
 

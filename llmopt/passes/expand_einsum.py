@@ -64,7 +64,7 @@ class _MatMulPlan:
 
 
 def _plan(node: ir.Node) -> _MatMulPlan | str:
-    """Return how ``node`` is a MatMul, or why it is none."""
+    """Return the MatMul that ``node`` is, or why it is not one."""
     equation = str(g.attribute(node, "equation", "")).replace(" ", "")
     inputs, arrow, out = equation.partition("->")
     labels = inputs.split(",")

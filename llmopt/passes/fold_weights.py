@@ -56,15 +56,15 @@ _OPERANDS: Final = {"Split": 1}  # what a Split is cut by is no weight
 
 
 def _value(
-    graph: ir.Graph, node: ir.Node, tensor: ir.TensorProtocol, made: dict[object, ir.Value]
+    graph: ir.Graph, node: ir.Node, tensor: ir.TensorProtocol, folded: dict[object, ir.Value]
 ) -> ir.Value:
     """Return the initializer of a folded weight; a transpose or cast of nothing is its operand."""
     if tensor is g.weight(node.inputs[0]):
         return g.operand(node, 0)
     key = weights.identity(tensor)
-    if key not in made:
-        made[key] = g.add_initializer(graph, _name(node, tensor), tensor)
-    return made[key]
+    if key not in folded:
+        folded[key] = g.add_initializer(graph, _name(node, tensor), tensor)
+    return folded[key]
 
 
 def _fold(node: ir.Node, tensors: list[ir.TensorProtocol]) -> list[ir.TensorProtocol]:

@@ -34,7 +34,7 @@ class Scores:
 
     Args:
         q: [B, H, S, D], or [N, S, D].
-        k: K transposed, [B, G, D, T]; or K itself, [B, G, T, D], if it is ``turned``. Or of as
+        k: K transposed, [B, G, D, T]; or K itself, [B, G, T, D], if it is ``transposed``. Or of as
             many axes as ``q``.
         turned: Whether the transpose was taken off K.
         scale: Factor of the products.
@@ -45,7 +45,7 @@ class Scores:
 
     q: ir.Value
     k: ir.Value
-    turned: bool = False
+    transposed: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     masks: tuple[tuple[str, ir.Value], ...] = ()
@@ -104,11 +104,11 @@ def _product(node: ir.Node) -> Scores | str:
     k, outer = _peel(kt)
     transpose = g.producer(k, "Transpose")
     swapped = [0, 1, 3, 2] if g.rank(kt) == 4 else [0, 2, 1]
-    turned = transpose is not None and [*g.attribute(transpose, "perm", ())] == swapped
-    if transpose is None or not turned:
-        return Scores(q, k, turned=False, scale=q_factor * outer)
+    transposed = transpose is not None and [*g.attribute(transpose, "perm", ())] == swapped
+    if transpose is None or not transposed:
+        return Scores(q, k, transposed=False, scale=q_factor * outer)
     k, inner = _peel(g.operand(transpose, 0))
-    return Scores(q, k, turned=True, scale=q_factor * outer * inner)
+    return Scores(q, k, transposed=True, scale=q_factor * outer * inner)
 
 
 def _obstacle(scores: Scores, v: ir.Value) -> str | None:
@@ -255,7 +255,7 @@ def _fuse(scores: Scores, product: ir.Node, softmax: ir.Node) -> None:
         q, k, v = (_one_head(build, x) for x in (scores.q, scores.k, v))
         scores = replace(scores, q=q, k=k, masks=masks)
     k, sizes = scores.k, g.shape(scores.k)
-    if not scores.turned:
+    if not scores.transposed:
         k = build.op("Transpose", [scores.k], {"perm": [0, 1, 3, 2]})
         k.shape = ir.Shape([*sizes[:2], sizes[3], sizes[2]]) if sizes else None
         k.type = scores.k.type

@@ -119,30 +119,30 @@ class FuseRotary(Pass):
     def _fuse(
         program: Program,
         node: ir.Node,
-        found: Rotation,
+        rotation: Rotation,
         tables: dict[tuple[ir.Value, Layout, Pairing], ir.Value | str],
     ) -> str | None:
         looked_up = []
-        for name, value in (("cos", found.cos), (_SIN, found.sin)):
-            key = (value, found.layout, found.pairing)
+        for name, value in (("cos", rotation.cos), (_SIN, rotation.sin)):
+            key = (value, rotation.layout, rotation.pairing)
             if key not in tables:
-                tables[key] = table(program, value, name, found.layout, found.pairing)
+                tables[key] = table(program, value, name, rotation.layout, rotation.pairing)
             if isinstance(made := tables[key], str):
                 return f"{name}: {made}"
             looked_up.append(made)
-        _rotate(g.Builder(node), node.outputs[0], found, [*looked_up, positions(program)])
+        _rotate(g.Builder(node), node.outputs[0], rotation, [*looked_up, positions(program)])
         return None
 
 
-def _rotate(build: g.Builder, old: ir.Value, found: Rotation, rest: list[ir.Value]) -> None:
+def _rotate(build: g.Builder, old: ir.Value, rotation: Rotation, rest: list[ir.Value]) -> None:
     """Put the operator in the place of ``old``."""
-    x, heads_first = found.x, found.layout is Layout.HEADS_FIRST
-    if found.apart is not None:
-        x = build.op("Concat", list(found.apart), {"axis": -1}, like=found.x)
+    x, heads_first = rotation.x, rotation.layout is Layout.HEADS_FIRST
+    if rotation.apart is not None:
+        x = build.op("Concat", list(rotation.apart), {"axis": -1}, like=rotation.x)
     heads, width = g.static(x, 1 if heads_first else 2), g.static(x, 3)
     assert heads is not None
     assert width is not None
-    attributes = {"num_heads": heads} | ({"interleaved": 1} if found.pairing is _TWINS else {})
+    attributes = {"num_heads": heads} | ({"interleaved": 1} if rotation.pairing is _TWINS else {})
     if heads_first:
         out = build.op("RotaryEmbedding", [tokens_first(build, x), *rest], attributes)
         g.replace(old, tokens_last(build, out, x, width))
@@ -166,7 +166,7 @@ _TWINS: Final = Pairing.TWINS
 
 
 def _find(value: ir.Value) -> Rotation | str | None:
-    """Return the rotation that ``value`` is, why it is another, or None if it is none."""
+    """Return the rotation that ``value`` is, the reason why it is not the operator, or None."""
     reason: str | None = None
     for found in _ways(value):
         if isinstance(found, Rotation):

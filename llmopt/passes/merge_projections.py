@@ -42,7 +42,7 @@ class Projection:
 
 
 def projection(value: ir.Value) -> Projection | str:
-    """Return the projection that makes ``value``, or why it is none."""
+    """Return the projection that computes ``value``, or why there is none."""
     bias, node = _bias(value)
     if isinstance(bias, str):
         return bias

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.ir.sizes import known, shape_of, symbols_of, told
+from llmopt.ir.sizes import known, shape_of, spelled, symbols_of
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
 from llmopt.passes.movements import Movement, MovementStep
@@ -77,7 +77,7 @@ def _shorten(node: ir.Node, outcome: Outcome, symbols: set[str]) -> None:
                 outcome.hit()
                 return
             else:
-                reason = reason or f"no constant says the sizes {told(movement.after)}"
+                reason = reason or f"no constant says the sizes {spelled(movement.after)}"
     sizes = [g.shape(value) for each in chain for value in (each.inputs[0], each.outputs[0])]
     if reason and not _continues(node) and all(known(each, symbols) for each in sizes):
         outcome.miss(node, reason)
@@ -119,7 +119,7 @@ def _movement(chain: Sequence[ir.Node]) -> Movement | str:
             continue
         reshaped = movement.reshaped(after)
         if reshaped is None:
-            return f"{node.name!r} makes {told(after)} of {told(movement.after)}"
+            return f"{node.name!r} makes {spelled(after)} of {spelled(movement.after)}"
         movement = reshaped
     return movement
 

@@ -27,17 +27,17 @@ class Atom:
     """A part of an axis.
 
     Args:
-        place: The axis that it was at the start, and which part of it: in order, atoms are where
+        position: The axis that it was at the start, and which part of it: in order, atoms are where
             they were.
         size: Length of the axis; never 1.
     """
 
-    place: tuple[int, ...]
+    position: tuple[int, ...]
     size: g.Dim
 
     def cut(self, outer: g.Dim, inner: g.Dim) -> tuple[Atom, Atom]:
         """Return its two parts."""
-        return Atom((*self.place, 0), outer), Atom((*self.place, 1), inner)
+        return Atom((*self.position, 0), outer), Atom((*self.position, 1), inner)
 
 
 Axis = tuple[Atom, ...]
@@ -82,7 +82,7 @@ class Movement:
         return Movement(self.before, after, tuple(self.axes[axis] for axis in order))
 
     def reshaped(self, after: Sequence[g.Dim]) -> Movement | None:
-        """Return it with a Reshape behind, or None where what it joins and parts cannot be told."""
+        """Return it with a Reshape behind, or None where the joined and split axes are unknown."""
         axes = _grouped([atom for axis in self.axes for atom in axis], after)
         return None if axes is None else Movement(self.before, tuple(after), axes)
 
@@ -98,7 +98,7 @@ class Movement:
         whole = sorted(self._atoms, key=_place)
         if any(not _run(axis, whole) for axis in self.axes):
             return None
-        begins = [axis[0].place if axis else _LAST for axis in self.axes]
+        begins = [axis[0].position if axis else _LAST for axis in self.axes]
         turned = sorted(range(len(begins)), key=begins.__getitem__)
         order = [turned.index(axis) for axis in range(len(begins))]
         return tuple(self.after[axis] for axis in turned), tuple(order)
@@ -111,7 +111,7 @@ class Movement:
     def _source(self) -> list[Axis]:
         """The atoms of each axis that there is at the start."""
         atoms = sorted(self._atoms, key=_place)
-        return [tuple(a for a in atoms if a.place[0] == i) for i in range(len(self.before))]
+        return [tuple(a for a in atoms if a.position[0] == i) for i in range(len(self.before))]
 
     def _transposed_first(self) -> list[MovementStep] | None:
         """Return a Transpose and, if needed, a Reshape; axes of the start stay whole."""
@@ -156,7 +156,7 @@ class Movement:
                 blocks[-1].append(atom)
             else:
                 blocks.append([atom])
-        begun = sorted(blocks, key=lambda block: block[0].place)
+        begun = sorted(blocks, key=lambda block: block[0].position)
         first = tuple(self._size(tuple(block)) for block in begun)
         order = tuple(begun.index(block) for block in blocks)
         return [
@@ -205,7 +205,7 @@ def stays(sizes: Iterable[g.Dim], order: Sequence[int]) -> bool:
 
 
 def _place(atom: Atom) -> tuple[int, ...]:
-    return atom.place
+    return atom.position
 
 
 def _run(axis: Sequence[Atom], atoms: Sequence[Atom]) -> bool:
@@ -242,7 +242,7 @@ def _middle(atoms: list[Atom], sizes: list[g.Dim]) -> list[Axis] | None:
         return [tuple(atoms)] if _may_equal([atom.size for atom in atoms], sizes) else None
     if len(atoms) > 1 or not _may_equal([atoms[0].size], sizes):
         return None
-    parts = [Atom((*atoms[0].place, i), size) for i, size in enumerate(sizes)]
+    parts = [Atom((*atoms[0].position, i), size) for i, size in enumerate(sizes)]
     return [() if part.size == 1 else (part,) for part in parts]
 
 

@@ -75,10 +75,10 @@ class OrderColumns(Pass):
         return outcome
 
 
-def _cuts(node: ir.Node, found: Projection) -> bool:
+def _cuts(node: ir.Node, projection: Projection) -> bool:
     """Whether a Reshape parts the columns of a projection, and they are then cut or turned."""
-    outer = (g.rank(found.result) or 1) - 1
-    columns = np.arange(g.static(found.result, -1) or 0, dtype=np.int64)
+    outer = (g.rank(projection.result) or 1) - 1
+    columns = np.arange(g.static(projection.result, -1) or 0, dtype=np.int64)
     parted = _reshaped(node, columns, outer)
     if parted is None or parted[0].ndim < 2:
         return False
@@ -88,32 +88,32 @@ def _cuts(node: ir.Node, found: Projection) -> bool:
     )
 
 
-def _order(node: ir.Node, found: Projection) -> str | None:
+def _order(node: ir.Node, projection: Projection) -> str | None:
     """Put the columns in order; return why not, if not."""
-    parts = _all_parts(node, found)
+    parts = _all_parts(node, projection)
     if isinstance(parts, str):
         return parts
-    outer = (g.shape(found.result) or [])[:-1]
+    outer = (g.shape(projection.result) or [])[:-1]
     if any(_target(outer, part) is None for part in parts):
         return "no constant says the sizes of its parts"
     order = np.concatenate([part.columns.reshape(-1) for part in parts])
-    whole = found.result
+    whole = projection.result
     if not np.array_equal(order, np.arange(order.size)):
-        if len(g.operand(found.product, 1).uses()) > 1:
+        if len(g.operand(projection.product, 1).uses()) > 1:
             return "its weight is read elsewhere"
-        whole = _ordered(found, order)
+        whole = _ordered(projection, order)
     elif len(parts) == 1:
         return "it is in order, and has one part alone"
     _split(g.Builder(node), whole, parts)
     return None
 
 
-def _all_parts(node: ir.Node, found: Projection) -> list[_ColumnRange] | str:
+def _all_parts(node: ir.Node, projection: Projection) -> list[_ColumnRange] | str:
     """Return what is read of a projection, in the order of its columns, or why that is not all."""
-    if g.sole_user(found.result) is not node or node.outputs[0].is_graph_output():
+    if g.sole_user(projection.result) is not node or node.outputs[0].is_graph_output():
         return "it is read whole, too"
-    outer = (g.rank(found.result) or 1) - 1
-    columns = np.arange(g.static(found.result, -1) or 0, dtype=np.int64)
+    outer = (g.rank(projection.result) or 1) - 1
+    columns = np.arange(g.static(projection.result, -1) or 0, dtype=np.int64)
     (parted,) = _reshaped(node, columns, outer) or [columns]
     parts: list[_ColumnRange] = []
     for reader in g.users(node.outputs[0]):
@@ -201,10 +201,10 @@ def _sliced(node: ir.Node, columns: Columns, outer: int) -> list[Columns] | None
         return None
     cut: list[Any] = [slice(None)] * columns.ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        place = axis % (outer + columns.ndim) - outer
-        if place < 0:
+        position = axis % (outer + columns.ndim) - outer
+        if position < 0:
             return None
-        cut[place] = slice(start, end, step)
+        cut[position] = slice(start, end, step)
     return [columns[tuple(cut)]]
 
 
@@ -220,27 +220,31 @@ _READS: Final = ("Gather", "Slice", "Split", "Transpose")
 """What reads columns in another way than all of them in order."""
 
 
-def _ordered(found: Projection, order: Columns) -> ir.Value:
+def _ordered(projection: Projection, order: Columns) -> ir.Value:
     """Return the projection with its columns in another order."""
-    build, like = g.Builder(found.product), found.result
-    x, product = g.operand(found.product, 0), g.operand(found.product, 1)
-    weight = build.initializer(f"{product.name}.ordered", weights.taken(found.weight, order, 1))
-    out = build.op("MatMul", [x, weight], name=found.product.name, like=like)
-    if found.bias is None:
+    build, like = g.Builder(projection.product), projection.result
+    x, product = g.operand(projection.product, 0), g.operand(projection.product, 1)
+    weight = build.initializer(
+        f"{product.name}.ordered", weights.taken(projection.weight, order, 1)
+    )
+    out = build.op("MatMul", [x, weight], name=projection.product.name, like=like)
+    if projection.bias is None:
         return out
-    bias = build.initializer(f"{product.name}.bias.ordered", weights.taken(found.bias, order, 0))
+    bias = build.initializer(
+        f"{product.name}.bias.ordered", weights.taken(projection.bias, order, 0)
+    )
     return build.op("Add", [out, bias], like=like)
 
 
-def _split(build: g.Builder, whole: ir.Value, parts: Sequence[_ColumnRange]) -> None:
+def _split(build: g.Builder, columns: ir.Value, parts: Sequence[_ColumnRange]) -> None:
     """Let a Split give the parts of what a projection makes; one part is all of it."""
-    pieces: Sequence[ir.Value] = [whole]
+    pieces: Sequence[ir.Value] = [columns]
     if len(parts) > 1:
         sizes = build.constant([part.columns.size for part in parts], "int64")
-        pieces = build.ops("Split", [whole, sizes], {"axis": -1}, outputs=len(parts))
-    outer = (g.shape(whole) or [])[:-1]
+        pieces = build.ops("Split", [columns, sizes], {"axis": -1}, outputs=len(parts))
+    outer = (g.shape(columns) or [])[:-1]
     for part, piece in zip(parts, pieces, strict=True):
-        piece.shape, piece.type = shape_of([*outer, part.columns.size]), whole.type
+        piece.shape, piece.type = shape_of([*outer, part.columns.size]), columns.type
         g.replace(part.value, _shaped(build, piece, part, outer))
 
 

@@ -1,6 +1,6 @@
 """Passes of others: from files and modules, as classes, and from installed packages.
 
-What is wrong with one is told in a line that says where: it is never our bug. A pass that the
+What is wrong with one is reported in a line that says where: it is never our bug. A pass that the
 user asked for is an error then; an installed package that nobody asked for is a warning.
 """
 
@@ -111,7 +111,7 @@ def checked(cls: Any) -> type[Pass]:
 
 
 def installed(group: str, ours: Mapping[str, str], base: type[Any]) -> dict[str, type[Any]]:
-    """Return what other packages offer in a group of entry points; what is broken is told.
+    """Return the entry points of other packages in a group; broken ones are reported.
 
     Args:
         group: ``"llmopt.passes"`` or ``"llmopt.backends"``.
@@ -156,7 +156,7 @@ def _unusable(cls: Any, name: str, base: type[Any], taken: set[str]) -> str:
 
 
 def run_guarded(item: Pass, program: Program) -> Outcome:
-    """Run a pass; what goes wrong in one that is not ours is told as its own.
+    """Run a pass; an exception in one that is not ours is reported as its own.
 
     Raises:
         PassFailedError: It raised an exception, or returned no Outcome.

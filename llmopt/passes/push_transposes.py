@@ -26,7 +26,7 @@ from llmopt.ir.sizes import shape_of
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
 from llmopt.passes.movements import Order, composed, inverse, stays
-from llmopt.passes.transpose_region import Region, beside, grown, order_of
+from llmopt.passes.transpose_region import Region, grown, order_of, undoing
 from llmopt.passes.transposed import Permuted
 
 
@@ -67,13 +67,13 @@ def _sweep(graph: ir.Graph, outcome: Outcome) -> dict[ir.Node, str]:
             _Rewriter(region).rewrite()
             places = _places(graph)
             outcome.hit()
-        elif region.met:
-            declined[node] = region.met
+        elif region.reached:
+            declined[node] = region.reached
     return declined
 
 
 def _places(graph: ir.Graph) -> dict[ir.Node, int]:
-    return {node: place for place, node in enumerate(graph)}
+    return {node: position for position, node in enumerate(graph)}
 
 
 class _Rewriter:
@@ -133,7 +133,7 @@ class _Rewriter:
         if key not in self._beside:
             first = g.producer(value, "Transpose")
             source = value if first is None else g.operand(first, 0)
-            self._beside[key] = _turn(build, source, beside(value, order))
+            self._beside[key] = _turn(build, source, undoing(value, order))
         return self._beside[key]
 
     def _leave(self, value: ir.Value) -> list[ir.Node]:
@@ -162,8 +162,8 @@ def _turn(build: g.Builder, value: ir.Value, order: Order) -> ir.Value:
     after = [sizes[axis] for axis in order] if sizes else []
     tensor = g.weight(value)
     if tensor is not None:
-        turned = weights.transposed(tensor, order)
-        return g.add_initializer(build.graph, f"{value.name}.transpose", turned)
+        permuted = weights.transposed(tensor, order)
+        return g.add_initializer(build.graph, f"{value.name}.transpose", permuted)
     target = reshape_target(sizes, after) if sizes and stays(sizes, order) else None
     out = _moved(build, value, order, target)
     out.shape, out.type = (shape_of(after) if sizes else None), value.type

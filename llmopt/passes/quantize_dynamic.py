@@ -89,7 +89,7 @@ class QuantizeDynamic(RoundingPass):
         turned: dict[str, bool] = {}
         for node, _, base in candidates(program):
             if g.is_op(node, "MatMul") and base.shape.numpy()[1] >= SHORTEST:
-                turned |= dict(leaf_turns(base, turned=False))
+                turned |= dict(leaf_turns(base, transposed=False))
 
         def rounded(name: str, array: Array) -> Array:
             if name not in turned:

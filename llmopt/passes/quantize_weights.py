@@ -85,7 +85,7 @@ class QuantizeWeights(BlockCodes, RoundingPass):
         heads = _heads(program)
         for _, _, base in candidates(program):
             if base.shape.numpy()[1] >= SHORTEST:
-                turned |= dict(leaf_turns(base, turned=False))
+                turned |= dict(leaf_turns(base, transposed=False))
                 scheme = self._scheme.of(head=weights.identity(base) in heads)
                 how |= dict.fromkeys(sources(base), (scheme, importance(program, base)))
 
@@ -104,12 +104,12 @@ class QuantizeWeights(BlockCodes, RoundingPass):
         return Blockwise(**self.codes, head=self.head)
 
 
-def leaf_turns(tensor: ir.TensorProtocol, *, turned: bool) -> Iterator[tuple[str, bool]]:
+def leaf_turns(tensor: ir.TensorProtocol, *, transposed: bool) -> Iterator[tuple[str, bool]]:
     """Yield each source tensor and whether its rows are inputs, not outputs."""
     if isinstance(tensor, weights.Leaf):
-        yield tensor.source, turned
+        yield tensor.source, transposed
     for part in weights.parts_of(tensor):
-        yield from leaf_turns(part, turned=turned ^ weights.is_transpose(tensor))
+        yield from leaf_turns(part, transposed=transposed ^ weights.is_transpose(tensor))
 
 
 def sources(tensor: ir.TensorProtocol) -> Iterator[str]:

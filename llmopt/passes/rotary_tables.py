@@ -89,10 +89,10 @@ def _not_positional(program: Program, probe: Probe) -> str | None:
     return None if program.facts.max_length else "the longest sequence is not known"
 
 
-def _same(found: Array | str, looked_up: Array) -> bool:
-    if isinstance(found, str) or found.shape[1:] != looked_up.shape[1:]:
+def _same(table: Array | str, looked_up: Array) -> bool:
+    if isinstance(table, str) or table.shape[1:] != looked_up.shape[1:]:
         return False
-    return np.array_equal(np.broadcast_to(found, looked_up.shape), looked_up)
+    return np.array_equal(np.broadcast_to(table, looked_up.shape), looked_up)
 
 
 def _positions(program: Program, case: Case) -> Array:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from llmopt.ir import graph as g
 from llmopt.ir.program import Program
-from llmopt.ir.sizes import known, shape_of, symbols_of, told
+from llmopt.ir.sizes import known, shape_of, spelled, symbols_of
 from llmopt.ir.traits import ELEMENTWISE
 from llmopt.passes.base import Outcome, Pass
 from llmopt.passes.canonicalize import reshape_target
@@ -91,11 +91,13 @@ def _split(node: ir.Node, path: list[ir.Node], width: int) -> str | None:
     before, after, last_width = g.shape(source), g.shape(last.outputs[0]), g.static(end, 1)
     outer = _outer(after or [], last_width or 0)
     if before is None or after is None or outer is None or last_width is None:
-        return f"its rows are {told(before or ())} joined, and put back as {told(after or ())}"
+        return (
+            f"its rows are {spelled(before or ())} joined, and put back as {spelled(after or ())}"
+        )
     first = reshape_target(before, [*outer, width])
     target = reshape_target([*outer, last_width], after)
     if first is None or target is None:
-        return f"no constant says that rows of {told(before)} are put back as {told(after)}"
+        return f"no constant says that rows of {spelled(before)} are put back as {spelled(after)}"
     build = g.Builder(steps[0])
     x = source
     if before != [*outer, width]:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from llmopt.ir import graph as g
 from llmopt.passes.movements import Order, composed, inverse, stays
-from llmopt.passes.transposed import Permuted, turned
+from llmopt.passes.transposed import Permuted, permuted
 
 Bits = Counter[tuple[str, ...]]
 """How many bits, by the free dimensions that their number grows with."""
@@ -29,13 +29,13 @@ class Region:
         orders: By which order each value is turned: what ``start`` gives, and all that is
             computed of it here.
         steps: Permuted form of each operator, in order.
-        met: A transpose that could be undone, of those that can be reached.
+        reached: A transpose that could be undone, of those that can be reached.
     """
 
     start: ir.Node
     orders: dict[ir.Value, Order]
     steps: dict[ir.Node, Permuted] = field(default_factory=dict)
-    met: str = ""
+    reached: str = ""
 
     def readers(self, value: ir.Value) -> tuple[list[ir.Node], bool]:
         """Return the transposes that read ``value``, and whether anything else outside does."""
@@ -50,7 +50,7 @@ class Region:
         spent = self._spent([*self.orders, *read])
         return any(spent.values()) and all(count <= 0 for count in spent.values())
 
-    def trim(self, places: Places) -> None:
+    def trim(self, axes: Places) -> None:
         """Take operators away from the ends that it saves nothing to push a transpose past."""
         for node, change in reversed(list(self.steps.items())):
             if any(reader in self.steps for out in node.outputs for reader in g.users(out)):
@@ -62,7 +62,7 @@ class Region:
             if any(without[symbols] > with_it[symbols] for symbols in {*without, *with_it}):
                 self.steps[node] = change
                 self.orders |= dict.fromkeys(node.outputs, change.result)
-        self.steps = dict(sorted(self.steps.items(), key=lambda step: places[step[0]]))
+        self.steps = dict(sorted(self.steps.items(), key=lambda step: axes[step[0]]))
 
     def _drop(self, node: ir.Node) -> None:
         del self.steps[node]
@@ -120,7 +120,7 @@ class Region:
                 yield -1, _bits(value, sizes, theirs)
         if g.weight(value) is None:
             for order in here:
-                yield 1, _bits(value, sizes, beside(value, order))
+                yield 1, _bits(value, sizes, undoing(value, order))
 
     def _all_turned(self, uses: Iterable[tuple[ir.Node, int]]) -> bool:
         return all(
@@ -128,36 +128,36 @@ class Region:
         )
 
 
-def grown(start: ir.Node, places: Places) -> Region | None:
+def grown(start: ir.Node, axes: Places) -> Region | None:
     """Return all that a transpose can be pushed past and that is worth it; None if nothing is."""
     depth = g.rank(start.outputs[0]) or g.rank(start.inputs[0])
     if depth is None or g.shape(start.outputs[0]) is None:
         return None
     region = Region(start, {start.outputs[0]: order_of(start, depth)})
-    waiting = [(places[n], n) for n in _next(start.outputs[0], places)]
+    waiting = [(axes[n], n) for n in _next(start.outputs[0], axes)]
     seen = {node for _, node in waiting}
     heapq.heapify(waiting)
     while waiting:
         _, node = heapq.heappop(waiting)
-        change = turned(node, region.orders)
+        change = permuted(node, region.orders)
         if change is None or any(g.shape(out) is None for out in node.outputs):
             continue
         region.steps[node] = change
         for out in node.outputs:
             region.orders[out] = change.result
             if list(change.result) != sorted(change.result):
-                for reader in _next(out, places):
+                for reader in _next(out, axes):
                     if reader not in seen:
                         seen.add(reader)
-                        heapq.heappush(waiting, (places[reader], reader))
-    region.met = region.meet()
-    region.trim(places)
-    return region if region.steps or region.met else None
+                        heapq.heappush(waiting, (axes[reader], reader))
+    region.reached = region.meet()
+    region.trim(axes)
+    return region if region.steps or region.reached else None
 
 
-def _next(value: ir.Value, places: Places) -> list[ir.Node]:
+def _next(value: ir.Value, axes: Places) -> list[ir.Node]:
     """Return the readers of a value that a transpose may be pushed past."""
-    return [node for node in g.users(value) if node in places and not g.is_op(node, "Transpose")]
+    return [node for node in g.users(value) if node in axes and not g.is_op(node, "Transpose")]
 
 
 def _operands(node: ir.Node, change: Permuted) -> list[ir.Value]:
@@ -170,7 +170,7 @@ def order_of(node: ir.Node, depth: int) -> Order:
     return tuple(range(depth))[::-1] if given is None else tuple(given)
 
 
-def beside(value: ir.Value, order: Order) -> Order:
+def undoing(value: ir.Value, order: Order) -> Order:
     """Return by which order to transpose what ``value`` is, or is transposed from, to undo it."""
     first, back = g.producer(value, "Transpose"), inverse(order)
     return back if first is None else composed(order_of(first, len(order)), back)

@@ -49,7 +49,7 @@ class Permuted:
 Rule = Callable[[ir.Node, Orders], Permuted | None]
 
 
-def turned(node: ir.Node, orders: Orders) -> Permuted | None:
+def permuted(node: ir.Node, orders: Orders) -> Permuted | None:
     """Return what ``node`` is where its operands are turned, None if it is not known to be any."""
     rule = RULES.get(node.op_type) if node.domain == "" else None
     found = rule(node, orders) if rule is not None else None
@@ -202,8 +202,8 @@ def _without(order: Order, axes: Sequence[int]) -> Order:
     >>> _without((2, 0, 1), [0])
     (0, 1)
     """
-    left = [place for axis, place in enumerate(order) if axis not in axes]
-    return tuple(sorted(left).index(place) for place in left)
+    left = [position for axis, position in enumerate(order) if axis not in axes]
+    return tuple(sorted(left).index(position) for position in left)
 
 
 RULES: Final[Mapping[str, Rule]] = {

@@ -69,7 +69,7 @@ def quantize_columns(weight: Floats, limit: int = 127) -> Columns:
 
     Args:
         weight: [K, N], any float type.
-        limit: The largest code: 127, or 64 for processors that sum in 16 bits.
+        limit: The largest code: 127, or 64 for CPUs that sum in 16 bits.
 
     Raises:
         UnsupportedModelError: a value is NaN or infinite.

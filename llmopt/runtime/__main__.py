@@ -44,20 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def artifact_at(asked: argparse.Namespace) -> Path:
+def artifact_at(arguments: argparse.Namespace) -> Path:
     """Return the folder of the artifact that is asked for, a bundle unpacked.
 
     Raises:
         SourceNotFoundError: Nothing is there.
         LlmoptError: As `llmopt.runtime.opening.artifact_of` does.
     """
-    if not asked.artifact.exists():
-        raise SourceNotFoundError(asked.artifact, "give what `llmopt compile` wrote, or a bundle")
+    if not arguments.artifact.exists():
+        raise SourceNotFoundError(
+            arguments.artifact, "give what `llmopt compile` wrote, or a bundle"
+        )
     from llmopt.bundle.signing import trust_of
     from llmopt.runtime.opening import artifact_of
 
-    trust = trust_of(asked.key, asked.certificate_chain or (), asked.signature)
-    return artifact_of(asked.artifact, trust)
+    trust = trust_of(arguments.key, arguments.certificate_chain or (), arguments.signature)
+    return artifact_of(arguments.artifact, trust)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,15 +83,26 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--images", type=Path, metavar="FILE.npz", help="pixel_values of the images in it"
     )
-    one.add_argument("--chat", action="store_true", default=None, help="it is said to an assistant")
-    one.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many; 128 if not")
-    one.add_argument("--temperature", type=float, metavar="X", help="0, which is greedy, if not")
-    one.add_argument("--top-p", type=float, metavar="X", help="the likeliest of this probability")
-    one.add_argument("--top-k", type=int, metavar="N", help="so many of the likeliest tokens")
+    one.add_argument(
+        "--chat", action="store_true", default=None, help="treat the prompt as a user message"
+    )
+    one.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="number of tokens to generate; default 128"
+    )
+    one.add_argument(
+        "--temperature", type=float, metavar="X", help="sampling temperature; default 0, greedy"
+    )
+    one.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="sample from the most likely tokens of this total probability",
+    )
+    one.add_argument("--top-k", type=int, metavar="N", help="sample from the N most likely tokens")
     one.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     text = parser.add_argument_group("with --text, of a model that writes what a text becomes")
     text.add_argument(
-        "--beams", type=int, metavar="N", help="search with so many; the model's if not"
+        "--beams", type=int, metavar="N", help="number of beams; default: the model's"
     )
     test = parser.add_argument_group("with --selftest")
     test.add_argument("--json", action="store_true", default=None, help="print one JSON object")
@@ -123,82 +136,82 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(asked: argparse.Namespace) -> int:
-    mode = next(name for name in _MODES if _given(asked, name))
+def _run(arguments: argparse.Namespace) -> int:
+    mode = next(name for name in _MODES if _given(arguments, name))
     for option, owners in _BELONGS.items():
-        if _given(asked, option) and mode not in owners:
+        if _given(arguments, option) and mode not in owners:
             flag = option.replace("_", "-")
             raise UsageError(f"--{flag} has no effect with --{mode}; leave it out")
     run = {"prompt": _prompt, "text": _text, "selftest": _selftest, "serve": _serve}[mode]
-    return run(asked)
+    return run(arguments)
 
 
-def _given(asked: argparse.Namespace, name: str) -> bool:
-    value = getattr(asked, name)
+def _given(arguments: argparse.Namespace, name: str) -> bool:
+    value = getattr(arguments, name)
     return value is not None and value is not False
 
 
-def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(asked, name) for name in names if _given(asked, name)}
+def _options(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if _given(arguments, name)}
 
 
-def _prompt(asked: argparse.Namespace) -> int:
+def _prompt(arguments: argparse.Namespace) -> int:
     from llmopt.runtime import load
     from llmopt.runtime.npz import read_images
 
-    runner = load(artifact_at(asked), threads=asked.threads)
+    runner = load(artifact_at(arguments), threads=arguments.threads)
     if runner.manifest.task != "generate":
         task = runner.manifest.task
-        raise UsageError(f"{asked.artifact}: made for task {task!r}, it does not continue text")
-    images = None if asked.images is None else read_images(asked.images)
-    for piece in runner.stream(asked.prompt, images=images, **_options(asked, _SAMPLING)):
+        raise UsageError(f"{arguments.artifact}: made for task {task!r}, it does not continue text")
+    images = None if arguments.images is None else read_images(arguments.images)
+    for piece in runner.stream(arguments.prompt, images=images, **_options(arguments, _SAMPLING)):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
 
 
-def _text(asked: argparse.Namespace) -> int:
+def _text(arguments: argparse.Namespace) -> int:
     from llmopt.runtime import load
 
-    runner = load(artifact_at(asked), threads=asked.threads)
-    options = _options(asked, _WRITING)
+    runner = load(artifact_at(arguments), threads=arguments.threads)
+    options = _options(arguments, _WRITING)
     if runner.manifest.task == "text-to-text":
-        for text in runner.generate(asked.text, **options):
+        for text in runner.generate(arguments.text, **options):
             sys.stdout.write(f"{text}\n")
         return 0
     if options:
         raise UsageError(
-            f"{asked.artifact}: makes embeddings; --{min(options).replace('_', '-')} has no effect"
+            f"{arguments.artifact} computes embeddings: omit --{min(options).replace('_', '-')}"
         )
-    for row in runner.embed(asked.text):
+    for row in runner.embed(arguments.text):
         sys.stdout.write(json.dumps([float(f"{value:.7g}") for value in row]) + "\n")
     return 0
 
 
-def _selftest(asked: argparse.Namespace) -> int:
+def _selftest(arguments: argparse.Namespace) -> int:
     from llmopt.runtime.selftest import failure, selftest
 
     try:
-        result = selftest(artifact_at(asked), asked.threads)
+        result = selftest(artifact_at(arguments), arguments.threads)
     except LlmoptError as error:
-        if asked.json:
-            sys.stdout.write(json.dumps(failure(asked.artifact, error), indent=2) + "\n")
+        if arguments.json:
+            sys.stdout.write(json.dumps(failure(arguments.artifact, error), indent=2) + "\n")
         raise
-    text = json.dumps(result.to_json(), indent=2) if asked.json else str(result)
+    text = json.dumps(result.to_json(), indent=2) if arguments.json else str(result)
     sys.stdout.write(f"{text}\n")
     return 0 if result.passed else 1
 
 
-def _serve(asked: argparse.Namespace) -> int:
+def _serve(arguments: argparse.Namespace) -> int:
     from llmopt.runtime.serving import require_server
 
     require_server()
     from llmopt.runtime.serving.server import ListenOptions, serve
 
-    place = ListenOptions(**_options(asked, ("host", "port", "queue")))
-    name = asked.artifact.resolve().name
-    return serve(artifact_at(asked), name, place, asked.threads)
+    place = ListenOptions(**_options(arguments, ("host", "port", "queue")))
+    name = arguments.artifact.resolve().name
+    return serve(artifact_at(arguments), name, place, arguments.threads)
 
 
 if __name__ == "__main__":

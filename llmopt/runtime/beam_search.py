@@ -140,12 +140,14 @@ class Beams:
         width = logs.shape[1]
         return (chosen % width).tolist(), (chosen // width).tolist(), list(sums[chosen])
 
-    def _keep(self, made: list[list[int]], scores: list[np.float32], at_end: list[bool]) -> None:
+    def _keep(
+        self, sequences: list[list[int]], scores: list[np.float32], at_end: list[bool]
+    ) -> None:
         """Keep the best of those that ended, of the first candidates alone."""
         beams = self.search.beams
         new = [
-            (self.search.ranked(scores[i], len(made[i])), made[i])
-            for i in range(min(beams, len(made)))
+            (self.search.ranked(scores[i], len(sequences[i])), sequences[i])
+            for i in range(min(beams, len(sequences)))
             if at_end[i]
         ]
         both = [*self.ended, *(each for each in new if each[0] > _NOTHING)]

@@ -52,19 +52,19 @@ class DecoderLoop:
         session: The decoder.
         rules: Tokens that the checkpoint forbids, forces and prefers.
         request: Options of the request; the rules fill in what it leaves open.
-        given: The names of what was asked for.
+        explicit: Names of the options that were set.
 
     Raises:
         UsageError: An option is out of range, or does not go with another.
     """
 
     def __init__(
-        self, session: Session, rules: Rules, request: Request, given: frozenset[str]
+        self, session: Session, rules: Rules, request: Request, explicit: frozenset[str]
     ) -> None:
         self._session = session
         self._rules = _ended_by(rules, session.manifest.model.eos, request)
         self._request = request
-        self._given = given
+        self._explicit = explicit
         self._beams = rules.beams if request.beams is None else request.beams
         drawn = request.temperature > 0
         if drawn and request.beams not in (None, 1):
@@ -107,7 +107,7 @@ class DecoderLoop:
     def _search(self, begun: int) -> Search:
         facts, rules, request = self._session.manifest.model, self._rules, self._request
         limit = begun + request.max_new_tokens
-        if "max_new_tokens" not in self._given:
+        if "max_new_tokens" not in self._explicit:
             limit = rules.max_length or begun + _NEW
         penalty, stopping = request.length_penalty, request.early_stopping
         return Search(

@@ -25,16 +25,16 @@ ENCODER = "encoder"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked for.
+class Seq2SeqOptions:
+    """Options of generation, and which of them were set.
 
     Args:
         request: Options of the request.
-        given: The names of the options that were given.
+        explicit: Names of the options that were set.
     """
 
     request: Request
-    given: frozenset[str]
+    explicit: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Seq2Seq:
         encoder = open_session(folder, alone, decoder.threads)
         return cls(manifest, EncoderRun(encoder, decoder), Rules.read(folder))
 
-    def texts(self, texts: Sequence[str], tokenizer: Tokenizer, asked: Asked) -> list[str]:
+    def texts(
+        self, texts: Sequence[str], tokenizer: Tokenizer, options: Seq2SeqOptions
+    ) -> list[str]:
         """Return what each text becomes.
 
         Texts longer than the model takes are cut, with a warning that says how many.
@@ -73,30 +75,30 @@ class Seq2Seq:
         Raises:
             UsageError: An option is out of range, or the model reads no text.
         """
-        if asked.request.chat:
+        if options.request.chat:
             raise UsageError("this model answers nobody: leave chat out")
         limit = self.manifest.model.max_source
         rows, cut = tokenizer.encode_all(texts, limit)
         if cut:
             logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), limit)
-        written = self.ids(rows, asked)
-        return [_until(tokenizer.decode(row), asked.request.stops) for row in written]
+        written = self.ids(rows, options)
+        return [_until(tokenizer.decode(row), options.request.stops) for row in written]
 
-    def ids(self, rows: Sequence[Sequence[int]], asked: Asked) -> list[list[int]]:
+    def ids(self, rows: Sequence[Sequence[int]], options: Seq2SeqOptions) -> list[list[int]]:
         """Return the tokens that each row of tokens becomes, the one that ends it included.
 
         Raises:
             UsageError: A row is empty or too long, or holds a token that the model does not have.
         """
         memory = self.read_tokens(rows)
-        writer = DecoderLoop(self.reader.decoder, self.rules, asked.request, asked.given)
+        writer = DecoderLoop(self.reader.decoder, self.rules, options.request, options.explicit)
         return writer.write(memory, [[self._start()]] * len(rows))
 
     def transcribe(
         self,
         features: Any,
         tokenizer: Tokenizer,
-        asked: Asked,
+        options: Seq2SeqOptions,
         spoken: tuple[str | None, str | None] = (None, None),
     ) -> list[str]:
         """Return the text of each recording.
@@ -105,17 +107,17 @@ class Seq2Seq:
             features: [B, bands, frames] or [bands, frames] float, as the checkpoint's feature
                 extractor makes them of 30 seconds.
             tokenizer: The artifact's.
-            asked: Options.
-            spoken: Language (found out where None) and task (``transcribe`` where None).
+            options: Options of generation.
+            spoken: Language (detected where None) and task (``transcribe`` where None).
 
         Raises:
             UsageError: The features are of another shape, or language or task is not known.
         """
         memory = self.reader.read(self._sounds(features))
-        writer = DecoderLoop(self.reader.decoder, self.rules, asked.request, asked.given)
+        writer = DecoderLoop(self.reader.decoder, self.rules, options.request, options.explicit)
         begin = self._spoken(writer, memory, *spoken)
         rows = writer.write(memory, begin)
-        return [_until(tokenizer.decode(row), asked.request.stops).strip() for row in rows]
+        return [_until(tokenizer.decode(row), options.request.stops).strip() for row in rows]
 
     def read_tokens(self, rows: Sequence[Sequence[int]]) -> dict[str, Array]:
         """Return what the decoder is given for rows of tokens.

@@ -110,7 +110,7 @@ class Generation:
         session: The model.
         prompts: Tokens, one list a row.
         request: Options of the request.
-        given: Inputs that are the same in every step.
+        steady: Inputs that are the same in every step.
 
     Raises:
         UsageError: A prompt is empty, too long, or holds a token the model does not have.
@@ -121,7 +121,7 @@ class Generation:
         session: Session,
         prompts: Sequence[Sequence[int]],
         request: Request,
-        given: Mapping[str, Array] | None = None,
+        steady: Mapping[str, Array] | None = None,
     ) -> None:
         self._facts = facts = session.manifest.model
         self.prompts = prompts
@@ -134,7 +134,7 @@ class Generation:
         if facts.max_length:
             self.limit = min(self.limit, facts.max_length - longest)
         room = capacity_for(longest + self.limit, facts.max_length)
-        self._sequences = Sequences(session, len(prompts), room, given)
+        self._sequences = Sequences(session, len(prompts), room, steady)
         self._running = [True] * len(prompts)
 
     def end(self, row: int) -> None:

@@ -39,7 +39,7 @@ class Golden:
 
     Args:
         inputs: Arrays by input name; of a decoder, ``input_ids`` and ``attention_mask`` [B, S],
-            and ``pixel_values`` of one that sees images.
+            and ``pixel_values`` of a vision-language model.
         outputs: Kept part of each output; of a decoder, ``columns`` [B, S, C] int32, tokens by
             falling logit and then others, and ``logits`` [B, S, C] float32.
         scales: The largest magnitude of each output.
@@ -48,7 +48,7 @@ class Golden:
         prefill: Number of tokens in a decoder's first step; 0 for what runs once.
         text: A text; empty where the artifact takes no text.
         tokens: Tokens of the text.
-        made_with: The target whose kernels made the outputs.
+        producer: The target whose kernels made the outputs.
     """
 
     inputs: Mapping[str, Array]
@@ -59,7 +59,7 @@ class Golden:
     prefill: int = 0
     text: str = ""
     tokens: tuple[int, ...] = ()
-    made_with: str = ""
+    producer: str = ""
 
     @classmethod
     def read(cls, artifact: Path) -> Self | None:
@@ -88,7 +88,7 @@ class Golden:
             prefill=data.number("prefill"),
             text=data.text("text", ""),
             tokens=data.numbers("tokens"),
-            made_with=data.text("made_with", ""),
+            producer=data.text("made_with", ""),
         )
 
     def write(self, artifact: Path) -> None:
@@ -105,7 +105,7 @@ class Golden:
             "prefill": self.prefill,
             "text": self.text,
             "tokens": self.tokens,
-            "made_with": self.made_with,
+            "made_with": self.producer,
         }
         text = json.dumps(described, sort_keys=True, indent=2, ensure_ascii=False)
         (folder / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")

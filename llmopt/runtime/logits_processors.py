@@ -31,19 +31,19 @@ _NEUTRAL: Final = (None, False, 0, 0.0, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How a model that reads one sequence writes another, unless it is told otherwise.
+    """Defaults of generation with an encoder-decoder model.
 
     Lengths count every token of the written sequence, those that it begins with included.
 
     Args:
         start: First token; None for the manifest's.
         eos: Tokens that end it.
-        max_length: Most tokens; 0 where nothing is said.
-        min_length: None of ``eos`` before so many.
-        min_new_tokens: None of ``eos`` before so many after the beginning.
+        max_length: Most tokens; 0 for no limit.
+        min_length: Number of tokens before which no ``eos`` comes.
+        min_new_tokens: Number of tokens after the beginning before which no ``eos`` comes.
         forced_bos: The token after the first one.
         forced_eos: The token that a sequence of most tokens ends with.
-        no_repeat: No so many tokens in a row come twice; 0 allows it.
+        no_repeat: Length of runs of tokens that must not repeat; 0 for none.
         bad_words: Tokens in a row that never come.
         suppressed: Tokens that never come.
         first_suppressed: Tokens that do not come first after the beginning.
@@ -167,28 +167,28 @@ def _force(scores: Array, tokens: Sequence[int]) -> None:
     scores[:, list(tokens)] = 0.0
 
 
-def _tokens(data: Fields, given: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    if given.get(key) is None:
+def _tokens(data: Fields, settings: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    if settings.get(key) is None:
         return ()
-    return data.numbers(key) if isinstance(given[key], list) else (data.number(key),)
+    return data.numbers(key) if isinstance(settings[key], list) else (data.number(key),)
 
 
-def _words(data: Fields, given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    words = given.get("bad_words_ids") or []
+def _words(data: Fields, settings: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    words = settings.get("bad_words_ids") or []
     if not isinstance(words, list) or not all(isinstance(w, list) and w for w in words):
         raise data.bad("bad_words_ids", "lists of tokens")
     return tuple(tuple(map(int, word)) for word in words)
 
 
-def _real(data: Fields, given: Mapping[str, Any], key: str, default: float) -> float:
-    value = default if given.get(key) is None else given[key]
+def _real(data: Fields, settings: Mapping[str, Any], key: str, default: float) -> float:
+    value = default if settings.get(key) is None else settings[key]
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise data.bad(key, "a number")
     return float(value)
 
 
-def _stopping(data: Fields, given: Mapping[str, Any]) -> bool | str:
-    value = given.get("early_stopping") or False
+def _stopping(data: Fields, settings: Mapping[str, Any]) -> bool | str:
+    value = settings.get("early_stopping") or False
     if value not in (True, False, "never"):
         raise data.bad("early_stopping", "true, false or 'never'")
     return value if isinstance(value, bool) else "never"

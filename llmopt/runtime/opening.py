@@ -80,11 +80,11 @@ def _known(path: Path) -> Path | None:
     return place
 
 
-def _holds(place: Path, bundle: Bundle, variant: Variant, *, every_byte: bool) -> bool:
+def _holds(folder: Path, bundle: Bundle, variant: Variant, *, every_byte: bool) -> bool:
     """Tell whether a folder has the files of a variant, by their sizes or by every byte."""
     records = {record.path: record for record in bundle.contents.members}
     for path, member in variant.files.items():
-        file, record = place / path, records[member]
+        file, record = folder / path, records[member]
         if file.is_symlink() or not file.is_file() or file.stat().st_size != record.size_bytes:
             return False
         if every_byte and sha256(file) != record.sha256:
@@ -92,17 +92,17 @@ def _holds(place: Path, bundle: Bundle, variant: Variant, *, every_byte: bool) -
     return True
 
 
-def _unpack(bundle: Bundle, variant: Variant, place: Path) -> None:
+def _unpack(bundle: Bundle, variant: Variant, folder: Path) -> None:
     """Put a variant into the cache, in one piece, and beside it what the bundle holds.
 
     Raises:
         BundleError: A member is not what the bundle says.
         StorageError: There is no room, or the cache is somebody else's.
     """
-    known = place.parent
+    known = folder.parent
     try:
         _make_private(known)
-        with _unless_there(), staged_folder(place, force=place.exists()) as staging:
+        with _unless_there(), staged_folder(folder, force=folder.exists()) as staging:
             bundle.unpack({variant.name: staging})
         with staged_file(known / CONTENTS, force=True) as staging:
             staging.write_bytes(bundle.contents.to_json())

@@ -16,7 +16,7 @@ from llmopt.interface.arrays import Array
 from llmopt.interface.signature import Role
 from llmopt.interface.stepping import Sequences, forced, one_by_one
 from llmopt.runtime.embedding import check_embeds, embed_rows
-from llmopt.runtime.encoder_decoder import ENCODER, Asked, Seq2Seq
+from llmopt.runtime.encoder_decoder import ENCODER, Seq2Seq, Seq2SeqOptions
 from llmopt.runtime.feeds import complete_feeds
 from llmopt.runtime.generation import (
     Generation,
@@ -29,7 +29,7 @@ from llmopt.runtime.generation import (
 from llmopt.runtime.prompts import Conversation, Prompt, is_one, render_chat
 from llmopt.runtime.session import open_session
 from llmopt.runtime.tokenizer import Tokenizer
-from llmopt.runtime.vision import shown, shown_in, with_sight
+from llmopt.runtime.vision import image_features_of, insert_image_tokens, with_vision
 
 logger = logging.getLogger("llmopt")
 
@@ -52,7 +52,7 @@ class Runner:
         self.folder = folder
         self.manifest = Manifest.read(folder)
         self.manifest.check_sizes(folder)
-        self.session = with_sight(folder, open_session(folder, self.manifest, threads))
+        self.session = with_vision(folder, open_session(folder, self.manifest, threads))
         self.rewriter = Seq2Seq.open(folder, self.manifest, self.session)
         self._warned = False
 
@@ -219,7 +219,7 @@ class Runner:
         real = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
         memory, first = self._memory(source), prefill or length
         if images is not None:
-            memory |= shown_in(self.session, tokens[:, :first], images)
+            memory |= image_features_of(self.session, tokens[:, :first], images)
         sequences = Sequences(self.session, batch, length, memory)
         logits = forced(sequences, tokens, real, one_by_one(first, length))
         if logits.shape[1] != length:
@@ -306,7 +306,7 @@ class Runner:
                 problem = "it is for models that read one text and write another; leave it out"
                 raise UsageError(f"{name}: {problem}")
         self._warn_without_cache()
-        prompts, given = shown(self.session, prompts, images)
+        prompts, given = insert_image_tokens(self.session, prompts, images)
         together = self.session.find(Role.MASK) is not None or len(set(map(len, prompts))) == 1
         if together or not prompts:
             if prompts:
@@ -346,10 +346,10 @@ class Runner:
             return {}
         return self.rewriter.reader.read(source)
 
-    def _asked(self, images: Any, options: Mapping[str, Any]) -> Asked:
+    def _asked(self, images: Any, options: Mapping[str, Any]) -> Seq2SeqOptions:
         """Return what is asked of a model that reads, which sees no images."""
-        shown(self.session, (), images)
-        return Asked(_request(options), frozenset(options))
+        insert_image_tokens(self.session, (), images)
+        return Seq2SeqOptions(_request(options), frozenset(options))
 
     def _warn_without_cache(self) -> None:
         if self.manifest.model.cache == "none" and not self._warned:

@@ -185,12 +185,12 @@ def _source(golden: Golden) -> dict[str, Array] | None:
     return found or None
 
 
-def _counted(name: str, found: Array, wanted: Array, golden: Golden) -> Check:
+def _counted(name: str, outputs: Array, wanted: Array, golden: Golden) -> Check:
     """Compare logits [tokens, C], the tokens that are furthest off left out as far as allowed."""
     left_out = int(len(wanted) * (1 - golden.counted))
-    order = np.argsort(np.abs(found - wanted).max(axis=-1))  # what is not a number comes last
-    kept_rows = order[: len(wanted) - left_out] if np.isfinite(found).all() else slice(None)
-    return _within(name, found[kept_rows], wanted[kept_rows], golden)
+    order = np.argsort(np.abs(outputs - wanted).max(axis=-1))  # what is not a number comes last
+    kept_rows = order[: len(wanted) - left_out] if np.isfinite(outputs).all() else slice(None)
+    return _within(name, outputs[kept_rows], wanted[kept_rows], golden)
 
 
 def _outputs(runner: Runner, golden: Golden) -> Iterator[Check]:
@@ -201,10 +201,10 @@ def _outputs(runner: Runner, golden: Golden) -> Iterator[Check]:
         yield _within(name, kept(found[name], mask), wanted, golden)
 
 
-def _within(name: str, found: Array, wanted: Array, golden: Golden) -> Check:
+def _within(name: str, outputs: Array, wanted: Array, golden: Golden) -> Check:
     scale = golden.scales[name] or 1.0
-    finite = found.shape == wanted.shape and bool(np.isfinite(found).all())
-    error = float(np.abs(found - wanted).max()) / scale if finite else float("inf")
+    finite = outputs.shape == wanted.shape and bool(np.isfinite(outputs).all())
+    error = float(np.abs(outputs - wanted).max()) / scale if finite else float("inf")
     passed = error <= golden.tolerance
     return Check(name, passed, wanted.size, error if finite else None, golden.tolerance)
 

@@ -1,4 +1,4 @@
-"""A decoder with what stands before it in an artifact that sees images.
+"""The decoder of a vision-language artifact, with the vision and embedding models before it.
 
 Two models run before the decoder: ``vision`` makes features of images, ``embedding`` looks tokens
 up and puts features where image tokens stand. Together the three are a session that takes tokens,
@@ -29,7 +29,7 @@ FEATURES: Final = "image_features"
 Prompts = Sequence[Sequence[int]]
 
 
-def with_sight(folder: Path, decoder: Session) -> Session:
+def with_vision(folder: Path, decoder: Session) -> Session:
     """Return a decoder with the models that run before it; itself, if none of them sees.
 
     Args:
@@ -46,10 +46,10 @@ def with_sight(folder: Path, decoder: Session) -> Session:
     )
     if vision is None or embedding is None:
         return decoder
-    return SeeingSession(vision, embedding, decoder)
+    return VisionSession(vision, embedding, decoder)
 
 
-class SeeingSession(Session):
+class VisionSession(Session):
     """Three models that run as one.
 
     Args:
@@ -82,7 +82,7 @@ class SeeingSession(Session):
 
     @override
     def stepper(self, batch: int, capacity: int) -> Stepper:
-        return _SeeingStepper(self, self._decoder.stepper(batch, capacity))
+        return _VisionStepper(self, self._decoder.stepper(batch, capacity))
 
     def features(self, images: Any) -> Array:
         """Return the features [I, N, E] of images.
@@ -117,7 +117,7 @@ class SeeingSession(Session):
         return self._vision.run({self.need(Role.PIXELS).name: pixels}, [name])[name]
 
 
-class _SeeingStepper:
+class _VisionStepper:
     """A decoder's steps, of which the first may hold images.
 
     An image token that a later step is given is a token like any other: what a model writes stands
@@ -128,7 +128,7 @@ class _SeeingStepper:
         decoder: Stepper of the decoder.
     """
 
-    def __init__(self, session: SeeingSession, decoder: Stepper) -> None:
+    def __init__(self, session: VisionSession, decoder: Stepper) -> None:
         self._session = session
         self._decoder = decoder
         self._begun = False
@@ -145,21 +145,23 @@ def _none_of(port: Port) -> list[int]:
     return [n if isinstance(n, int) else 0 for n in port.shape]
 
 
-def shown(session: Session, prompts: Prompts, images: Any) -> tuple[Prompts, dict[str, Array]]:
+def insert_image_tokens(
+    session: Session, prompts: Prompts, images: Any
+) -> tuple[Prompts, dict[str, Array]]:
     """Return prompts with as many image tokens as images have features, and those.
 
     Args:
         session: The model.
         prompts: Tokens, one list a row. An image token may stand for an image, or one for each
             of its features, as the checkpoint's own processor writes them.
-        images: Images as `SeeingSession.features` takes them, in the order of their tokens, row
+        images: Images as `VisionSession.features` takes them, in the order of their tokens, row
             after row; None for no image.
 
     Raises:
         UsageError: The model sees no images, or the prompts have other image tokens than there
             are images.
     """
-    if not isinstance(session, SeeingSession):
+    if not isinstance(session, VisionSession):
         if images is not None:
             raise UsageError(f"made for task {session.manifest.task!r}, it sees no images")
         return prompts, {}
@@ -180,13 +182,13 @@ def shown(session: Session, prompts: Prompts, images: Any) -> tuple[Prompts, dic
     return [_widened(row, session.token, length) for row in prompts], {FEATURES: features}
 
 
-def shown_in(session: Session, tokens: Array, images: Any) -> dict[str, Array]:
+def image_features_of(session: Session, tokens: Array, images: Any) -> dict[str, Array]:
     """Return the features of images whose tokens [B, S] are all there already.
 
     Raises:
-        UsageError: As `shown`, or an image has one token alone.
+        UsageError: As `insert_image_tokens`, or an image has one token alone.
     """
-    rows, given = shown(session, tokens.tolist(), images)
+    rows, given = insert_image_tokens(session, tokens.tolist(), images)
     if any(len(row) > tokens.shape[1] for row in rows):
         length = session.manifest.model.image_length
         raise UsageError(f"an image has one token here; write {length} for each")

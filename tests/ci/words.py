@@ -23,6 +23,9 @@ NAMES: Final = frozenset(
 )
 """Parts of names that could mean anything."""
 
+ALLOWED: Final = frozenset({"SourceNotFoundError", "connection_made"})
+"""Names that are the field's or a library's."""
+
 PRONOUNS: Final = frozenset(
     {"as", "for", "from", "how", "in", "it", "its", "likewise", "nothing", "of", "one", "that"}
     | {"them", "these", "they", "this", "those", "to", "what", "when", "where", "which", "who"}
@@ -81,7 +84,7 @@ def python(path: Path) -> Iterator[str]:
     if banned := words(path.stem) & NAMES:
         yield f"{path}:1: file named by {', '.join(banned)!r}"
     for line, name in names(tree):
-        if banned := words(name) & NAMES:
+        if name not in ALLOWED and (banned := words(name) & NAMES):
             yield f"{path}:{line}: {name!r} is named by {', '.join(banned)!r}"
     for line, name, first in arguments(tree):
         if first.lower() in PRONOUNS:

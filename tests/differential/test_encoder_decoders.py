@@ -36,7 +36,7 @@ from llmopt.errors import UnsupportedModelError, UsageError
 from llmopt.frontend.base import SourceOptions
 from llmopt.models import define
 from llmopt.runtime.__main__ import main
-from llmopt.runtime.encoder_decoder import Asked
+from llmopt.runtime.encoder_decoder import Seq2SeqOptions
 from llmopt.runtime.generation import Request
 from llmopt.runtime.selftest import selftest
 
@@ -277,7 +277,7 @@ def test_what_is_spoken_is_found_out_or_given(compiled: Compiled) -> None:
         no_timestamps=10,
     )
     several = dataclasses.replace(rewriter, rules=rules)
-    asked = Asked(Request(max_new_tokens=6), frozenset({"max_new_tokens"}))
+    asked = Seq2SeqOptions(Request(max_new_tokens=6), frozenset({"max_new_tokens"}))
     with torch.no_grad():
         source = source_of("whisper")
         first = compiled.model(**source, decoder_input_ids=torch.full((3, 1), START)).logits

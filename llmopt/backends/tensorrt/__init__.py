@@ -134,9 +134,9 @@ class _TensorRtBase(Backend):
 
     @override
     def cache_obstacle(self, program: Program) -> str | None:
-        from llmopt.backends.caches import not_in_place
+        from llmopt.backends.caches import cache_left_out
 
-        return not_in_place(program)
+        return cache_left_out(program)
 
     @override
     def check(self, program: Program) -> list[str]:

@@ -87,7 +87,7 @@ class QuantizeStatic(RoundingPass):
         for group in self.groups(program, Outcome()):
             for node in group.nodes:
                 base = weights.transposed(_tensor(node))
-                turns = leaf_turns(base, turned=False)
+                turns = leaf_turns(base, transposed=False)
                 known |= {name: (turned, group.even) for name, turned in turns}
         code = _CODES[self.code][1]
 

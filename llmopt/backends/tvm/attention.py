@@ -81,7 +81,7 @@ def _separate(f: Function, op: AttentionOp, operands: Sequence[Any]) -> Any:
     mask = f.mask if wanted.masked else f.ones(batch, keys)
     given = dict(zip(("q", "k", "v"), map(f.rows, operands), strict=True)) | {"mask": mask}
     shape = ([api.product([batch, tokens]), wanted.heads * wanted.width], "float32")
-    kernel = f.module.made(kernels.attention, wanted, f.features)
+    kernel = f.module.cached(kernels.attention, wanted, f.features)
     (y,) = f.call(kernel, given, [shape])
     return f.unrows(y, [batch, tokens])
 
@@ -89,7 +89,7 @@ def _separate(f: Function, op: AttentionOp, operands: Sequence[Any]) -> Any:
 def _append(f: Function, cache: Any, new: Any) -> Any:
     """Return ``cache`` [B, G, C, D] with ``new`` [B, S, G*D] written behind what is in use."""
     _, groups, _, width = shape_of(cache)
-    kernel = f.module.made(plain.append, groups, width)
+    kernel = f.module.cached(plain.append, groups, width)
     operands = {"cache": cache, "new": new, "mask": f.mask}
     shape = (shape_of(cache), "float32")
     return f.call(kernel, operands, [shape], {0: "cache"})[0]
@@ -177,15 +177,15 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
     }
     operands |= {"qkv": f.rows(row), "mask": f.mask}
     attributes = AttentionAttributes.of(node)
-    turning = kernels.Turning(
+    rotation = kernels.Rotation(
         _head_width(attributes, width),
         2 * shape_of(operands["cos"])[-1] if "cos" in operands else 0,
         g.attribute(node, "epsilon", None),
     )
-    form = _kernel(attributes, turning.width, masked=_masked_row(node), cached=True)
+    form = _kernel(attributes, rotation.width, masked=_masked_row(node), cached=True)
     decoding = f.entry.one
     make = kernels.decode if decoding else kernels.append
-    kernel = f.module.made(make, form, turning, f.features)
+    kernel = f.module.cached(make, form, rotation, f.features)
     caches = [operands["k_cache"], operands["v_cache"]]
     shapes = [([batch * tokens, form.heads * form.width], "float32")]
     shapes += [(shape_of(cache), "float32") for cache in caches]
@@ -193,7 +193,7 @@ def cached(f: Function, node: ir.Node) -> Sequence[Any]:
     if not decoding:
         given = dict(zip(("k_cache", "v_cache"), presents, strict=True))
         many = replace(form, rounded=_rounds(f))
-        attend = f.module.made(kernels.attention, many, f.features)
+        attend = f.module.cached(kernels.attention, many, f.features)
         (y,) = f.call(attend, {**given, "q": y, "mask": f.mask}, shapes[:1])
     return [f.unrows(y, [batch, tokens]), *presents]
 
@@ -209,7 +209,7 @@ def packed(f: Function, node: ir.Node) -> Sequence[Any]:
     mask = f.mask if _masked_row(node) else f.ones(batch, tokens)
     operands = {"qkv": f.rows(row), "mask": mask}
     shape = ([batch * tokens, form.heads * form.width], "float32")
-    kernel = f.module.made(kernels.attention, replace(form, rounded=_rounds(f)), f.features)
+    kernel = f.module.cached(kernels.attention, replace(form, rounded=_rounds(f)), f.features)
     (y,) = f.call(kernel, operands, [shape])
     return [f.unrows(y, [batch, tokens])]
 

@@ -1,6 +1,6 @@
 """Operators of the dialect in Relax's own, for GPUs: attention, rotation, norms and products.
 
-The kernels of this package are for processors. Here every operator becomes operators of Relax
+The kernels of this package are for CPUs. Here every operator becomes operators of Relax
 that TVM legalizes, fuses and schedules for a GPU. Products, norms and the softmax sum in float32
 whatever they read, and what is not seen has a finite score, so that a row of padding alone stays
 finite too.

@@ -29,7 +29,7 @@ def linear(f: Function, node: ir.Node) -> Sequence[Any]:
     x = f.tensor(node.inputs[0])
     *before, k = shape_of(x)
     wanted = _wanted(f, node, k)
-    chosen = f.module.made(kernels.choose, wanted)
+    chosen = f.module.cached(kernels.choose, wanted)
     operands = _weight(f, node, chosen.packing)
     operands["x"] = f.rows(x)
     if g.optional(node, 3) is not None:
@@ -121,7 +121,7 @@ def products(program: Program) -> dict[Hashable, ir.Node]:
 def gather_rows(f: Function, node: ir.Node) -> Sequence[Any]:
     """Write a lookup of rows of a rounded table."""
     wanted = kernels.Linear(*_table(node), features=f.features)
-    packing = f.module.made(kernels.choose, wanted).packing
+    packing = f.module.cached(kernels.choose, wanted).packing
     like = f.module.products.get(key_of(node))
     return looked_up(f, f.tensor(node.inputs[1]), packing, like if like is not None else node)
 
@@ -143,7 +143,7 @@ def looked_up(f: Function, ids: Any, packing: kernels.Packing, of: ir.Node) -> S
     operands = _weight(f, of, packing)
     flat = operands["ids"] = f.flat(ids)
     shape = ([shape_of(flat)[0], packing.k], "float32")
-    (y,) = f.call(f.module.made(gather_packed, packing), operands, [shape])
+    (y,) = f.call(f.module.cached(gather_packed, packing), operands, [shape])
     return [f.unrows(y, shape_of(ids))]
 
 
@@ -155,4 +155,4 @@ def tied(f: Function, node: ir.Node) -> tuple[kernels.Packing, ir.Node] | None:
         return None
     rows, columns = (int(size) for size in tensor.shape.numpy())
     wanted = kernels.Linear(rows, columns, features=f.features)
-    return f.module.made(kernels.choose, wanted).packing, like
+    return f.module.cached(kernels.choose, wanted).packing, like

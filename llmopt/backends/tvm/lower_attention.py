@@ -179,21 +179,21 @@ def _epsilon(node: ir.Node) -> float:
     return float(g.attribute(node, "epsilon", 1e-5))
 
 
-def _emit(node: ir.Node, op: AttentionOp, found: _MatchedAttention) -> None:
+def _emit(node: ir.Node, op: AttentionOp, match: _MatchedAttention) -> None:
     build = g.Builder(node)
     attributes = kept(node, *_KEPT) | {"padded": int(op.mask is not None)}
-    row = _row(found.parts)
+    row = _row(match.parts)
     if row is None:
-        row = build.op("Concat", found.parts, {"axis": -1})
+        row = build.op("Concat", match.parts, {"axis": -1})
     if op.past is None:
         out = build.op("PackedAttention", [row], attributes, domain=DOMAIN, name=node.name)
         g.replace(op.y, out)
         return
     norms: Sequence[ir.Value | None] = [None, None]
-    if found.norms is not None:
-        norms = [g.operand(norm, 1) for norm in found.norms]
-        attributes["epsilon"] = _epsilon(found.norms[0])
-    tables: Sequence[ir.Value | None] = found.tables or [None, None, None]
+    if match.norms is not None:
+        norms = [g.operand(norm, 1) for norm in match.norms]
+        attributes["epsilon"] = _epsilon(match.norms[0])
+    tables: Sequence[ir.Value | None] = match.tables or [None, None, None]
     inputs = [row, *norms, *tables, *op.past]
     outputs = build.ops(
         "CachedAttention", inputs, attributes, outputs=3, domain=DOMAIN, name=node.name

@@ -161,37 +161,37 @@ def quantized(codes: ir.Value) -> QuantizedWeight:
     return part.of
 
 
-def _take_bias(found: _MatchedLinear) -> None:
-    add = g.sole_user(found.last, "Add")
+def _take_bias(match: _MatchedLinear) -> None:
+    add = g.sole_user(match.last, "Add")
     if add is None:
         return
     for value in add.inputs:
-        if value is not None and g.weight(value) is not None and g.shape(value) == [found.rows]:
-            found.bias, found.last = value, add.outputs[0]
-            found.epilogue.append("bias")
+        if value is not None and g.weight(value) is not None and g.shape(value) == [match.rows]:
+            match.bias, match.last = value, add.outputs[0]
+            match.epilogue.append("bias")
             return
 
 
-def _take_activation(found: _MatchedLinear) -> None:
-    gelu = g.sole_user(found.last, "Gelu")
+def _take_activation(match: _MatchedLinear) -> None:
+    gelu = g.sole_user(match.last, "Gelu")
     if gelu is not None:
         by_tanh = g.attribute(gelu, "approximate", "none") == "tanh"
-        found.epilogue.append("gelu_tanh" if by_tanh else "gelu")
-        found.last = gelu.outputs[0]
+        match.epilogue.append("gelu_tanh" if by_tanh else "gelu")
+        match.last = gelu.outputs[0]
         return
-    gated = _gated(found)
+    gated = _gated(match)
     if gated is not None:
-        found.epilogue.append("swiglu")
-        found.last = gated
+        match.epilogue.append("swiglu")
+        match.last = gated
 
 
-def _gated(found: _MatchedLinear) -> ir.Value | None:
+def _gated(match: _MatchedLinear) -> ir.Value | None:
     """Return Swish(gate) * up of a product's two halves, if that is all that reads them."""
-    split = g.sole_user(found.last, "Split")
-    if split is None or len(split.outputs) != 2 or found.rows % 2:
+    split = g.sole_user(match.last, "Split")
+    if split is None or len(split.outputs) != 2 or match.rows % 2:
         return None
     gate, up = split.outputs
-    if g.static(gate, -1) != found.rows // 2 or g.static(up, -1) != found.rows // 2:
+    if g.static(gate, -1) != match.rows // 2 or g.static(up, -1) != match.rows // 2:
         return None
     swish = g.sole_user(gate, "Swish")
     if swish is None or g.attribute(swish, "alpha", 1.0) != 1.0:
@@ -202,30 +202,30 @@ def _gated(found: _MatchedLinear) -> ir.Value | None:
     return product.outputs[0]
 
 
-def _take_residual(found: _MatchedLinear) -> None:
-    add = g.sole_user(found.last, "Add")
+def _take_residual(match: _MatchedLinear) -> None:
+    add = g.sole_user(match.last, "Add")
     if add is None:
         return
-    other = next((v for v in add.inputs if v is not found.last), None)
+    other = next((v for v in add.inputs if v is not match.last), None)
     sizes = g.shape(add.outputs[0])
-    if other is None or sizes is None or g.shape(other) != sizes or g.shape(found.last) != sizes:
+    if other is None or sizes is None or g.shape(other) != sizes or g.shape(match.last) != sizes:
         return
-    found.residual, found.last = other, add.outputs[0]
-    found.epilogue.append("residual")
+    match.residual, match.last = other, add.outputs[0]
+    match.epilogue.append("residual")
 
 
-def _emit(found: _MatchedLinear) -> None:
-    after = found.last.producer()
+def _emit(match: _MatchedLinear) -> None:
+    after = match.last.producer()
     assert after is not None
     attributes: dict[str, Any] = {
-        "scheme": found.scheme,
-        "rows": found.rows,
-        "epilogue": ",".join(found.epilogue),
+        "scheme": match.scheme,
+        "rows": match.rows,
+        "epilogue": ",".join(match.epilogue),
     }
-    inputs = [found.x, found.weight, found.scale, found.bias, found.residual]
+    inputs = [match.x, match.weight, match.scale, match.bias, match.residual]
     build = g.Builder(after)
-    out = build.op("Linear", inputs, attributes, domain=DOMAIN, name=found.name)
-    g.replace(found.last, out)
+    out = build.op("Linear", inputs, attributes, domain=DOMAIN, name=match.name)
+    g.replace(match.last, out)
 
 
 def _lower_rows(node: ir.Node) -> bool:

@@ -53,14 +53,14 @@ class Module:
         return self.builder.get()
 
     @staticmethod
-    def made(make: Callable[..., Made], *wanted: Hashable) -> Made:
-        """Return ``make(*wanted)``, made once: reading a kernel's text outlasts compiling it.
+    def cached(make: Callable[..., Made], *key: Hashable) -> Made:
+        """Return ``make(*key)``, computed once: reading a kernel's text outlasts compiling it.
 
         Args:
             make: Makes a kernel, the same for the same arguments.
-            wanted: Recipe of the array.
+            key: Recipe of the array.
         """
-        found: Made = _made(make, wanted)
+        found: Made = _made(make, key)
         return found
 
     def kernel(self, kernel: Kernel) -> Any:

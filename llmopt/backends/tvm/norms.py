@@ -10,7 +10,7 @@ import onnx_ir as ir
 from llmopt.backends.tvm import linear, movement
 from llmopt.backends.tvm.kernels import norms as kernels
 from llmopt.backends.tvm.kernels.gather import gather as gather_kernel
-from llmopt.backends.tvm.kernels.heads import Turning
+from llmopt.backends.tvm.kernels.heads import Rotation
 from llmopt.backends.tvm.kernels.rotary import rotary as rotary_kernel
 from llmopt.backends.tvm.writing import dtype_of, shape_of
 from llmopt.ir import graph as g
@@ -36,7 +36,7 @@ def norm(f: Function, node: ir.Node) -> Sequence[Any]:
     if shift is not None:
         operands["bias"] = f.tensor(shift)
     shape = (shape_of(operands["x"]), "float32")
-    (y,) = f.call(f.module.made(kernels.norm, wanted, f.features), operands, [shape])
+    (y,) = f.call(f.module.cached(kernels.norm, wanted, f.features), operands, [shape])
     return [f.unrows(y, before)]
 
 
@@ -52,7 +52,7 @@ def gather(f: Function, node: ir.Node) -> Sequence[Any]:
         return movement.RULES["Gather"](f, node)
     before, width = shape_of(ids), shape_of(x)[1]
     flat = f.flat(ids)
-    kernel = f.module.made(gather_kernel, width, f.features, "one" if f.entry.one else "many")
+    kernel = f.module.cached(gather_kernel, width, f.features, "one" if f.entry.one else "many")
     shape = ([shape_of(flat)[0], width], "float32")
     (y,) = f.call(kernel, {"table": x, "ids": flat}, [shape])
     return [f.unrows(y, before)]
@@ -64,8 +64,8 @@ def rotary(f: Function, node: ir.Node) -> Sequence[Any]:
     batch, tokens, width = shape_of(x)
     heads = g.attribute(node, "num_heads", 1)
     cos, sin, positions = (f.tensor(node.inputs[i]) for i in (1, 2, 3))
-    turning = Turning(width // heads, 2 * shape_of(cos)[-1])
+    rotation = Rotation(width // heads, 2 * shape_of(cos)[-1])
     operands = {"x": f.rows(x), "cos": cos, "sin": sin, "position_ids": positions}
     shape = (shape_of(operands["x"]), "float32")
-    (y,) = f.call(f.module.made(rotary_kernel, turning, heads, f.features), operands, [shape])
+    (y,) = f.call(f.module.cached(rotary_kernel, rotation, heads, f.features), operands, [shape])
     return [f.unrows(y, [batch, tokens])]

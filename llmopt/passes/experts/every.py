@@ -62,12 +62,12 @@ def every_expert(topk: ir.Node) -> Experts:
     return found
 
 
-def _check_sizes(found: Experts) -> None:
-    wide, inner = g.static(found.x, -1), g.static(found.down[0], 0)
+def _check_sizes(experts: Experts) -> None:
+    wide, inner = g.static(experts.x, -1), g.static(experts.down[0], 0)
     sizes = [[wide, 2 * (inner or 0)], [inner, wide]]
-    if g.shape(found.x) is None or g.rank(found.x) != g.rank(found.logits):
+    if g.shape(experts.x) is None or g.rank(experts.x) != g.rank(experts.logits):
         raise OtherFormError("its sizes are not known")
-    for pair in zip(found.gate_up, found.down, strict=True):
+    for pair in zip(experts.gate_up, experts.down, strict=True):
         if [g.shape(value) for value in pair] != sizes:
             raise OtherFormError("its experts are of different sizes")
 

@@ -82,10 +82,10 @@ def gathered_experts(topk: ir.Node) -> Experts:
     return found
 
 
-def _check_sizes(found: Experts) -> None:
-    inner, sizes = g.static(found.down[0], 2), [*map(g.shape, (*found.gate_up, *found.down))]
-    experts, wide = g.static(found.logits, 1), g.static(found.x, 1)
-    if g.rank(found.logits) != 2 or g.rank(found.x) != 2 or inner is None:
+def _check_sizes(mixture: Experts) -> None:
+    inner, sizes = g.static(mixture.down[0], 2), [*map(g.shape, (*mixture.gate_up, *mixture.down))]
+    experts, wide = g.static(mixture.logits, 1), g.static(mixture.x, 1)
+    if g.rank(mixture.logits) != 2 or g.rank(mixture.x) != 2 or inner is None:
         raise OtherFormError("its sizes are not known")
     if sizes != [[experts, 2 * inner, wide], [experts, wide, inner]]:
         raise OtherFormError(f"its weights are {sizes}, not one pair for each expert")

@@ -87,7 +87,7 @@ def _longer(prelude: Prelude, use: Use, *, padded: bool) -> ir.Value:
     """Return what stands for a value of positions when there is a past."""
     value = g.operand(use.node, use.index)
     if use.rows is None:
-        return prelude.whole(value)
+        return prelude.at_full_length(value)
     if padded and use.keys is None and use.batch is not None:
         return prelude.placed(value, use.rows, use.batch)
     return prelude.rows(value, use.rows)
@@ -135,8 +135,8 @@ def _fused_sizes(node: ir.Node, value: ir.Value) -> tuple[int, int]:
 
 def _site_sizes(site: Site) -> tuple[int, int]:
     heads = 1
-    for place, axis in enumerate(site.axes):
-        if place != site.depth:
+    for at, axis in enumerate(site.axes):
+        if at != site.depth:
             for atom in axis:
                 heads *= atom if isinstance(atom, int) else 1
     (width,) = site.axes[site.depth]
@@ -228,18 +228,18 @@ def _parts(axis: Axis) -> tuple[int, list[str]]:
 
 def _target(prelude: Prelude, axes: Sequence[Axis]) -> ir.Value:
     """Return the sizes of axes, for a Reshape: -1 for the one that has the most in it."""
-    free = [place for place, axis in enumerate(axes) if special(axis)]
+    free = [at for at, axis in enumerate(axes) if special(axis)]
     build = prelude.build
-    left = max(free, key=lambda place: len(axes[place]), default=None)
+    left = max(free, key=lambda at: len(axes[at]), default=None)
     if len(free) <= 1:
-        numbers = [-1 if place == left else _parts(a)[0] for place, a in enumerate(axes)]
+        numbers = [-1 if at == left else _parts(a)[0] for at, a in enumerate(axes)]
         return build.constant(numbers, "int64")
     known = {BATCH: prelude.batch, TOKENS: prelude.new, KEYS: prelude.total}
     parts = []
-    for place, axis in enumerate(axes):
+    for at, axis in enumerate(axes):
         count, letters = _parts(axis)
-        number = build.constant([-1 if place == left else count], "int64")
-        for letter in letters if place != left else ():
+        number = build.constant([-1 if at == left else count], "int64")
+        for letter in letters if at != left else ():
             number = build.op("Mul", [number, known[letter]])
         parts.append(number)
     return build.op("Concat", parts, {"axis": 0})

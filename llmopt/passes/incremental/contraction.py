@@ -122,7 +122,7 @@ def _beside(
             continue
         # a table of every position, met by queries: scores of positions
         beside[label] = (KEYS,) if varies and dim == "S" else plain(of.node, [dim])[0]
-    reading.place(of.node, index, [beside[label] for label in labels])
+    reading.require_axes(of.node, index, [beside[label] for label in labels])
     return beside
 
 
@@ -130,10 +130,10 @@ def _met(
     reading: DecoderReading,
     of: _Product,
     axes: Mapping[int, Mapping[str, Axis]],
-    places: Mapping[int, Mapping[str, str]],
+    positions: Mapping[int, Mapping[str, str]],
 ) -> Flow:
     """Return the scores of queries and keys: the operand whose tokens come last is the keys."""
-    tokens = [places[index][TOKENS] for index in (0, 1)]
+    tokens = [positions[index][TOKENS] for index in (0, 1)]
     if any(label not in of.out for label in tokens):
         raise refuse(of.node, "sums over tokens, later ones too, and is no attention")
     index = 0 if of.out.endswith(tokens[0]) else 1
@@ -187,9 +187,9 @@ def _add_site(
     reading: DecoderReading,
     of: _Product,
     axes: Mapping[int, Mapping[str, Axis]],
-    found: tuple[int, int, str, int],
+    site: tuple[int, int, str, int],
 ) -> None:
-    index, layer, part, depth = found
+    index, layer, part, depth = site
     held = tuple(axes[index][label] for label in of.labels[index])
     atoms = [atom for axis in held for atom in axis if isinstance(atom, str)]
     if sorted(atoms) != sorted([BATCH, TOKENS]) or not held[depth] or special(held[depth]):
@@ -218,7 +218,7 @@ def attention(reading: DecoderReading, node: ir.Node) -> Flow:
 def _is_attended(axes: Sequence[Axis]) -> bool:
     """Whether axes are [batch, heads, tokens, width] or [batch, tokens, heads * width]."""
     places = (0, 2) if len(axes) == 4 else (0, 1)
-    others = [axis for place, axis in enumerate(axes) if place not in places]
+    others = [axis for at, axis in enumerate(axes) if at not in places]
     held = len(axes) in (3, 4) and axes[0] == (BATCH,) and axes[places[1]] == (TOKENS,)
     return held and not any(special(axis) for axis in others)
 
@@ -238,5 +238,5 @@ def _is_masked(reading: DecoderReading, node: ir.Node, op: AttentionOp) -> bool:
         raise refuse(node, f"has a mask {mask.name!r} that depends on the tokens")
     wide = mask.dtype != ir.DataType.BOOL
     beside: tuple[Axis, ...] = ((BATCH,), (), (TOKENS,), (KEYS,))
-    axes = reading.place(node, MASK, beside, shifts=wide)
+    axes = reading.require_axes(node, MASK, beside, shifts=wide)
     return causal or reading.proofs.forbids_later(node, mask, "add" if wide else "keep", axes)

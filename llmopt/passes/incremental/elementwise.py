@@ -31,17 +31,17 @@ def elementwise(reading: DecoderReading, node: ir.Node) -> Flow:
     rank = len(sizes(node, node.outputs[0]))
     merged: list[Axis] = [()] * rank
     for flow in moving.values():
-        for place, axis in enumerate(flow.axes, rank - len(flow.axes)):
-            merged[place] = _together(node, merged[place], axis)
+        for at, axis in enumerate(flow.axes, rank - len(flow.axes)):
+            merged[at] = _together(node, merged[at], axis)
     beside = tuple(merged)
     for index, value in enumerate(node.inputs):
         if value is None or index in moving:
             continue
         dims = sizes(node, value)
-        reading.place(node, index, beside)
-        for place, dim in enumerate(dims, rank - len(dims)):
-            if merged[place] == () and isinstance(dim, int):
-                merged[place] = tidy((dim,))
+        reading.require_axes(node, index, beside)
+        for at, dim in enumerate(dims, rank - len(dims)):
+            if merged[at] == () and isinstance(dim, int):
+                merged[at] = tidy((dim,))
     flow = Flow(tuple(merged), max(flow.layer for flow in moving.values()))
     return _scores(reading, node, moving, flow) if flow.holds(KEYS) else flow
 

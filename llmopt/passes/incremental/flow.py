@@ -116,7 +116,7 @@ def plain(node: ir.Node, dims: Sequence[g.Dim]) -> tuple[Axis, ...]:
 
 
 def reshaped(axes: Sequence[Axis], after: Sequence[g.Dim]) -> tuple[Axis, ...] | None:
-    """Return what the axes are after a reshape, or None where that cannot be told.
+    """Return the axes after a reshape, or None where they cannot be inferred.
 
     >>> reshaped(((BATCH,), (4,), (TOKENS,), (8,)), ["4*B", "S", 8])
     (('batch', 4), ('tokens',), (8,))

@@ -26,7 +26,7 @@ _PORTS: Final = (
 
 
 def can_be_padded(reading: DecoderReading) -> bool:
-    """Whether the decoder, which takes tokens alone, can be told of padding.
+    """Whether the decoder, which takes tokens alone, can get a padding mask.
 
     Raises:
         NotIncrementalError: what meets tokens cannot be evaluated.
@@ -98,8 +98,8 @@ def _spread(
     if ones not in seen:
         spread = build.op("Unsqueeze", [real, build.constant(list(ones), "int64")])
         dims: list[g.Dim] = ["B", "T"]
-        for place in ones:
-            dims.insert(place, 1)
+        for at in ones:
+            dims.insert(at, 1)
         spread.shape, spread.type = ir.Shape(dims), real.type
         seen[ones] = spread
     return seen[ones]

@@ -57,7 +57,7 @@ class Prelude:
         self.total = mark(total, Landmark.TOTAL)
         self._start = self.build.op("Neg", [self.new], name="past/rows")
 
-    def whole(self, value: ir.Value) -> ir.Value:
+    def at_full_length(self, value: ir.Value) -> ir.Value:
         """Return ``value`` for all T tokens."""
         if not self._proofs.varies(value) or value is self._mask:
             return value
@@ -71,7 +71,7 @@ class Prelude:
         """Return the last S rows of ``value`` for all T tokens, along ``axis``."""
         key = value, axis % (g.rank(value) or 1)
         if key not in self._rows:
-            self._rows[key] = self._through(*key) or self._last(self.whole(value), key[1])
+            self._rows[key] = self._through(*key) or self._last(self.at_full_length(value), key[1])
         return self._rows[key]
 
     def placed(self, value: ir.Value, rows: int, batch: int) -> ir.Value:
@@ -97,7 +97,7 @@ class Prelude:
             index = self.placed(g.operand(node, 1), 0, -1)
             found = self.build.op("Gather", [node.inputs[0], index], name=node.name)
         else:
-            found = self._moved(self.whole(value), rows, batch, positions)
+            found = self._moved(self.at_full_length(value), rows, batch, positions)
         found.type = value.type
         front = max(0, -batch)
         after = [*([1] * front), *dims]
@@ -110,18 +110,18 @@ class Prelude:
         fixed = not self._proofs.varies(g.operand(node, 0)) and g.attribute(node, "axis", 0) == 0
         return fixed and g.rank(node.inputs[1]) == 1
 
-    def _moved(self, whole: ir.Value, rows: int, batch: int, positions: ir.Value) -> ir.Value:
+    def _moved(self, value: ir.Value, rows: int, batch: int, positions: ir.Value) -> ir.Value:
         """Look rows up, and put the axis of sequences where it belongs."""
-        rank = g.rank(whole) or 0
+        rank = g.rank(value) or 0
         if batch < 0:
             ones = list(range(-batch - 1))  # what stands between it and the axes there are
             if ones:
-                whole = self.build.op("Unsqueeze", [whole, self.build.constant(ones, "int64")])
+                value = self.build.op("Unsqueeze", [value, self.build.constant(ones, "int64")])
             rows, batch, rank = rows + len(ones), 0, rank + len(ones)
         else:
-            whole = self.build.op("Squeeze", [whole, self.build.constant([batch], "int64")])
+            value = self.build.op("Squeeze", [value, self.build.constant([batch], "int64")])
             rows, rank = rows - (batch < rows), rank - 1
-        found = self.build.op("Gather", [whole, positions], {"axis": rows})
+        found = self.build.op("Gather", [value, positions], {"axis": rows})
         order = [axis for axis in range(rank + 1) if axis != rows]
         order.insert(batch, rows)
         if order == sorted(order):
@@ -142,7 +142,7 @@ class Prelude:
             return
         if any(attr.type is ir.AttributeType.GRAPH for attr in node.attributes.values()):
             raise refuse(node, "chooses between graphs by the number of tokens")
-        inputs = [None if value is None else self.whole(value) for value in node.inputs]
+        inputs = [None if value is None else self.at_full_length(value) for value in node.inputs]
         for old, new in zip(node.outputs, self._made(node, inputs), strict=True):
             new.type = old.type
             new.shape = _with_total(old.shape)
@@ -205,7 +205,7 @@ class Prelude:
         if axis in axes:
             return None
         moved = sum(each < axis for each in axes) if node.op_type == "Unsqueeze" else 0
-        rest = [None if value is None else self.whole(value) for value in node.inputs[1:]]
+        rest = [None if value is None else self.at_full_length(value) for value in node.inputs[1:]]
         return [self.rows(g.operand(node, 0), axis - moved), *rest]
 
     def _gathered_rows(self, node: ir.Node, axis: int) -> list[ir.Value | None] | None:
@@ -219,11 +219,11 @@ class Prelude:
             dims = g.shape(value)
             if value is None or dims is None:
                 return None
-            place = axis - rank + len(dims)
-            if place < 0 or dims[place] == 1:
-                found.append(self.whole(value))
-            elif dims[place] == "S":
-                found.append(self.rows(value, place))
+            at = axis - rank + len(dims)
+            if at < 0 or dims[at] == 1:
+                found.append(self.at_full_length(value))
+            elif dims[at] == "S":
+                found.append(self.rows(value, at))
             else:
                 return None
         return found

@@ -76,7 +76,7 @@ class Proofs:
             shifts: Whether a number may be added to a whole row: a softmax does not see it.
 
         Raises:
-            NotIncrementalError: it does not, or that cannot be told.
+            NotIncrementalError: it does not, or that cannot be proven.
         """
         if (value, rows, keys, shifts) in self._steady:
             return

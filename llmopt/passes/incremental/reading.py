@@ -117,40 +117,40 @@ class DecoderReading:
         self.layers += 1
         return self.layers - 1
 
-    def place(
-        self, node: ir.Node, index: int, beside: Sequence[Axis], *, shifts: bool = False
+    def require_axes(
+        self, node: ir.Node, index: int, neighbours: Sequence[Axis], *, shifts: bool = False
     ) -> tuple[int | None, int | None]:
         """Note that an operand of positions alone meets tokens, and prove that it may.
 
         Args:
             node: Node that reads the value.
             index: The operand; it does not depend on tokens.
-            beside: Axes that its axes meet, and those in front of them.
+            neighbours: Axes that its axes meet, and those in front of them.
             shifts: Whether a number may be added to a whole row of it.
 
         Returns:
             Its axis of new tokens and its axis of all tokens.
 
         Raises:
-            NotIncrementalError: it cannot be told how they meet, or it would be another one in a
-                longer sequence.
+            NotIncrementalError: the axes cannot be matched, or the value would differ in a longer
+                sequence.
         """
         value = g.operand(node, index)
         rows = keys = None
         dims = sizes(node, value)
-        front = len(beside) - len(dims)
-        for place, (dim, axis) in enumerate(zip(dims, beside[front:], strict=True)):
+        front = len(neighbours) - len(dims)
+        for at, (dim, axis) in enumerate(zip(dims, neighbours[front:], strict=True)):
             if dim == 1 or (isinstance(dim, int) and not special(axis)):
                 continue
             if axis == (TOKENS,) and dim == "S":
-                rows = place
+                rows = at
             elif axis == (KEYS,) and dim == "S":
-                keys = place
+                keys = at
             elif axis != (BATCH,) or dim != "B":
                 raise refuse(node, f"puts an axis of {dim} of {value.name!r} beside the tokens")
         if self.proofs.varies(value):
             self.proofs.steady(node, value, rows, keys, shifts=shifts)
-            batch = next((i - front for i, axis in enumerate(beside) if axis == (BATCH,)), None)
+            batch = next((i - front for i, axis in enumerate(neighbours) if axis == (BATCH,)), None)
             self.uses.append(Use(node, index, rows, keys, batch))
         return rows, keys
 

@@ -49,9 +49,9 @@ def carry(reading: DecoderReading, node: ir.Node) -> None:
 
 def _part(node: ir.Node, flow: Flow, out: ir.Value) -> Flow:
     """Return the flow of one part of a Split, as wide as it is."""
-    place = g.attribute(node, "axis", 0) % len(flow.axes)
-    width = plain(node, [sizes(node, out)[place]])[0]
-    return replace(flow, axes=(*flow.axes[:place], width, *flow.axes[place + 1 :]))
+    at = g.attribute(node, "axis", 0) % len(flow.axes)
+    width = plain(node, [sizes(node, out)[at]])[0]
+    return replace(flow, axes=(*flow.axes[:at], width, *flow.axes[at + 1 :]))
 
 
 def _reads_tokens(reading: DecoderReading, node: ir.Node) -> bool:
@@ -158,10 +158,10 @@ def _cumulated(reading: DecoderReading, node: ir.Node) -> Flow:
     if axis is None:
         raise refuse(node, "runs along an axis that is not known")
     flow = only(reading, node)
-    place = int(axis) % len(flow.axes)
-    if TOKENS in flow.axes[place]:
+    at = int(axis) % len(flow.axes)
+    if TOKENS in flow.axes[at]:
         raise refuse(node, "sums over all earlier tokens, and the cache holds keys and values")
-    untouched(node, flow, [place])
+    untouched(node, flow, [at])
     return flow
 
 
@@ -200,18 +200,18 @@ def _padded(reading: DecoderReading, node: ir.Node) -> Flow:
 def _concatenated(reading: DecoderReading, node: ir.Node) -> Flow:
     moving = dict(reading.moving(node))
     first = next(iter(moving.values()))
-    place = g.attribute(node, "axis", 0) % len(first.axes)
+    at = g.attribute(node, "axis", 0) % len(first.axes)
     for flow in moving.values():
-        untouched(node, flow, [place])
-    others = [axis for i, axis in enumerate(first.axes) if i != place]
-    if any([a for i, a in enumerate(f.axes) if i != place] != others for f in moving.values()):
+        untouched(node, flow, [at])
+    others = [axis for i, axis in enumerate(first.axes) if i != at]
+    if any([a for i, a in enumerate(f.axes) if i != at] != others for f in moving.values()):
         raise refuse(node, "puts tokens beside other tokens")
-    width = plain(node, [sizes(node, node.outputs[0])[place]])[0]
-    beside = (*first.axes[:place], (), *first.axes[place + 1 :])
+    width = plain(node, [sizes(node, node.outputs[0])[at]])[0]
+    beside = (*first.axes[:at], (), *first.axes[at + 1 :])
     for index in range(len(node.inputs)):
         if index not in moving:
-            reading.place(node, index, beside)
-    return replace(first, axes=(*first.axes[:place], width, *first.axes[place + 1 :]))
+            reading.require_axes(node, index, beside)
+    return replace(first, axes=(*first.axes[:at], width, *first.axes[at + 1 :]))
 
 
 def _gathered(reading: DecoderReading, node: ir.Node) -> Flow:
@@ -221,16 +221,16 @@ def _gathered(reading: DecoderReading, node: ir.Node) -> Flow:
     if flow is not None and chosen is not None:
         raise refuse(node, "lets tokens choose among tokens")
     if flow is not None:
-        place = axis % len(flow.axes)
-        untouched(node, flow, [place])
+        at = axis % len(flow.axes)
+        untouched(node, flow, [at])
         picked = plain(node, sizes(node, index))
-        return replace(flow, axes=(*flow.axes[:place], *picked, *flow.axes[place + 1 :]))
+        return replace(flow, axes=(*flow.axes[:at], *picked, *flow.axes[at + 1 :]))
     assert chosen is not None
     dims = sizes(node, data)
-    place = axis % len(dims)
+    at = axis % len(dims)
     if reading.proofs.varies(data):
-        reading.place(node, 0, [()] * len(dims))  # refuses what is as long as the tokens are
-    before, after = plain(node, dims[:place]), plain(node, dims[place + 1 :])
+        reading.require_axes(node, 0, [()] * len(dims))  # refuses what is as long as the tokens are
+    before, after = plain(node, dims[:at]), plain(node, dims[at + 1 :])
     return replace(chosen, axes=(*before, *chosen.axes, *after))
 
 
@@ -258,10 +258,10 @@ def _rotated(reading: DecoderReading, node: ir.Node) -> Flow:
     batch, tokens = flow.axes[0], flow.axes[-2]
     untouched(node, flow, [-1])
     if g.optional(node, 3) is not None:
-        reading.place(node, 3, (batch, tokens))
+        reading.require_axes(node, 3, (batch, tokens))
         return flow
     for index in (1, 2):
-        reading.place(node, index, (batch, tokens, flow.axes[-1]))
+        reading.require_axes(node, index, (batch, tokens, flow.axes[-1]))
     return flow
 
 

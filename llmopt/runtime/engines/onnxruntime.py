@@ -18,7 +18,7 @@ from llmopt.interface.signature import Role
 from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime.engines.onnxruntime_device import OnnxRuntimeCache
 from llmopt.runtime.engines.onnxruntime_profile import read_profile
-from llmopt.runtime.engines.providers import CPU, place_of, start
+from llmopt.runtime.engines.providers import CPU, provider_of, start
 from llmopt.runtime.huge_pages import large_pages
 from llmopt.runtime.session import Session, TimedRun, aligned_zeros, zeros_together
 
@@ -43,7 +43,7 @@ class OnnxRuntimeSession(Session):
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         super().__init__(manifest, threads)
         self._ort = _import_onnxruntime()
-        self.place = place_of(manifest.target, manifest.requires, self.threads)
+        self.place = provider_of(manifest.target, manifest.requires, self.threads)
         self._folder = folder
         with large_pages():
             self._session = self._open(folder)

@@ -30,21 +30,21 @@ _INSTALL: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider and what it is told.
+    """An execution provider and its options.
 
     Args:
         provider: ONNX Runtime's name of it.
         device: Device of its memory: ``"cpu"`` or ``"cuda"``.
         settings: Options of the provider.
         plugin: The package that brings it, where it is not part of onnxruntime.
-        whole: Whether it has to take every node.
+        exclusive: Whether it has to take every node.
     """
 
     provider: str = CPU
     device: str = "cpu"
     settings: Mapping[str, str] = field(default_factory=dict)
     plugin: str = ""
-    whole: bool = False
+    exclusive: bool = False
 
     @property
     def captures(self) -> bool:
@@ -52,7 +52,7 @@ class Provider:
         return self.settings.get("enable_cuda_graph") == "1"
 
 
-def place_of(target: str, requires: Mapping[str, Any], threads: int) -> Provider:
+def provider_of(target: str, requires: Mapping[str, Any], threads: int) -> Provider:
     """Return where an artifact runs.
 
     Args:
@@ -89,36 +89,36 @@ def openvino(threads: int, precision: str = "f32") -> Provider:
         "NUM_STREAMS": "1",
     }
     settings = {"load_config": json.dumps({"CPU": told})}
-    return Provider(OPENVINO, "cpu", settings, "onnxruntime_ep_openvino", whole=True)
+    return Provider(OPENVINO, "cpu", settings, "onnxruntime_ep_openvino", exclusive=True)
 
 
-def start(ort: Any, model: str | Path | bytes, options: Any, place: Provider) -> Any:
-    """Return a session of ``model`` that runs at ``place``.
+def start(ort: Any, model: str | Path | bytes, options: Any, provider: Provider) -> Any:
+    """Return a session of ``model`` that runs at ``provider``.
 
     Args:
         ort: The package ``onnxruntime``.
         model: A file, or the model itself.
         options: Options of the session; the provider is added to them.
-        place: Provider to run on.
+        provider: Provider to run on.
 
     Raises:
         BackendUnavailableError: the provider is not here, does not start, or leaves nodes.
     """
-    if place.device == "cuda" and hasattr(ort, "preload_dlls"):
+    if provider.device == "cuda" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds CUDA in Python packages, and says nothing where there is none
-    providers = _register(ort, options, place)
-    if place.whole:
+    providers = _register(ort, options, provider)
+    if provider.exclusive:
         options.add_session_config_entry(_RECORD, "1")
     source = model if isinstance(model, bytes) else str(model)
     session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
-    if session.get_providers()[0] != place.provider:  # it falls back without a word
-        reason = f"{place.provider} did not start"
-        if place.provider in _INSTALL:
-            reason += f": {_INSTALL[place.provider]}"
+    if session.get_providers()[0] != provider.provider:  # it falls back without a word
+        reason = f"{provider.provider} did not start"
+        if provider.provider in _INSTALL:
+            reason += f": {_INSTALL[provider.provider]}"
         raise BackendUnavailableError("onnxruntime", reason)
-    if place.whole and (left := left_behind(session, place.provider)):
+    if provider.exclusive and (left := left_behind(session, provider.provider)):
         words = ", ".join(f"{count} {name}" for name, count in left.most_common(4))
-        raise BackendUnavailableError(place.provider, f"it left nodes to the processor: {words}")
+        raise BackendUnavailableError(provider.provider, f"it left nodes to the processor: {words}")
     return session
 
 
@@ -132,31 +132,35 @@ def left_behind(session: Any, provider: str) -> Counter[str]:
     )
 
 
-def _register(ort: Any, options: Any, place: Provider) -> list[Any] | None:
+def _register(ort: Any, options: Any, provider: Provider) -> list[Any] | None:
     """Make the provider known, and return the list of providers, None where options hold it."""
-    if place.plugin:
-        _load_plugin(ort, place)
-    elif place.provider in ort.get_available_providers():
-        return [(place.provider, dict(place.settings)), CPU] if place.settings else [place.provider]
-    devices = [d for d in ort.get_ep_devices() if d.ep_name == place.provider]
+    if provider.plugin:
+        _load_plugin(ort, provider)
+    elif provider.provider in ort.get_available_providers():
+        return (
+            [(provider.provider, dict(provider.settings)), CPU]
+            if provider.settings
+            else [provider.provider]
+        )
+    devices = [d for d in ort.get_ep_devices() if d.ep_name == provider.provider]
     if not devices:
         have = ", ".join(ort.get_available_providers())
-        problem = f"onnxruntime has no {place.provider}, only {have}"
-        install = _INSTALL.get(place.provider, "pip install 'llmopt[runtime]'")
+        problem = f"onnxruntime has no {provider.provider}, only {have}"
+        install = _INSTALL.get(provider.provider, "pip install 'llmopt[runtime]'")
         raise BackendUnavailableError("onnxruntime", f"{problem}; {install}")
-    options.add_provider_for_devices(devices[:1], dict(place.settings))
+    options.add_provider_for_devices(devices[:1], dict(provider.settings))
     return None
 
 
-def _load_plugin(ort: Any, place: Provider) -> None:
-    if any(device.ep_name == place.provider for device in ort.get_ep_devices()):
+def _load_plugin(ort: Any, provider: Provider) -> None:
+    if any(device.ep_name == provider.provider for device in ort.get_ep_devices()):
         return
     failure: type[Exception] = ort.capi.onnxruntime_pybind11_state.Fail
     try:
-        package = importlib.import_module(place.plugin)
-        ort.register_execution_provider_library(place.plugin, package.get_library_path())
+        package = importlib.import_module(provider.plugin)
+        ort.register_execution_provider_library(provider.plugin, package.get_library_path())
     except (ImportError, OSError, failure) as error:
         if "already registered" in str(error):
             return  # it is known, and found no device
-        reason = f"{place.plugin} cannot be loaded ({error}); {_INSTALL[place.provider]}"
-        raise BackendUnavailableError(place.provider, reason) from error
+        reason = f"{provider.plugin} cannot be loaded ({error}); {_INSTALL[provider.provider]}"
+        raise BackendUnavailableError(provider.provider, reason) from error

@@ -83,13 +83,13 @@ class TensorRtSession(Session):
         return self.execute(feeds, {}, list(names or self.outputs))
 
     def execute(
-        self, feeds: Mapping[str, Array], held: Mapping[str, Memory], names: Sequence[str]
+        self, feeds: Mapping[str, Array], resident: Mapping[str, Memory], names: Sequence[str]
     ) -> dict[str, Array]:
         """Run the engine once.
 
         Args:
             feeds: Inputs, by name.
-            held: Inputs and outputs that stay on the device: the cache.
+            resident: Inputs and outputs that stay on the device: the cache.
             names: The outputs to fetch.
 
         Raises:
@@ -98,8 +98,8 @@ class TensorRtSession(Session):
         index = self._profile(feeds)
         context = self._contexts[index]
         alive = [self._feed(context, name, array) for name, array in feeds.items()]
-        self._hold(context, held)
-        outputs = [name for name in self._names(inputs=False) if name not in held]
+        self._hold(context, resident)
+        outputs = [name for name in self._names(inputs=False) if name not in resident]
         for name in outputs:
             shape = tuple(context.get_tensor_shape(name))
             size = math.prod(shape) * np.dtype(self.outputs[name].dtype).itemsize
@@ -113,7 +113,7 @@ class TensorRtSession(Session):
                 self.outputs[name].dtype,
             )
             for name in names
-            if name not in held
+            if name not in resident
         }
         del alive  # numbers that the engine read from host memory
         return found
@@ -169,8 +169,8 @@ class TensorRtSession(Session):
         context.set_tensor_address(name, memory.pointer)
         return held
 
-    def _hold(self, context: Any, held: Mapping[str, Memory]) -> None:
-        for name, memory in held.items():
+    def _hold(self, context: Any, resident: Mapping[str, Memory]) -> None:
+        for name, memory in resident.items():
             if name in self.inputs:
                 context.set_input_shape(name, memory.shape)
             context.set_tensor_address(name, memory.pointer)
@@ -203,11 +203,11 @@ class TensorRtSession(Session):
                     f"allowed {self.recipe.tolerance:.2g}; update TensorRT or the driver"
                 )
 
-    def _compute(self, given: Mapping[str, Array]) -> dict[str, Array]:
+    def _compute(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if self.manifest.model.cache == "none":
-            return self.run(given)
-        tokens = given[self.need(Role.TOKENS).name]
-        mask, positions = given[self.need(Role.MASK).name], np.maximum(0, _positions(given, self))
+            return self.run(feeds)
+        tokens = feeds[self.need(Role.TOKENS).name]
+        mask, positions = feeds[self.need(Role.MASK).name], np.maximum(0, _positions(feeds, self))
         step = Step(tokens, mask, positions, every=True)
         batch, length = tokens.shape
         return {self.need(Role.LOGITS).name: self.stepper(batch, length).run(step)}
@@ -295,11 +295,11 @@ def exceeded(profile: Profile, feeds: Mapping[str, Array]) -> _Excess | None:
     return None
 
 
-def _positions(given: Mapping[str, Array], session: Session) -> Array:
+def _positions(feeds: Mapping[str, Array], session: Session) -> Array:
     port = session.find(Role.POSITIONS)
-    if port is not None and port.name in given:
-        return given[port.name]
-    return np.asarray(given[session.need(Role.MASK).name].cumsum(axis=1) - 1)
+    if port is not None and port.name in feeds:
+        return feeds[port.name]
+    return np.asarray(feeds[session.need(Role.MASK).name].cumsum(axis=1) - 1)
 
 
 def _check_version(manifest: Manifest, package: str, here: str) -> None:

@@ -1,7 +1,7 @@
 """Building an engine from a typed network and its recipe, with TensorRT or TensorRT-RTX.
 
-Both packages have one API. TensorRT-RTX builds for the GPUs it is told, on a machine without one;
-TensorRT builds for the GPU that is there.
+Both packages have one API. TensorRT-RTX builds for the GPUs in its options, on a machine without
+one; TensorRT builds for the GPU of the machine.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def parse(trt: Any, definition: Any, logger: Any, network: Path) -> None:
     """Read an ONNX file into a network definition.
 
     Raises:
-        ArtifactError: The parser does not take it; every node it names is told.
+        ArtifactError: The parser refuses it; the message names every node.
     """
     parser = trt.OnnxParser(definition, logger)
     if parser.parse_from_file(str(network)):

@@ -228,22 +228,23 @@ class KeptCache:
         return logits
 
 
-def check_capability(found: str, requires: Mapping[str, Any]) -> None:
+def check_capability(capability: str, requires: Mapping[str, Any]) -> None:
     """Raise if a GPU is older than the kernels.
 
     Args:
-        found: Compute capability of the GPU, ``"7.5"``.
+        capability: Compute capability of the GPU, ``"7.5"``.
         requires: Requirements of the artifact, ``{"cuda_arch": "sm_80"}``.
 
     Raises:
         BackendUnavailableError: It is.
     """
     wanted = str(requires.get("cuda_arch", "sm_0")).removeprefix("sm_")
-    if int(found.replace(".", "") or 0) < int(wanted):
+    if int(capability.replace(".", "") or 0) < int(wanted):
         raise BackendUnavailableError(
             _TARGET,
-            f"the GPU has compute capability {found}, the kernels need {wanted[:-1]}.{wanted[-1]}; "
-            f"compile with --target 'tvm-cuda{{arch=sm_{found.replace('.', '')}}}'",
+            f"the GPU has compute capability {capability}, the kernels need "
+            f"{wanted[:-1]}.{wanted[-1]}; "
+            f"compile with --target 'tvm-cuda{{arch=sm_{capability.replace('.', '')}}}'",
         )
 
 

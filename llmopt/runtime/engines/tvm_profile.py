@@ -31,7 +31,7 @@ class _KernelCall:
         kernel: Name of the kernel.
         inside: Time between the notices of its start and its end.
         since: Time from the end of the kernel before to its own end.
-        told: Part of that spent in notices of its preparation.
+        notices: Part of that spent in notices of its preparation.
         first: Whether there is no kernel before.
     """
 
@@ -39,13 +39,13 @@ class _KernelCall:
     kernel: str
     inside: float
     since: float
-    told: float
+    notices: float
     first: bool
 
     def timed(self, cost: float) -> TimedOperator:
-        """Return what the call took, if being told of it once costs so many seconds."""
+        """Return what the call took, less the ``cost`` of each notice, seconds."""
         inside = max(self.inside - cost, 0.0)
-        since = self.since - self.told - (cost if self.first else 2 * cost)
+        since = self.since - self.notices - (cost if self.first else 2 * cost)
         return TimedOperator(self.module, self.kernel, inside, max(since, inside))
 
 

@@ -34,7 +34,7 @@ class Answer:
     identity: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, pieces: Sequence[Text]) -> dict[str, Any]:
+    def complete(self, pieces: Sequence[Text]) -> dict[str, Any]:
         """Return the answer in one object."""
         texts = [""] * len(self.rows)
         for piece in pieces:
@@ -94,9 +94,9 @@ class Answer:
         }
 
 
-def embeddings(model: str, rows: Rows, found: Array, *, as_base64: bool) -> dict[str, Any]:
+def embeddings(model: str, rows: Rows, vectors: Array, *, as_base64: bool) -> dict[str, Any]:
     """Return the answer with embeddings [N, E]."""
-    numbers = found.astype("<f4")
+    numbers = vectors.astype("<f4")
     listed = [
         {
             "object": "embedding",

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmopt.errors import LlmoptError, UsageError
 from llmopt.runtime.serving import answers
 from llmopt.runtime.serving.answers import Answer
-from llmopt.runtime.serving.line import Line, Turn
+from llmopt.runtime.serving.line import Job, Line
 from llmopt.runtime.serving.refusals import RefusedError
 from llmopt.runtime.serving.requests import Ask, read_chat, read_completion, read_embeddings
 from llmopt.runtime.serving.work import Text, embed, generate, inputs_of, prompts_of
@@ -92,7 +92,7 @@ class Service:
             pieces = [piece async for piece in turn]
         if not pieces or pieces[-1].reason is None:
             raise ClientDisconnect
-        return JSONResponse(answer.whole(pieces))
+        return JSONResponse(answer.complete(pieces))
 
     async def _data(self, request: Request) -> Mapping[str, Any]:
         """Return the JSON object that was sent, for this model.
@@ -162,8 +162,8 @@ class _LocalOnly:
         application: Application that answers local requests.
     """
 
-    def __init__(self, made: ASGIApp) -> None:
-        self._made = made
+    def __init__(self, application: ASGIApp) -> None:
+        self._made = application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -213,27 +213,27 @@ async def _body(request: Request) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def _watched(request: Request, turn: Turn[Any]) -> AsyncIterator[None]:
+async def _watched(request: Request, job: Job[Any]) -> AsyncIterator[None]:
     """Cancel the work when the client leaves, or the block ends early."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        turn.cancel()
+        job.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
         watcher.cancel()
-        turn.cancel()
+        job.cancel()
 
 
-async def _streamed(request: Request, turn: Turn[Text], answer: Answer) -> Response:
+async def _streamed(request: Request, job: Job[Text], answer: Answer) -> Response:
     """Return a stream of events, or what was raised before the first."""
     watched = contextlib.AsyncExitStack()
-    await watched.enter_async_context(_watched(request, turn))
-    pieces = aiter(turn)
+    await watched.enter_async_context(_watched(request, job))
+    pieces = aiter(job)
     try:
         first = await anext(pieces, None)
     except BaseException:

@@ -40,7 +40,7 @@ class Line:
             self.end()
             raise
 
-    def join(self, work: Work[Piece]) -> Turn[Piece]:
+    def join(self, work: Work[Piece]) -> Job[Piece]:
         """Return a place in the line.
 
         Raises:
@@ -51,7 +51,7 @@ class Line:
         if self.length >= self._most:
             raise RefusedError(429, _BUSY, code="rate_limit_exceeded")
         self.length += 1
-        turn = Turn(work, self._closed, self._left)
+        turn = Job(work, self._closed, self._left)
         self._thread.submit(turn.take, self.runner)
         return turn
 
@@ -67,7 +67,7 @@ class Line:
         self.length -= 1
 
 
-class Turn(Generic[Piece]):
+class Job(Generic[Piece]):
     """One piece of work in the line; iterate over what it gives.
 
     Args:

@@ -53,7 +53,7 @@ class ListenOptions:
             raise UsageError(f"queue {self.queue} is below 0")
 
 
-def serve(artifact: Path, name: str, place: ListenOptions, threads: int | None = None) -> int:
+def serve(artifact: Path, name: str, options: ListenOptions, threads: int | None = None) -> int:
     """Answer requests until SIGINT or SIGTERM, and return the exit code.
 
     What is being generated then may end within `GRACE_S` seconds; who waits is sent away.
@@ -61,7 +61,7 @@ def serve(artifact: Path, name: str, place: ListenOptions, threads: int | None =
     Args:
         artifact: The folder.
         name: Name of the model for clients.
-        place: Address to listen at, and limits.
+        options: Address to listen at, and limits.
         threads: Threads inside one operator; None for as many as the process may use.
 
     Raises:
@@ -69,8 +69,8 @@ def serve(artifact: Path, name: str, place: ListenOptions, threads: int | None =
         ArtifactError: The artifact is damaged.
         BackendUnavailableError: What it needs is not here.
     """
-    with listen(place) as listening:
-        line = Line(lambda: Runner(artifact, threads), place.queue)
+    with listen(options) as listening:
+        line = Line(lambda: Runner(artifact, threads), options.queue)
         try:
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
@@ -110,7 +110,7 @@ def _run(server: uvicorn.Server, listening: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A server that closes the line as soon as it is told to end.
+    """A server that closes the line as soon as it has to stop.
 
     Args:
         config: Configuration of uvicorn.
@@ -141,18 +141,18 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-def listen(place: ListenOptions) -> socket.socket:
+def listen(options: ListenOptions) -> socket.socket:
     """Return a socket that listens there.
 
     Raises:
         UsageError: The address or port cannot be had.
     """
     try:
-        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]
-        return socket.create_server(address[:2], family=family, backlog=place.queue + 64)
+        return socket.create_server(address[:2], family=family, backlog=options.queue + 64)
     except OSError as error:
-        where = f"{place.host}:{place.port}"
+        where = f"{options.host}:{options.port}"
         hint = "choose another with --host and --port"
         raise UsageError(f"cannot listen at {where} ({error.strerror or error}); {hint}") from error
 

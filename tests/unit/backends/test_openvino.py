@@ -28,7 +28,7 @@ from llmopt.runtime.engines.providers import (
     OPENVINO,
     Provider,
     left_behind,
-    place_of,
+    provider_of,
     start,
 )
 
@@ -123,14 +123,14 @@ def test_time_is_taken_of_a_run() -> None:
 
 
 def test_an_artifact_says_where_it_runs() -> None:
-    assert place_of("onnxruntime-cpu", {}, 1) == Provider()
-    assert place_of("onnxruntime-cpu{ep=auto}", {"ep": "cpu"}, 1) == Provider()
-    found = place_of("onnxruntime-cpu{ep=auto}", {"ep": "openvino"}, 3)
-    assert (found.provider, found.whole) == (OPENVINO, True)
+    assert provider_of("onnxruntime-cpu", {}, 1) == Provider()
+    assert provider_of("onnxruntime-cpu{ep=auto}", {"ep": "cpu"}, 1) == Provider()
+    found = provider_of("onnxruntime-cpu{ep=auto}", {"ep": "openvino"}, 3)
+    assert (found.provider, found.exclusive) == (OPENVINO, True)
     assert '"INFERENCE_NUM_THREADS": "3"' in found.settings["load_config"]
-    gpu = place_of("onnxruntime-cuda{graph=true,dtype=bfloat16}", {}, 1)
+    gpu = provider_of("onnxruntime-cuda{graph=true,dtype=bfloat16}", {}, 1)
     assert (gpu.provider, gpu.device, gpu.captures) == (CUDA, "cuda", True)
-    assert not place_of("onnxruntime-cuda", {}, 1).captures
+    assert not provider_of("onnxruntime-cuda", {}, 1).captures
 
 
 def test_an_artifact_of_a_provider_that_nobody_knows_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels import amx
 from llmopt.backends.tvm.kernels.attention.selection import (
     AttentionForm,
-    Turning,
+    Rotation,
     append,
     attention,
     decode,
@@ -189,7 +189,7 @@ class Step:
     past: int
     new: int
     form: AttentionForm
-    turning: Turning
+    rotation: Rotation
 
     @property
     def keys(self) -> int:
@@ -206,7 +206,7 @@ class Step:
         mask = np.ones((self.batch, keys), np.int64)
         for b in range(self.batch):
             mask[b, : 2 * b] = 0
-        half = max(self.turning.rotary // 2, 1)
+        half = max(self.rotation.rotary // 2, 1)
         return {
             **caches,
             "qkv": floats(
@@ -237,9 +237,9 @@ class Step:
 
     def turned(self, x: Array, given: dict[str, Array], weight: str) -> Array:
         """Return heads [B, S, heads, D] normed and rotated."""
-        if self.turning.norm is not None:
-            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.turning.norm) * given[weight]
-        half = self.turning.rotary // 2
+        if self.rotation.norm is not None:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.rotation.norm) * given[weight]
+        half = self.rotation.rotary // 2
         low, high = x[..., :half], x[..., half : 2 * half]
         at = given["position_ids"]
         cos, sin = (given[name][at][:, :, None, :half] for name in ("cos", "sin"))
@@ -247,22 +247,22 @@ class Step:
         return np.concatenate(turned, axis=-1)
 
 
-SMOLLM = Step(2, 60, 9, AttentionForm(6, 2, 64, causal=True, cached=True), Turning(64, 64))
+SMOLLM = Step(2, 60, 9, AttentionForm(6, 2, 64, causal=True, cached=True), Rotation(64, 64))
 GEMMA = Step(
     3,
     7,
     4,
     AttentionForm(8, 1, 24, causal=True, cached=True, left=5, softcap=3.0),
-    Turning(24, 12, 1e-6),
+    Rotation(24, 12, 1e-6),
 )
 GPT = Step(
     2,
     0,
     37,
     AttentionForm(4, 4, 16, causal=True, cached=True, masked=False, left=20),
-    Turning(16),
+    Rotation(16),
 )
-ODD = Step(1, 5, 3, AttentionForm(3, 1, 7, causal=True, cached=True), Turning(7, 6))
+ODD = Step(1, 5, 3, AttentionForm(3, 1, 7, causal=True, cached=True), Rotation(7, 6))
 
 
 @pytest.mark.parametrize("step", [SMOLLM, GEMMA, GPT, ODD], ids=["smollm", "gemma", "gpt", "odd"])
@@ -279,7 +279,7 @@ def check_prefill(
 ) -> None:
     given = step.given(rng)
     wanted, blank = step.wanted(given), filled(rng, given["qkv"], step.form)
-    out = call(append(step.form, step.turning, features), given, {"q": blank}, mcpu)
+    out = call(append(step.form, step.rotation, features), given, {"q": blank}, mcpu)
     for name in ("q", "k_cache", "v_cache"):
         got = out[name] if name == "q" else out[name][:, :, : step.keys]
         assert error(got, wanted[name]) < CLOSE, name
@@ -295,7 +295,7 @@ DECODING = {
     "odd": replace(ODD, new=1),
     "first": replace(SMOLLM, past=0, new=1, batch=1),
     "half a head is no whole vectors": Step(
-        2, 9, 1, AttentionForm(4, 2, 80, causal=True, cached=True), Turning(80, 80)
+        2, 9, 1, AttentionForm(4, 2, 80, causal=True, cached=True), Rotation(80, 80)
     ),
 }
 
@@ -314,7 +314,9 @@ def check_decode(
 ) -> None:
     given = step.given(rng)
     wanted, blank = step.wanted(given), filled(rng, given["qkv"], step.form)
-    out: dict[str, Any] = call(decode(step.form, step.turning, features), given, {"y": blank}, mcpu)
+    out: dict[str, Any] = call(
+        decode(step.form, step.rotation, features), given, {"y": blank}, mcpu
+    )
     assert error(out["y"], wanted["y"]) < CLOSE
     for name in ("k_cache", "v_cache"):
         assert error(out[name][:, :, : step.keys], wanted[name]) < CLOSE
@@ -323,8 +325,8 @@ def check_decode(
 
 def test_names_tell_functions_apart() -> None:
     forms = [step.form for step in DECODING.values()] + [replace(SMOLLM.form, scale=1.0)]
-    turnings = {step.turning for step in DECODING.values()}
+    turnings = {step.rotation for step in DECODING.values()}
     labels = {form.label for form in forms}
     assert len(labels) == len(set(forms))
-    assert len({turning.label for turning in turnings}) == len(turnings)
+    assert len({rotation.label for rotation in turnings}) == len(turnings)
     assert all(label.isidentifier() for label in labels)

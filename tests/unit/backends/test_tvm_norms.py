@@ -12,7 +12,7 @@ pytest.importorskip("tvm")
 from support.kernel_calls import AVX2, Array, call, error, floats, host, narrow
 
 from llmopt.backends.tvm.kernels.gather import gather
-from llmopt.backends.tvm.kernels.heads import Turning
+from llmopt.backends.tvm.kernels.heads import Rotation
 from llmopt.backends.tvm.kernels.norms import Norm, norm
 from llmopt.backends.tvm.kernels.rotary import rotary
 
@@ -78,7 +78,7 @@ def test_rotation_turns_halves(width: int, turned: int, rng: np.random.Generator
     x = floats(rng, 6, heads * width)
     given: dict[str, Any] = {name: floats(rng, 11, half) for name in ("cos", "sin")}
     given["position_ids"] = rng.integers(0, 11, (2, 3))
-    kernel = rotary(Turning(width, turned), heads, host())
+    kernel = rotary(Rotation(width, turned), heads, host())
     out = call(kernel, {"x": x, **given}, {"y": np.zeros_like(x)})["y"]
     wanted = x.astype(np.float64).reshape(6, -1, width)
     cos, sin = (given[name][given["position_ids"].reshape(-1)][:, None] for name in ("cos", "sin"))

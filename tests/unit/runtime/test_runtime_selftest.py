@@ -53,7 +53,7 @@ def decoder_example(**changes: Any) -> Golden:
         prefill=5,
         text=TEXT,
         tokens=tuple(TEXT.encode()),
-        made_with="numpy",
+        producer="numpy",
     )
     return replace(made, **changes)
 

@@ -19,8 +19,8 @@ from llmopt.backends.tvm.kernels.vectors import (
 
 
 @dataclass(frozen=True)
-class Turning:
-    """How heads are turned.
+class Rotation:
+    """Norm, rotation and scale of heads.
 
     Args:
         width: D, numbers in a head.
@@ -52,7 +52,7 @@ class Head:
     """One head, before and after.
 
     Args:
-        turning: Norm, rotation and scale to apply.
+        rotation: Norm, rotation and scale to apply.
         lanes: Lanes of a vector that divides D and half of the rotated width.
         source: Buffer and place of its first number.
         target: Buffer and place of its first result.
@@ -61,7 +61,7 @@ class Head:
         scale: Factor of the results.
     """
 
-    turning: Turning
+    rotation: Rotation
     lanes: int
     source: tuple[Any, tuple[Any, ...]]
     target: tuple[Any, tuple[Any, ...]]
@@ -82,10 +82,10 @@ class Head:
         return value * splat(self.scale, self.lanes)
 
 
-def lanes_for(turning: Turning, features: Features) -> int:
+def lanes_for(rotation: Rotation, features: Features) -> int:
     """Return the lanes that divide a head and the half that is rotated."""
-    half = turning.rotary // 2
-    return fitting(features, turning.width if not half else _divisor(turning.width, half))
+    half = rotation.rotary // 2
+    return fitting(features, rotation.width if not half else _divisor(rotation.width, half))
 
 
 def _divisor(first: int, second: int) -> int:
@@ -94,13 +94,13 @@ def _divisor(first: int, second: int) -> int:
     return first
 
 
-def turn(head: Head) -> None:
+def rotate(head: Head) -> None:
     """Write one head: normed, its first numbers rotated, all scaled."""
-    root = _root(head) if head.turning.norm is not None else None
-    half = head.turning.rotary // 2
+    root = _root(head) if head.rotation.norm is not None else None
+    half = head.rotation.rotary // 2
     if half:
         _rotate(head, half, root)
-    with T.serial((head.turning.width - 2 * half) // head.lanes) as j:
+    with T.serial((head.rotation.width - 2 * half) // head.lanes) as j:
         value = head.number(j * head.lanes + 2 * half, root)
         store(head.target, j * head.lanes + 2 * half, value * splat(head.scale, head.lanes))
 
@@ -109,11 +109,11 @@ def _root(head: Head) -> Any:
     """Return what the norm of a head multiplies by, in every lane."""
     total = Registers.allocated(1, 1, head.lanes)
     total.clear()
-    with T.serial(head.turning.width // head.lanes) as j:
+    with T.serial(head.rotation.width // head.lanes) as j:
         value = T.bind(load(*head.source, j * head.lanes, head.lanes))
         total.put(0, 0, total.get(0, 0) + value * value)
-    mean = across(total.get(0, 0), lambda a, b: a + b) * splat(1 / head.turning.width, head.lanes)
-    total.put(0, 0, splat(1.0, head.lanes) / T.sqrt(mean + splat(head.turning.norm, head.lanes)))
+    mean = across(total.get(0, 0), lambda a, b: a + b) * splat(1 / head.rotation.width, head.lanes)
+    total.put(0, 0, splat(1.0, head.lanes) / T.sqrt(mean + splat(head.rotation.norm, head.lanes)))
     return total.get(0, 0)
 
 

@@ -131,7 +131,7 @@ def _sum(lanes: int, width: int, term: Callable[[Any], Any]) -> Any:
     return (four.get(0, 0) + four.get(1, 0)) + (four.get(2, 0) + four.get(3, 0))
 
 
-def _normalize(row: NormRow, y: Any, place: tuple[Any, Any]) -> None:
+def _normalize(row: NormRow, y: Any, index: tuple[Any, Any]) -> None:
     """Write the norm of a row."""
     lanes, width = row.lanes, row.norm.width
     mean = splat(0.0, lanes)
@@ -139,4 +139,4 @@ def _normalize(row: NormRow, y: Any, place: tuple[Any, Any]) -> None:
         mean = T.bind(row.mean(_sum(lanes, width, row.number)))
     root = T.bind(row.root(_sum(lanes, width, lambda d: row.square(d, mean))))
     with T.serial(width // lanes) as j:
-        store((y, place), j * lanes, row.result(j * lanes, mean, root))
+        store((y, index), j * lanes, row.result(j * lanes, mean, root))

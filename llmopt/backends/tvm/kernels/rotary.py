@@ -11,29 +11,29 @@ from typing import Any
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import Features
-from llmopt.backends.tvm.kernels.heads import Head, Turning, lanes_for, turn
+from llmopt.backends.tvm.kernels.heads import Head, Rotation, lanes_for, rotate
 from llmopt.backends.tvm.kernels.kernel import Kernel
 
 
-def rotary(turning: Turning, heads: int, features: Features) -> Kernel:
+def rotary(rotation: Rotation, heads: int, features: Features) -> Kernel:
     """Return the rotation of rows of heads.
 
     Inputs are ``x [M, heads·D]``, ``cos, sin [positions, rotary/2]`` and
     ``position_ids [B, S] int64``, M = B·S; the output is ``y`` of the shape of ``x``.
 
     Args:
-        turning: Width, and how much of it is rotated; its norm is not applied.
+        rotation: Width of a head and of its rotated part; its norm is not applied.
         heads: Number of heads in a row.
         features: Features of the processor.
     """
-    plain = Turning(turning.width, turning.rotary)
-    name = f"rotary_h{heads}_d{turning.width}_{plain.label}_{features.label}"
+    plain = Rotation(rotation.width, rotation.rotary)
+    name = f"rotary_h{heads}_d{rotation.width}_{plain.label}_{features.label}"
     function = _rotary(plain, heads, lanes_for(plain, features))
     return Kernel(name, function, ("x", "cos", "sin", "position_ids"), ("y",))
 
 
-def _rotary(turning: Turning, heads: int, lanes: int) -> Any:
-    width, half = turning.width, turning.rotary // 2
+def _rotary(rotation: Rotation, heads: int, lanes: int) -> Any:
+    width, half = rotation.width, rotation.rotary // 2
 
     @T.prim_func(s_tir=True)
     def rotary(
@@ -51,6 +51,6 @@ def _rotary(turning: Turning, heads: int, lanes: int) -> Any:
             for h in T.serial(heads):
                 place = T.meta_var((m, h * width))
                 tables = T.meta_var((cosines, sines, position))
-                turn(Head(turning, lanes, (given, place), (out, place), tables, None, 1.0))
+                rotate(Head(rotation, lanes, (given, place), (out, place), tables, None, 1.0))
 
     return rotary

@@ -80,5 +80,5 @@ def _code(codes: Any, row: Any, k: Any, storage: Storage) -> Any:
     return T.bitwise_and(T.shift_right(up, T.int32(24)), T.int32(255))
 
 
-def _bits(word: Any, place: Any, mask: int) -> Any:
-    return T.bitwise_and(T.shift_right(word, T.cast(place, "int32")), T.int32(mask))
+def _bits(word: Any, shift: Any, mask: int) -> Any:
+    return T.bitwise_and(T.shift_right(word, T.cast(shift, "int32")), T.int32(mask))

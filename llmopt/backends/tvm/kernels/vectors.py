@@ -29,11 +29,11 @@ def fitting(features: Features, width: int) -> int:
     return lanes
 
 
-def load(buffer: Any, place: tuple[Any, ...], offset: Any = 0, lanes: int = 1) -> Any:
-    """Return ``lanes`` numbers of a buffer along its last axis, ``offset`` after ``place``."""
+def load(buffer: Any, index: tuple[Any, ...], offset: Any = 0, lanes: int = 1) -> Any:
+    """Return ``lanes`` numbers of a buffer along its last axis, ``offset`` after ``index``."""
     dtype = str(buffer.ty.dtype)
-    index = [*place[:-1], place[-1] + offset]
-    return buffer.vload(index, dtype=f"{dtype}x{lanes}" if lanes > 1 else dtype)
+    first = [*index[:-1], index[-1] + offset]
+    return buffer.vload(first, dtype=f"{dtype}x{lanes}" if lanes > 1 else dtype)
 
 
 def at(start: Any, lanes: int) -> Any:

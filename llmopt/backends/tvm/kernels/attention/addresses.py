@@ -13,7 +13,7 @@ from llmopt.backends.tvm.kernels.vectors import lanes_of, splat
 
 
 @dataclass(frozen=True)
-class Places:
+class Addresses:
     """Buffers and sizes of a kernel while its text is read.
 
     Rows are (query, head) pairs of one key head: row s·R + r is query s of head g·R + r.

@@ -27,10 +27,10 @@ from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels.activations import exp2
-from llmopt.backends.tvm.kernels.attention.addresses import Places
+from llmopt.backends.tvm.kernels.attention.addresses import Addresses
 from llmopt.backends.tvm.kernels.attention.form import UNSEEN, AttentionForm
 from llmopt.backends.tvm.kernels.attention.rows import Fresh, append_row
-from llmopt.backends.tvm.kernels.heads import turn
+from llmopt.backends.tvm.kernels.heads import rotate
 from llmopt.backends.tvm.kernels.vectors import (
     Registers,
     across,
@@ -61,7 +61,7 @@ class HeadTask:
         scores: [R, PIECE] float32, scores, then weights.
     """
 
-    io: Places
+    io: Addresses
     lanes: int
     together: int
     b: Any
@@ -176,7 +176,7 @@ class Joined:
         results: Partial results of the pieces.
     """
 
-    io: Places
+    io: Addresses
     lanes: int
     batch: Any
     pieces: Any
@@ -209,10 +209,10 @@ def _join(p: Joined) -> None:
         _write(p, head, first, whole.get(0, 0))
 
 
-def _write(p: Joined, head: Any, first: Any, whole: Any) -> None:
+def _write(p: Joined, head: Any, first: Any, total: Any) -> None:
     """Write a head's result: its pieces' sums by their shares, divided by the whole."""
     heads, width = p.io.form.heads, p.io.form.width
-    part = variable(T.if_then_else(whole > T.float32(0.0), T.float32(1.0) / whole, T.float32(0.0)))
+    part = variable(T.if_then_else(total > T.float32(0.0), T.float32(1.0) / total, T.float32(0.0)))
     with T.serial(width // p.lanes) as d:
         acc = Registers.allocated(1, 1, p.lanes)
         acc.clear()
@@ -225,7 +225,7 @@ def _write(p: Joined, head: Any, first: Any, whole: Any) -> None:
         store((p.io.y, place), d * p.lanes, acc.get(0, 0))
 
 
-def attend(io: Places, new: Fresh, features: Features, batch: Any) -> None:
+def attend(io: Addresses, new: Fresh, features: Features, batch: Any) -> None:
     """Compute all pieces and join them; the last one of a key head appends the new key."""
     form = io.form
     lanes = new.lanes  # of stores: wider loads of queries in registers are miscompiled by LLVM 22
@@ -240,7 +240,7 @@ def attend(io: Places, new: Fresh, features: Features, batch: Any) -> None:
         query = T.alloc_buffer((ratio, form.width), "float32")
         scores = T.alloc_buffer((ratio, PIECE), "float32")
         with T.serial(ratio) as r:
-            turn(new.query(b, g * ratio + r, (query, (r, 0)), form.factor))
+            rotate(new.query(b, g * ratio + r, (query, (r, 0)), form.factor))
         with T.If(i == pieces - 1), T.Then():
             append_row(new, b, g, (io.k, io.v), (b, g, io.keys - 1, 0))
         first = variable(begin + i * PIECE)

@@ -30,7 +30,7 @@ from llmopt.backends.tvm.features import Features
 from llmopt.backends.tvm.kernels import amx
 from llmopt.backends.tvm.kernels.activations import exp2
 from llmopt.backends.tvm.kernels.attention import tiles as attention_tiles
-from llmopt.backends.tvm.kernels.attention.addresses import Places
+from llmopt.backends.tvm.kernels.attention.addresses import Addresses
 from llmopt.backends.tvm.kernels.attention.element_types import BfloatPairs, Floats, Numbers
 from llmopt.backends.tvm.kernels.attention.form import UNSEEN, AttentionForm
 from llmopt.backends.tvm.kernels.vectors import (
@@ -111,11 +111,11 @@ class RowBlock:
     """
 
     n: BlockSizes
-    io: Places
+    io: Addresses
     b: Any
     g: Any
-    turned: Any
-    held: Any
+    transposed: Any
+    resident: Any
     scores: Any
     weights: Any
     summed: Any
@@ -128,7 +128,7 @@ class RowBlock:
     total: Any
 
     @classmethod
-    def allocated(cls, n: BlockSizes, io: Places, b: Any, g: Any) -> RowBlock:
+    def allocated(cls, n: BlockSizes, io: Addresses, b: Any, g: Any) -> RowBlock:
         """Return a task with its buffers, allocated where the text is being read."""
         width, rows, (per, dtype) = io.form.width, n.rows, (n.numbers.per, n.numbers.dtype)
         elements = [(width // per, rows), (n.keys * width // per,)]
@@ -148,11 +148,11 @@ class RowBlock:
         """Return vector c of a buffer [..., N] at ``place = (..., c)``."""
         return load(buffer, (*place[:-1], place[-1] * self.n.lanes), 0, self.n.lanes)
 
-    def put(self, buffer: Any, place: tuple[Any, ...], value: Any) -> None:
+    def put(self, buffer: Any, index: tuple[Any, ...], value: Any) -> None:
         """Write vector c of a buffer [..., N] at ``place = (..., c)``."""
-        store((buffer, (*place[:-1], place[-1] * self.n.lanes)), 0, value)
+        store((buffer, (*index[:-1], index[-1] * self.n.lanes)), 0, value)
 
-    def turn(self, row: Any, channel: Any) -> None:
+    def transpose_queries(self, row: Any, channel: Any) -> None:
         """Write a square of queries, scaled, row and channel exchanged."""
         factor = splat(self.io.form.factor, self.n.square)
         vectors = [
@@ -162,9 +162,9 @@ class RowBlock:
         channels, per = transposed([vector * factor for vector in vectors]), self.n.numbers.per
         for i in range(0, self.n.square, per):
             element = self.n.numbers.packed(channels[i : i + per])
-            store((self.turned, ((channel + i) // per, row)), 0, element)
+            store((self.transposed, ((channel + i) // per, row)), 0, element)
 
-    def turn_back(self, row: Any, channel: Any) -> None:
+    def transpose_results(self, row: Any, channel: Any) -> None:
         """Write a square of results, divided by the rows' totals."""
         part = T.bind(load(self.total, (row,), 0, self.n.square))
         vectors = [
@@ -181,22 +181,22 @@ class RowBlock:
             starts = range(d, d + n.square * n.numbers.per, n.square)
             vectors = [load(self.io.k, place, start, n.square) for start in starts]
             first = slot * (self.io.form.width // n.numbers.per)
-            store((self.held, (first,)), d // n.numbers.per, n.numbers.joined(vectors))
+            store((self.resident, (first,)), d // n.numbers.per, n.numbers.joined(vectors))
 
     def hold_values(self, keys: Sequence[Any], slot: Any) -> None:
         """Copy as many values as an element has numbers to a slot of the block."""
         places = [self.io.value(self.b, self.g, key) for key in keys]
         for d in range(0, self.io.form.width, self.n.square):
             vectors = [load(self.io.v, place, d, self.n.square) for place in places]
-            target = (self.held, (slot * self.io.form.width,))
+            target = (self.resident, (slot * self.io.form.width,))
             store(target, d, self.n.numbers.packed(vectors))
 
     def add_key_products(self, acc: Registers, slot: Any, d: Any) -> None:
         """Add element d of a tile of keys times element d of all rows."""
         width = self.io.form.width // self.n.numbers.per
-        keys = [self.held[(slot + r) * width + d] for r in range(self.n.tile)]
+        keys = [self.resident[(slot + r) * width + d] for r in range(self.n.tile)]
         vectors = [splat(key, self.n.lanes) for key in keys]
-        acc.add_products(vectors, self.vectors(self.turned, d), self.n.numbers.multiplied)
+        acc.add_products(vectors, self.vectors(self.transposed, d), self.n.numbers.multiplied)
 
     def keep_scores(self, acc: Registers, key: Any, slot: Any) -> None:
         """Write a tile's scores, hidden where a row does not see the key; raise the maxima."""
@@ -216,7 +216,7 @@ class RowBlock:
 
     def add_value_products(self, acc: Registers, slot: Any, first: Any) -> None:
         """Add channels from ``first`` on of an element of values, weighted, to all rows' sums."""
-        values = [self.held[slot * self.io.form.width + first + r] for r in range(self.n.deep)]
+        values = [self.resident[slot * self.io.form.width + first + r] for r in range(self.n.deep)]
         vectors = [splat(value, self.n.lanes) for value in values]
         acc.add_products(vectors, self.vectors(self.weights, slot), self.n.numbers.multiplied)
 
@@ -238,7 +238,7 @@ def _start(w: RowBlock, first: Any) -> None:
         T.buffer_store(w.peak, T.float32(UNSEEN), [i])
         T.buffer_store(w.total, T.float32(0.0), [i])
     with T.grid(w.n.rows // w.n.square, width // w.n.square) as (i, d):
-        w.turn(i * w.n.square, d * w.n.square)
+        w.transpose_queries(i * w.n.square, d * w.n.square)
     with T.serial(width) as d:
         for c in range(w.n.vectors):
             w.put(w.summed, (d, c), splat(0.0, w.n.lanes))
@@ -307,7 +307,7 @@ def _finish(w: RowBlock) -> None:
         total, zero = T.bind(w.vector(w.total, c)), splat(0.0, w.n.lanes)
         w.put(w.total, (c,), T.Select(total > zero, splat(1.0, w.n.lanes) / total, zero))
     with T.grid(w.n.rows // w.n.square, w.io.form.width // w.n.square) as (i, d):
-        w.turn_back(i * w.n.square, d * w.n.square)
+        w.transpose_results(i * w.n.square, d * w.n.square)
 
 
 def _attend(w: RowBlock, row: Any) -> None:
@@ -337,7 +337,7 @@ def _attend(w: RowBlock, row: Any) -> None:
     _finish(w)
 
 
-def attend(io: Places, features: Features, batch: Any) -> None:
+def attend(io: Addresses, features: Features, batch: Any) -> None:
     """Compute all blocks, with the code that the numbers need."""
     n = BlockSizes.of(io.form, features)
     if not n.numbers.code:
@@ -347,12 +347,12 @@ def attend(io: Places, features: Features, batch: Any) -> None:
         _attend_blocks(n, io, batch)
 
 
-def _attend_blocks(n: BlockSizes, io: Places, batch: Any) -> None:
+def _attend_blocks(n: BlockSizes, io: Addresses, batch: Any) -> None:
     """Compute all blocks; early and late ones alternate, since late ones see more keys."""
     groups, blocks = io.form.kv_heads, variable(T.ceildiv(io.length * io.form.ratio, n.rows))
     with T.parallel(batch * groups * blocks) as task:
         step = variable(task % blocks)
-        turn = T.if_then_else(step % 2 == 0, step // 2, blocks - 1 - step // 2)
-        row, head = variable(turn * n.rows), variable(task // blocks)
+        transpose_queries = T.if_then_else(step % 2 == 0, step // 2, blocks - 1 - step // 2)
+        row, head = variable(transpose_queries * n.rows), variable(task // blocks)
         b, g = variable(head // groups), variable(head % groups)
         _attend(RowBlock.allocated(n, io, b, g), row)

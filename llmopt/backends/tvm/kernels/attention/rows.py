@@ -9,17 +9,17 @@ from typing import Any
 from tvm.script import tirx as T  # noqa: N812 - the script language's own name
 
 from llmopt.backends.tvm.kernels.attention.form import AttentionForm
-from llmopt.backends.tvm.kernels.heads import Head, Turning, turn
+from llmopt.backends.tvm.kernels.heads import Head, Rotation, rotate
 from llmopt.backends.tvm.kernels.signature import Argument
 from llmopt.backends.tvm.kernels.vectors import load, store, variable
 
 
 def arguments(
-    form: AttentionForm, turning: Turning, rows: str, length: int | str
+    form: AttentionForm, rotation: Rotation, rows: str, length: int | str
 ) -> list[Argument]:
     """Return what is read of ``rows`` new rows, ``length`` of a sequence, and of its cache."""
     width, groups = form.width, form.kv_heads
-    table, cache = ("angles", turning.rotary // 2), ("batch", groups, "room", width)
+    table, cache = ("angles", rotation.rotary // 2), ("batch", groups, "room", width)
     every = [
         Argument("qkv", (rows, (form.heads + 2 * groups) * width)),
         Argument("q_norm", (width,)),
@@ -31,7 +31,7 @@ def arguments(
         Argument("k_cache", cache),
         Argument("v_cache", cache),
     ]
-    needed = turning.reads | {"qkv", "mask", "k_cache", "v_cache"}
+    needed = rotation.reads | {"qkv", "mask", "k_cache", "v_cache"}
     return [argument for argument in every if argument.name in needed]
 
 
@@ -41,7 +41,7 @@ class Fresh:
 
     Args:
         form: The attention.
-        turning: Norm and rotation.
+        rotation: Norm and rotation.
         lanes: Lanes of a vector that divides the rotated width.
         qkv: [M, H·D + 2·G·D].
         norms: [D] for queries, [D] for keys; None where there is no norm.
@@ -51,7 +51,7 @@ class Fresh:
     """
 
     form: AttentionForm
-    turning: Turning
+    rotation: Rotation
     lanes: int
     qkv: Any
     norms: tuple[Any, Any]
@@ -63,7 +63,7 @@ class Fresh:
     def of(
         cls,
         form: AttentionForm,
-        turning: Turning,
+        rotation: Rotation,
         lanes: int,
         buffers: Mapping[str, Any],
         length: Any,
@@ -72,7 +72,7 @@ class Fresh:
         norms = (buffers.get("q_norm"), buffers.get("k_norm"))
         tables = (buffers.get("cos"), buffers.get("sin"))
         positions = buffers.get("position_ids")
-        return cls(form, turning, lanes, buffers["qkv"], norms, tables, positions, length)
+        return cls(form, rotation, lanes, buffers["qkv"], norms, tables, positions, length)
 
     def query(self, row: Any, h: Any, target: tuple[Any, tuple[Any, ...]], scale: float) -> Head:
         """Return query head h of a row, to be written to ``target``."""
@@ -95,18 +95,18 @@ class Fresh:
         how: tuple[Any, float],
     ) -> Head:
         position = T.int64(0)
-        if self.turning.rotary:
+        if self.rotation.rotary:
             position = self.position_ids[row // self.length, row % self.length]
         source = (self.qkv, (row, h * self.form.width))
         tables = (*self.tables, position)
-        return Head(self.turning, self.lanes, source, target, tables, *how)
+        return Head(self.rotation, self.lanes, source, target, tables, *how)
 
 
-def append_row(new: Fresh, row: Any, g: Any, caches: tuple[Any, Any], place: Any) -> None:
+def append_row(new: Fresh, row: Any, g: Any, caches: tuple[Any, Any], slot: Any) -> None:
     """Write key (turned) and value of a row's head g to a place in the caches."""
-    turn(new.key(row, g, (caches[0], place)))
+    rotate(new.key(row, g, (caches[0], slot)))
     for d in range(0, new.form.width, new.lanes):
-        store((caches[1], place), d, new.value(row, g, d))
+        store((caches[1], slot), d, new.value(row, g, d))
 
 
 def append_all(new: Fresh, rows: Any, past: Any, targets: tuple[Any, Any, Any]) -> None:
@@ -115,6 +115,6 @@ def append_all(new: Fresh, rows: Any, past: Any, targets: tuple[Any, Any, Any]) 
     with T.parallel(rows) as row:
         b, slot = variable(row // new.length), variable(past + row % new.length)
         with T.serial(heads) as h:
-            turn(new.query(row, h, (targets[2], (row, h * width)), 1.0))
+            rotate(new.query(row, h, (targets[2], (row, h * width)), 1.0))
         with T.serial(group) as g:
             append_row(new, row, g, targets[:2], (b, g, slot, 0))

@@ -17,7 +17,7 @@ decode     one token a sequence    qkv, [q_norm, k_norm], [cos, sin, position_id
                                    mask, k_cache, v_cache
 ========== ======================= =================================================== ========
 
-Inputs in brackets are there if the `Turning` asks for them.
+Inputs in brackets are there if the `Rotation` asks for them.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from llmopt.backends.tvm.kernels.attention import (
 from llmopt.backends.tvm.kernels.attention import (
     rows as attention_rows,
 )
-from llmopt.backends.tvm.kernels.attention.addresses import Places
+from llmopt.backends.tvm.kernels.attention.addresses import Addresses
 from llmopt.backends.tvm.kernels.attention.form import AttentionForm
 from llmopt.backends.tvm.kernels.attention.rows import Fresh
-from llmopt.backends.tvm.kernels.heads import Turning, lanes_for
+from llmopt.backends.tvm.kernels.heads import Rotation, lanes_for
 from llmopt.backends.tvm.kernels.kernel import Kernel
 from llmopt.backends.tvm.kernels.signature import Argument, kernel
 from llmopt.backends.tvm.kernels.vectors import variable
 
-__all__ = ["AttentionForm", "Turning", "append", "attention", "decode"]
+__all__ = ["AttentionForm", "Rotation", "append", "attention", "decode"]
 
 
 def attention(form: AttentionForm, features: Features) -> Kernel:
@@ -63,7 +63,7 @@ def attention(form: AttentionForm, features: Features) -> Kernel:
         mask, y = buffers["mask"], buffers["y"]
         batch, keys = mask.ty.shape
         length = variable(q.ty.shape[0] // batch)
-        io = Places(form, q, k, v, mask, y, length, keys)
+        io = Addresses(form, q, k, v, mask, y, length, keys)
         attention_prefill.attend(io, features, batch)
 
     inputs = [*sources, Argument("mask", ("batch", "keys"), "int64")]
@@ -83,41 +83,41 @@ def _sources(form: AttentionForm) -> list[Argument]:
     return [q, Argument("k", ("held", held)), Argument("v", ("held", held))]
 
 
-def decode(form: AttentionForm, turning: Turning, features: Features) -> Kernel:
+def decode(form: AttentionForm, rotation: Rotation, features: Features) -> Kernel:
     """Return rotation, cache and attention of one new token a sequence.
 
     The output is ``y [B, H·D]``; key and value of the token are written to the caches at T - 1.
     """
-    lanes, one = lanes_for(turning, features), T.int64(1)
+    lanes, one = lanes_for(rotation, features), T.int64(1)
 
     def body(buffers: Mapping[str, Any]) -> None:
         mask, caches = buffers["mask"], (buffers["k_cache"], buffers["v_cache"])
         batch, keys = mask.ty.shape
-        io = Places(form, buffers["qkv"], *caches, mask, buffers["y"], one, keys)
-        new = Fresh.of(form, turning, lanes, buffers, one)
+        io = Addresses(form, buffers["qkv"], *caches, mask, buffers["y"], one, keys)
+        new = Fresh.of(form, rotation, lanes, buffers, one)
         attention_decode.attend(io, new, features, batch)
 
-    inputs = attention_rows.arguments(form, turning, "batch", 1)
+    inputs = attention_rows.arguments(form, rotation, "batch", 1)
     outputs = [Argument("y", ("batch", form.heads * form.width))]
-    name = f"decode_{form.label}_{turning.label}_{features.label}"
+    name = f"decode_{form.label}_{rotation.label}_{features.label}"
     return kernel(name, inputs, outputs, body)
 
 
-def append(form: AttentionForm, turning: Turning, features: Features) -> Kernel:
+def append(form: AttentionForm, rotation: Rotation, features: Features) -> Kernel:
     """Return rotation of new rows and their place in the caches, from T - S on.
 
     The output is ``q [M, H·D]``, turned, not scaled.
     """
-    lanes = lanes_for(turning, features)
+    lanes = lanes_for(rotation, features)
 
     def body(buffers: Mapping[str, Any]) -> None:
         rows, (batch, keys) = buffers["qkv"].ty.shape[0], buffers["mask"].ty.shape
         length = variable(rows // batch)
         targets = (buffers["k_cache"], buffers["v_cache"], buffers["q"])
-        new = Fresh.of(form, turning, lanes, buffers, length)
+        new = Fresh.of(form, rotation, lanes, buffers, length)
         attention_rows.append_all(new, rows, keys - length, targets)
 
-    inputs = attention_rows.arguments(form, turning, "rows", "length")
+    inputs = attention_rows.arguments(form, rotation, "rows", "length")
     outputs = [Argument("q", ("rows", form.heads * form.width))]
-    name = f"append_{form.label}_{turning.label}_{features.label}"
+    name = f"append_{form.label}_{rotation.label}_{features.label}"
     return kernel(name, inputs, outputs, body)

@@ -178,13 +178,13 @@ class _AmxTile:
             for place, value in zip((0, HALF), vectors, strict=True):
                 store(self.results, [step + at, place], value, LANES)
 
-    def _scaled(self, row: Expr, place: int, factor: Expr, scale: Expr | None) -> Expr:
-        value = cast("float32", load(self.sums, [row, place], LANES), LANES)
+    def _scaled(self, row: Expr, column: int, factor: Expr, scale: Expr | None) -> Expr:
+        value = cast("float32", load(self.sums, [row, column], LANES), LANES)
         return value * (factor if scale is None else factor * scale)
 
-    def _added(self, value: Expr, start: Expr, place: list[Expr]) -> Expr:
+    def _added(self, value: Expr, start: Expr, index: list[Expr]) -> Expr:
         """Return a value and what earlier columns summed up."""
-        return value + T.Select(start > 0, load(self.results, place, LANES), number(0, LANES))
+        return value + T.Select(start > 0, load(self.results, index, LANES), number(0, LANES))
 
     def _multiply(self, start: tuple[Expr, Expr], row: Expr, ahead: Callable[[Expr], None]) -> None:
         """Emit the integer sums of columns from one of a panel on."""
@@ -195,7 +195,7 @@ class _AmxTile:
         with serial(-(-columns // form.depth)) as step:
             column = before + step * form.depth
             codes = self._codes_at(row, index * form.columns + column)
-            weights = panel.place(column)
+            weights = panel.address(column)
             unit.load(4, self.activations.codes, codes, _STRIDE)
             below = (codes[0] + self.activations.tiles * HIGH, codes[1])
             unit.load(5, self.activations.codes, below, _STRIDE)
@@ -208,7 +208,7 @@ class _AmxTile:
 
     def _codes_at(self, row: Expr, column: Expr) -> tuple[Expr, Expr]:
         """Return where the tile of a first row's codes begins."""
-        line, word = self.activations.place(row, T.floordiv(column, 4))
+        line, word = self.activations.address(row, T.floordiv(column, 4))
         return bind(line), word
 
 

@@ -105,7 +105,7 @@ def _by_column(x: Any, at_once: int, k: int) -> Any:
 
 def _sums(
     weights: tuple[Any, Expr],
-    places: range,
+    columns_at_once: range,
     sizes: tuple[int, int, int],
     x: Callable[[int, Expr], Expr],
 ) -> list[list[Expr]]:
@@ -113,12 +113,12 @@ def _sums(
 
     Args:
         weights: [T, K, 32] float32 or [T, K'/2, 32] pairs of bfloat16, and the tile.
-        places: Outputs of the tile at which vectors begin.
+        columns_at_once: Outputs of the tile at which vectors begin.
         sizes: Rows, columns and lanes.
         x: Row and column to a number.
     """
     rows, _, lanes = sizes
-    registers = [[Register(lanes) for _ in places] for _ in range(rows)]
+    registers = [[Register(lanes) for _ in columns_at_once] for _ in range(rows)]
     for row in registers:
         for register in row:
             register.set(number(0, lanes))
@@ -129,13 +129,13 @@ def _sums(
             for register, vector in zip(row, vectors, strict=True):
                 register.set(register.get() + value * vector)
 
-    _each_column(weights, places, sizes, step)
+    _each_column(weights, columns_at_once, sizes, step)
     return [[register.get() for register in row] for row in registers]
 
 
 def _each_column(
     weights: tuple[Any, Expr],
-    places: range,
+    columns_at_once: range,
     sizes: tuple[int, int, int],
     step: Callable[[Expr, list[Expr]], None],
 ) -> None:
@@ -143,7 +143,7 @@ def _each_column(
     (buffer, tile), (rows, k, lanes) = weights, sizes
 
     def vectors(line: Expr) -> list[Expr]:
-        return [bind(load(buffer, [tile, line, at], lanes)) for at in places]
+        return [bind(load(buffer, [tile, line, at], lanes)) for at in columns_at_once]
 
     def pair(line: Expr) -> None:
         if rows == 1:

@@ -115,7 +115,7 @@ def pieces(
         m: Number of rows.
         count: Number of tiles.
         sizes: Number of rows in a step, and about how many a piece has.
-        emit_piece: Emits a tile's rows, from a first one on, so many steps.
+        emit_piece: Emitter of a tile's rows, from a first row on, for a number of steps.
     """
     at_once, rows = sizes
     chunks = bind(T.floordiv(m + rows - 1, T.int64(rows)))

@@ -139,7 +139,7 @@ class Panel:
         """Return the scales of a block, 16 outputs twice; None where they come at the end."""
         return [None if self.form.kept else bind(self._scale(block, at)) for at in (0, HALF)]
 
-    def place(self, column: Expr) -> tuple[Expr, Expr]:
+    def address(self, column: Expr) -> tuple[Expr, Expr]:
         """Return where the tile of 16 outputs lies that begins with a column of the panel."""
         quad = T.floordiv(column, 4) if not isinstance(column, int) else column // 4
         return T.floordiv(quad, HIGH) * 2 * HIGH + T.floormod(quad, HIGH), 0
@@ -205,7 +205,7 @@ class Panel:
                 value = _minus(four, zero)
             else:
                 value = _rescaled(words[0], quad, zero, ratio)
-            line, lane = self.place(column + 4 * quad)
+            line, lane = self.address(column + 4 * quad)
             store(self.bytes, [line + half * HIGH, lane], value, LANES)
 
     def _zero(self, block: Expr, at: int) -> Expr:

@@ -62,7 +62,7 @@ class Activations:
     group: int
     tiles: int = 0
 
-    def place(self, row: Expr, quad: Expr) -> tuple[Expr, Expr]:
+    def address(self, row: Expr, quad: Expr) -> tuple[Expr, Expr]:
         """Return where codes ``4 * quad`` and after of a row lie."""
         if not self.tiles:
             return row, quad
@@ -137,7 +137,7 @@ def quantize_row(x: Any, row: Expr, k: int, storage: Storage, into: Activations)
     if spare:
         _quantize(_Span(x, row, whole * length, spare), whole, storage, into)
     for column in range(storage.columns, into.tiles * 4 * _QUADS, _LANES):
-        place = into.place(row, column // 4)
+        place = into.address(row, column // 4)
         store(into.codes, place, integer(0, _LANES // 4), _LANES // 4)
 
 
@@ -187,7 +187,7 @@ def _store_codes(run: _Span, inverse: Expr, length: int, into: Activations) -> E
 
     def write(index: Expr, value: Expr) -> None:
         packed = bits("int32", cast("int8", value, _LANES), _LANES // 4)
-        place = into.place(run.row, start + index * (_LANES // 4))
+        place = into.address(run.row, start + index * (_LANES // 4))
         store(into.codes, place, packed, _LANES // 4)
 
     def see(index: Expr, *, last: bool) -> None:

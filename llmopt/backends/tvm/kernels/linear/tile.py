@@ -247,10 +247,10 @@ class _PairedTile(_RegisterTile):
             ]
         return found
 
-    def _two_rows(self, first: Expr, second: Expr, place: Expr) -> Expr:
+    def _two_rows(self, first: Expr, second: Expr, offset: Expr) -> Expr:
         """Return eight codes of one row and eight of another."""
         codes = self.tile.activations.codes
-        words = [load(codes, [row, place], 2) for row in (first, second)]
+        words = [load(codes, [row, offset], 2) for row in (first, second)]
         return bits("int8", shuffled(words[0], words[1], [0, 1, 2, 3]), 16)
 
     def _outputs(self, at: int, chunk: Expr, octet: int) -> list[Expr]:
