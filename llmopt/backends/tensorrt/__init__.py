@@ -135,9 +135,9 @@ class _TensorRtBase(Backend):
 
     @override
     def cache_obstacle(self, program: Program) -> str | None:
-        from llmopt.backends.caches import not_in_place
+        from llmopt.backends.caches import shared_cache_obstacle
 
-        return not_in_place(program)
+        return shared_cache_obstacle(program)
 
     @override
     def check(self, program: Program) -> list[str]:
@@ -217,7 +217,7 @@ class _TensorRtBase(Backend):
     def _build(
         self, trt: Any, program: Program, folder: Path, recipe: EngineRecipe
     ) -> tuple[str, ...]:
-        """Build every engine, write them and the report, and say what was fused."""
+        """Build and write every engine and the report; return notes of what was fused."""
         nodes = [str(node.name) for node in g.nodes(program.graph, "Attention")]
         written = declined(program)
         engines, notes = [], []
@@ -225,13 +225,13 @@ class _TensorRtBase(Backend):
             try:
                 built = build_engine(trt, folder / NETWORK, recipe, capability)
             except ArtifactError as error:
-                hint = "report it: this should have been found before the build"
+                hint = "please report it: the check before the build should have caught this"
                 raise UnsupportedModelError(self.name, [error.problem], hint) from error
             (folder / engine_file(capability)).write_bytes(built.engine)
             layers = read_layers(built.layers)
-            found = attentions(layers, nodes, written, len(recipe.profiles))
-            engines.append(summary(capability, layers, found))
-            notes.append(_fused(capability, found))
+            fusions = attentions(layers, nodes, written, len(recipe.profiles))
+            engines.append(summary(capability, layers, fusions))
+            notes.append(_fused(capability, fusions))
         text = json.dumps({"schema": 1, "engines": engines}, indent=2) + "\n"
         (folder / REPORT).write_text(text, encoding="utf-8")
         return tuple(notes)
@@ -318,7 +318,7 @@ def _write_network(program: Program, folder: Path) -> None:
 
 
 def _notes(program: Program, demand: Demand) -> tuple[str, ...]:
-    """Say what the cache takes, which --max-length and --batch decide."""
+    """Return a note of the cache's size, which --max-length and --batch bound."""
     size = sum(
         value.const_value is None and value.dtype is not None and _bytes(value, demand.batch)
         for value in program.graph.inputs
@@ -342,8 +342,8 @@ def _bytes(value: ir.Value, batch: int) -> int:
     return int(total)
 
 
-def _fused(capability: str, found: Sequence[AttentionFusion]) -> str:
-    fused = sum(each.fused for each in found)
-    text = f"sm {capability}: {fused} of {len(found)} attentions are one layer each"
-    missed = [f"{each.node}: {each.reason}" for each in found if not each.fused]
+def _fused(capability: str, fusions: Sequence[AttentionFusion]) -> str:
+    fused = sum(each.fused for each in fusions)
+    text = f"sm {capability}: {fused} of {len(fusions)} attentions are one layer each"
+    missed = [f"{each.node}: {each.reason}" for each in fusions if not each.fused]
     return text + (f"; {'; '.join(missed[:3])}" if missed else "")

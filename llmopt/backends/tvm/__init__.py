@@ -70,9 +70,9 @@ class Tvm(Backend):
 
     @override
     def cache_obstacle(self, program: Program) -> str | None:
-        from llmopt.backends.caches import not_in_place
+        from llmopt.backends.caches import shared_cache_obstacle
 
-        return not_in_place(program)
+        return shared_cache_obstacle(program)
 
     @override
     def check(self, program: Program) -> list[str]:
