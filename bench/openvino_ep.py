@@ -59,7 +59,7 @@ def main() -> None:
 
 def measured(entry: Path, vocabulary: int, place: Provider) -> list[dict[str, Any]]:
     """Return one row for each size."""
-    cpu, other = open_session(entry, place=Provider()), open_session(entry, place=place)
+    cpu, other = open_session(entry, provider=Provider()), open_session(entry, provider=place)
     rows = []
     for batch, length in SIZES:
         feeds = tokens(batch, length, vocabulary)

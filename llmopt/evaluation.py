@@ -1,6 +1,6 @@
-"""What quantization cost, measured: an artifact and its source on the same text.
+"""The measured cost of quantization: an artifact against its source on the same text.
 
-`measure_quality` is what ``compile`` does with a Program at hand; `evaluate` compares an artifact
+`measure_quality` serves ``compile``, which has the Program; `evaluate` compares an artifact
 with any reference, on the user's text or on the artifact's own.
 """
 
@@ -30,17 +30,17 @@ Tokens = npt.NDArray[np.int64]
 Results = Callable[[Sequence[Tokens]], Iterator[Arrays]]
 """Yields the outputs, logits of every token among them, of each row [S] of tokens."""
 ROWS: Final = 8
-READ: Final = 24  # tokens of what is read, of a model that writes another sequence
+READ: Final = 24  # tokens of the encoder's input, in an encoder-decoder model
 TOKENS: Final = 88  # 8 x 88 positions: enough for a 99th percentile
 WINDOW: Final = 256
-WINDOWS: Final = 16  # of a longer text: 4096 positions tell enough
+WINDOWS: Final = 16  # at most, of a longer text: 4096 positions suffice
 
 
 def measure_quality(program: Program, run: Run, reference: Reference) -> dict[str, Any]:
     """Return the quality of ``run`` against its source, rounded to three digits.
 
     For a language model: mean and 99th-percentile KL divergence and top-1 agreement on text
-    that it writes itself, sampled at temperature 1 from its own start token. For any other:
+    that it generates itself, sampled at temperature 1 from its own start token. For any other:
     the cosine of its main output to the source's, on random tokens.
     """
     if program.signature.has_cache and program.signature.find(Role.LOGITS) is not None:
@@ -90,13 +90,13 @@ def full_feeds(tokens: npt.NDArray[np.int64]) -> Arrays:
 
 
 def sample(program: Program, run: Run, read: Arrays, length: int) -> npt.NDArray[np.int64]:
-    """Return [ROWS, length + 1] tokens that the artifact writes at temperature 1, seeded.
+    """Return [ROWS, length + 1] tokens that the artifact samples at temperature 1, seeded.
 
     Args:
-        program: Program that gives inputs their meaning.
+        program: Program with the signature and facts.
         run: The artifact.
-        read: Inputs of the encoder, for a Program of two components.
-        length: Number of tokens to generate.
+        read: Inputs of the encoder, in an encoder-decoder model.
+        length: Number of tokens to sample.
     """
     rng = np.random.default_rng(0)
     model = program.facts.model
@@ -137,10 +137,10 @@ def _flat(arrays: Sequence[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
         yield array.reshape(-1)
 
 
-def cosine(found: Arrays, wanted: Arrays, case: Case) -> npt.NDArray[Any]:
+def cosine(outputs: Arrays, wanted: Arrays, case: Case) -> npt.NDArray[Any]:
     """Return the cosine of each vector of the last output, over unpadded positions."""
     name = list(wanted)[-1]
-    a, b = found[name], wanted[name]
+    a, b = outputs[name], wanted[name]
     if b.ndim == 3 and b.shape[1] == case.new:
         mask = case.mask() == 1
         a, b = a[mask], b[mask]
@@ -149,12 +149,12 @@ def cosine(found: Arrays, wanted: Arrays, case: Case) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How far vectors are from their reference's.
+    """The similarity of output vectors to their reference's.
 
     Args:
-        samples: Vectors compared.
-        cosine_mean: The mean of their cosines, 1 where nothing was lost.
-        cosine_min: The lowest.
+        samples: Number of vectors compared.
+        cosine_mean: Mean of their cosines, 1 where they agree.
+        cosine_min: Lowest of their cosines.
     """
 
     samples: int
@@ -167,12 +167,12 @@ class Evaluation:
     """An artifact against a reference.
 
     Args:
-        text: Description of the text that they were compared on.
-        found: Quality of the candidate.
+        text: Description of the samples that they were compared on.
+        result: Measured quality or similarity.
     """
 
     text: str
-    found: Quality | Similarity
+    result: Quality | Similarity
 
 
 def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> Evaluation:
@@ -180,9 +180,9 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
 
     Args:
         candidate: The artifact.
-        reference: Results to compare with: `runner_results` or `source_results`.
-        text: Text to compare on: for a language model running text, cut into windows of 256 tokens;
-            for another model, one text a line. None for text that the artifact generates itself
+        reference: Outputs of the reference, by `runner_results` or `source_results`.
+        text: Text to compare on: for a language model running text, cut into windows of 256
+            tokens; for another, one text per line. None for text that the artifact generates itself
             (random tokens, where it generates none).
 
     Raises:
@@ -193,18 +193,18 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
     if candidate.session.find(Role.TOKENS) is None:
         raise UsageError(
             f"{candidate.folder}: takes no tokens (task {candidate.manifest.task!r}); compare "
-            "what `llmopt run --inputs` gives instead"
+            "the outputs of `llmopt run --inputs` instead"
         )
     rows, label = (_language_rows if language else _other_rows)(candidate, text)
     pairs = zip(rows, runner_results(candidate)(rows), reference(rows), strict=True)
     if not language:
-        return Evaluation(label, _similar(found_wanted[1:] for found_wanted in pairs))
+        return Evaluation(label, _similar(pair[1:] for pair in pairs))
     meter = QualityMeter()
-    for row, found, wanted in pairs:
-        left, right = _logits(found), _logits(wanted)
+    for row, outputs, wanted in pairs:
+        left, right = _logits(outputs), _logits(wanted)
         if left.shape != right.shape:
             raise UsageError(
-                f"the artifact gives logits {list(left.shape)}, the reference "
+                f"the artifact's logits are {list(left.shape)}, the reference's "
                 f"{list(right.shape)}: they are different models"
             )
         meter.add(right[:-1], left[:-1], row[1:])
@@ -212,20 +212,20 @@ def evaluate(candidate: Runner, reference: Results, text: str | None = None) -> 
 
 
 def require_one_model(candidate: Runner) -> None:
-    """Raise where an artifact is of two models: there is nothing to compare it on.
+    """Raise for an encoder-decoder model: text alone lacks its targets.
 
     Raises:
-        UsageError: it reads one sequence and writes another.
+        UsageError: the artifact is an encoder-decoder model.
     """
     if candidate.rewriter is not None:
         raise UsageError(
-            f"{candidate.folder}: reads one sequence and writes another, and texts come without "
-            "what they become; `llmopt compile --quantize` prints what its quantization cost"
+            f"{candidate.folder}: an encoder-decoder model cannot be evaluated on text without its "
+            "targets; `llmopt compile --quantize` prints what its quantization cost"
         )
 
 
 def runner_results(runner: Runner) -> Results:
-    """Return how to get outputs from an artifact."""
+    """Return a function from rows of tokens to an artifact's outputs."""
 
     def results(rows: Sequence[Tokens]) -> Iterator[Arrays]:
         for row in rows:
@@ -238,7 +238,7 @@ def runner_results(runner: Runner) -> Results:
 
 
 def source_results(signature: Signature, reference: Reference) -> Results:
-    """Return how to get outputs from a source, which ``open_source`` gave."""
+    """Return a function from rows of tokens to the outputs of a source of ``open_source``."""
 
     def results(rows: Sequence[Tokens]) -> Iterator[Arrays]:
         return reference.run([_row_feeds(signature, row) for row in rows])
@@ -261,10 +261,10 @@ def _logits(outputs: Arrays) -> npt.NDArray[Any]:
     """Return logits [S, V] out of a batch of one.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the outputs have no logits.
     """
     if "logits" not in outputs:
-        raise UsageError(f"the reference gives {', '.join(outputs)}, and no logits to compare")
+        raise UsageError(f"the reference returns {', '.join(outputs)} but no logits to compare")
     return np.asarray(outputs["logits"][0])
 
 
@@ -284,7 +284,7 @@ def _language_rows(candidate: Runner, text: str | None) -> tuple[list[Tokens], s
 
 
 def _own_rows(candidate: Runner, length: int) -> list[Tokens]:
-    """Return rows of tokens that the artifact draws at temperature 1, seeded."""
+    """Return rows of tokens that the artifact samples at temperature 1, seeded."""
     model = candidate.manifest.model
     start = model.bos if model.bos is not None else (*model.eos, 0)[0]
     drawn = candidate.generate_ids(
@@ -303,7 +303,7 @@ def _other_rows(candidate: Runner, text: str | None) -> tuple[list[Tokens], str]
         return rows, f"{len(rows)} rows of random tokens"
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UsageError("the text is empty: give one text a line")
+        raise UsageError("the text is empty: write one text per line")
     encoded, _ = candidate.tokenizer.encode_all(lines, limit)
     return [np.asarray(row, np.int64) for row in encoded], f"{len(lines)} lines of the text"
 
@@ -311,14 +311,14 @@ def _other_rows(candidate: Runner, text: str | None) -> tuple[list[Tokens], str]
 def _similar(pairs: Iterator[tuple[Arrays, Arrays]]) -> Similarity:
     """Return the cosines of the last output that both have, one for each vector."""
     cosines = []
-    for found, wanted in pairs:
-        name = next((name for name in reversed(wanted) if name in found), None)
-        if name is None or found[name].shape != wanted[name].shape:
+    for outputs, wanted in pairs:
+        name = next((name for name in reversed(wanted) if name in outputs), None)
+        if name is None or outputs[name].shape != wanted[name].shape:
             raise UsageError(
-                f"the artifact gives {_shapes(found)}, the reference {_shapes(wanted)}: they are "
-                "different models"
+                f"the artifact returns {_shapes(outputs)}, the reference {_shapes(wanted)}: they "
+                "are different models"
             )
-        cosines.append(_cosines(found[name], wanted[name]).reshape(-1))
+        cosines.append(_cosines(outputs[name], wanted[name]).reshape(-1))
     together = np.concatenate(cosines)
     count = together.size
     error = float(together.std(ddof=1) / np.sqrt(count)) if count > 1 else None

@@ -27,9 +27,9 @@ class FusionCount:
     """One kind of fusion.
 
     Args:
-        expected: Number in the source, counted from its config or module tree; None if unknown.
-        fused: Number of fused operators in the Program.
-        misses: ``node: reason`` for each place that a pass declined.
+        expected: Count in the source, from its config or module tree; None if unknown.
+        fused: Count in the Program.
+        misses: ``node: reason`` for each node that a pass declined.
     """
 
     expected: int | None
@@ -38,15 +38,15 @@ class FusionCount:
 
 
 def fusion_report(program: Program, ran: Iterable[Ran]) -> dict[str, FusionCount]:
-    """Return expected and found counts of each kind, on a Program in the dialect."""
+    """Return expected and fused counts of each kind, for a Program in the dialect."""
     declined = [miss for each in ran for miss in each.missed]
     report = {}
     for kind in KINDS:
         expected = program.facts.expected.get(kind)
-        found = sum(_count(part, kind) for part in program.parts())
+        fused = sum(_count(part, kind) for part in program.parts())
         misses = tuple(f"{m.node}: {m.reason}" for m in declined if m.kind == kind)
-        if expected or found:
-            report[kind] = FusionCount(expected, found, tuple(dict.fromkeys(misses)))
+        if expected or fused:
+            report[kind] = FusionCount(expected, fused, tuple(dict.fromkeys(misses)))
     return report
 
 
@@ -65,7 +65,7 @@ _MOVEMENT: Final = frozenset(
 
 
 def _rotated(value: ir.Value) -> bool:
-    """Whether ``value``, or a part that was put into it, went through a RotaryEmbedding."""
+    """Whether ``value``, or a part of it, is the output of a RotaryEmbedding."""
     stack, seen = [value], {value}
     while stack:
         node = stack.pop().producer()
@@ -79,10 +79,10 @@ def _rotated(value: ir.Value) -> bool:
 
 
 def required_kinds(requirements: Sequence[str]) -> list[str]:
-    """Return what has to be fused everywhere, from ``"attention=all"`` and the like.
+    """Return the kinds that must be fused everywhere, from ``"attention=all"`` and the like.
 
     Raises:
-        UsageError: a requirement is not of that form.
+        UsageError: a requirement has another form.
         UnknownNameError: there is no such kind.
     """
     kinds = []
@@ -100,11 +100,11 @@ def require(report: Mapping[str, FusionCount], requirements: Sequence[str]) -> N
     """Raise unless every required kind was fused wherever the source has it.
 
     Args:
-        report: Fusion report.
+        report: Counts of each kind, from `fusion_report`.
         requirements: ``"attention=all"`` and the like.
 
     Raises:
-        FusionError: something was missed.
+        FusionError: a required kind was not fused everywhere.
     """
     for kind in required_kinds(requirements):
         fused = report.get(kind, FusionCount(None, 0))

@@ -1,4 +1,4 @@
-"""Variables of the environment that libraries read where no argument says the same."""
+"""Environment variables, for library settings that no argument sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def variable(name: str, value: str) -> Iterator[None]:
-    """Set a variable for a while; what it was before comes back."""
+    """Set a variable inside the block, and restore its previous value after it."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

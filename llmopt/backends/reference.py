@@ -79,8 +79,8 @@ def runner(model: ir.Model, *, exact: bool) -> Run:
     """Return a function from inputs to outputs of a model of standard operators.
 
     Args:
-        model: The model, which is not changed.
-        exact: Compute in float32 what the model rounds.
+        model: Model to evaluate; it is not changed.
+        exact: Whether to compute in float32 what the model rounds.
 
     Raises:
         LlmoptError: An operator has no implementation.
@@ -104,7 +104,7 @@ def runner(model: ir.Model, *, exact: bool) -> Run:
 
 
 def unround(model: ir.Model) -> None:
-    """Let activations be of float32 that a scheme rounds; weights keep the numbers they have."""
+    """Make rounded activations float32; weights keep their rounded values."""
     for node in g.nodes(model.graph, "DequantizeLinear"):
         rounded = g.producer(node.inputs[0], "QuantizeLinear")
         if rounded is not None:

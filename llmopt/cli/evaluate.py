@@ -62,7 +62,7 @@ def evaluate_command(
     content = None if text is None else _read(text)
     with Progress() as progress:
         result = _evaluate(folders, reference, content, progress)
-    values = dataclasses.asdict(result.found)
+    values = dataclasses.asdict(result.result)
     about = {"artifact": str(artifact), "reference": reference, "text": result.text}
     if as_json:
         echo_json({"schema": SCHEMA} | about | values)

@@ -104,7 +104,7 @@ class OnnxRuntimeCpu(_OnProcessor):
     @override
     def open(self, entry: Path, *, exact: bool = False) -> Run:
         ep = openvino.chosen(entry) if self.ep == openvino.AUTO else self.ep
-        return open_session(entry, exact=exact, place=openvino.place(ep))
+        return open_session(entry, exact=exact, provider=openvino.provider_of(ep))
 
 
 _PROVIDERS: Final = (openvino.CPU, openvino.OPENVINO, openvino.AUTO)

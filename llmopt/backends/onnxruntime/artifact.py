@@ -30,9 +30,10 @@ def write_model(
     """Write a lowered Program into ``folder``.
 
     Args:
-        program: Program to write.
-        folder: Output directory.
-        providers: Providers for onnxruntime-genai, and their options; the CPU if empty.
+        program: Lowered Program.
+        folder: Directory of the artifact.
+        providers: Execution providers for onnxruntime-genai, each with its options; the CPU if
+            none.
     """
     for part in program.parts():
         finish(part.model)
@@ -55,8 +56,8 @@ def component_files(program: Program) -> dict[str, str]:
 def _declare_last_token(program: Program) -> None:
     """Declare logits of one token, the default of ``logits_to_keep``.
 
-    onnxruntime-genai sizes its buffer by what is declared. With ``logits_to_keep`` overridden the
-    shape is another, which ONNX Runtime allows and warns of.
+    onnxruntime-genai sizes its buffer by the declared shape. Where a caller sets ``logits_to_keep``
+    the actual shape differs, which ONNX Runtime allows with a warning.
     """
     logits, keep = program.output(Role.LOGITS), program.signature.find(Role.LOGITS_TO_KEEP)
     if logits is not None and keep is not None and logits.shape is not None:
@@ -65,7 +66,7 @@ def _declare_last_token(program: Program) -> None:
 
 
 def finish(model: ir.Model) -> None:
-    """Give every node and value a name of its own, and import the domains that are used."""
+    """Give every node and value a unique name, and import the domains that are used."""
     from onnx_ir.passes.common import NameFixPass
 
     for node in model.graph:

@@ -1,4 +1,4 @@
-"""Move padding behind the tokens, inside the graph, for attention that counts its keys.
+"""Move left padding behind the tokens, inside the graph, for attention that counts its keys.
 
 Rewrites, in front of the first layer and behind the last::
 
@@ -6,10 +6,10 @@ Rewrites, in front of the first layer and behind the last::
     position_ids  [0 0 0 1 2]    into    [0 1 2 0 0]
     hidden states [a b c . .]    into    [. . a b c]
 
-The fast kernels of GroupQueryAttention on a GPU take no mask: all they know is how many keys each
-row has, and that they are its first ones. A batch that is padded on the left is therefore turned
-round, row by row, and the rows are turned back before anybody reads them. A step of one token has
-nothing to turn.
+The fast kernels of GroupQueryAttention on a GPU take no mask: they read the first keys of each
+row, as many as its length says. A batch that is padded on the left is therefore compacted, row by
+row, and the rows are restored before anything else reads them. A step of one token has nothing to
+move.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ _LAST_AXIS: Final = frozenset({"LayerNormalization", "MatMul", "RMSNormalization
 """Operators that mix the last axis alone, whichever of the others is that of tokens."""
 
 Axes = dict[ir.Value, int]
-"""The axis of tokens of each value whose rows are turned."""
+"""The token axis of each value whose rows are compacted."""
 
 
 @dataclass(frozen=True)
 class CompactRows(Pass):
-    """Turn each row round so that its padding comes last, and its hidden states back.
+    """Move each row's left padding behind its tokens, and restore the order of its outputs.
 
-    Numerics: exact on unpadded positions. Padding keeps its place and may hold other numbers.
+    Numerics: exact on unpadded positions. Padding keeps its positions; its values may differ.
     Scope: decoders with a cache and a mask. Padding stands at either side of the tokens, not
     between them.
-    Leaves: graphs where another operator than attention looks from one token to another.
+    Leaves: graphs where an operator other than attention mixes tokens.
     """
 
     name: ClassVar[str] = "compact-rows"
@@ -68,30 +68,30 @@ class CompactRows(Pass):
         if (unfit := _unfit(program, padded)) is not None:
             outcome.miss(*unfit)
             return outcome
-        turned = [v for v in (tokens, *map(program.input, _BESIDE)) if v is not None]
-        cuts, ends, obstacle = _readers(program, turned)
+        ports = [v for v in (tokens, *map(program.input, _PER_TOKEN_ROLES)) if v is not None]
+        cuts, ends, obstacle = _readers(program, ports)
         if obstacle is not None:
             outcome.miss(*obstacle)
             return outcome
         anchor = program.graph[0]
-        forth, back = _turns(g.Builder(anchor), mask, tokens)
-        for value in turned:
-            _turn(value, forth, anchor)
+        forth, back = _orders(g.Builder(anchor), mask, tokens)
+        for value in ports:
+            _compact(value, forth, anchor)
             outcome.hit()
         for node in cuts:
             hidden = g.operand(node, 0)
-            node.replace_input_with(0, _turned_back(g.Builder(node), hidden, back))
+            node.replace_input_with(0, _restored(g.Builder(node), hidden, back))
         for out in ends:
-            g.replace_output(out, _turned_back(g.Builder(program.graph), out, back))
+            g.replace_output(out, _restored(g.Builder(program.graph), out, back))
         _on_the_host(program, tokens)
         return outcome
 
 
-_BESIDE: Final = (Role.POSITIONS, Role.TOKEN_TYPES)
+_PER_TOKEN_ROLES: Final = (Role.POSITIONS, Role.TOKEN_TYPES)
 
 
 def _padded(program: Program) -> list[ir.Node]:
-    """Return the attentions with a cache, if one of them has a mask and no row is turned yet."""
+    """Return the attentions with a cache, if one of them has a mask and no row is compacted yet."""
     if program.landmark(Landmark.ROW_ORDER) is not None:
         return []
     cached = [n for n in g.nodes(program.graph, "Attention") if AttentionOp.of(n).past]
@@ -99,23 +99,23 @@ def _padded(program: Program) -> list[ir.Node]:
 
 
 def _unfit(program: Program, padded: list[ir.Node]) -> tuple[ir.Node, str] | None:
-    """Return the first attention that could not read turned rows, and why, if there is one."""
+    """Return the first attention that cannot read compacted rows, and why, if there is one."""
     for node in padded:
         if AttentionOp.of(node).mask is None:
-            return node, "it attends to padding, and other layers do not"
+            return node, "it attends to padding, other layers do not"
         if (reason := not_grouped(program, AttentionOp.of(node))) is not None:
             return node, reason
     return None
 
 
 def _readers(
-    program: Program, turned: list[ir.Value]
+    program: Program, ports: list[ir.Value]
 ) -> tuple[list[ir.Node], list[ir.Value], tuple[ir.Node, str] | None]:
-    """Return what reads rows that are turned: nodes that cut off the last tokens, and outputs.
+    """Return the readers of compacted rows: nodes that slice the last tokens, and outputs.
 
-    The third is the node that looks from one token to another, and how, if there is one.
+    The third is the node that may mix tokens, and how, if there is one.
     """
-    axes: Axes = dict.fromkeys(turned, 1)
+    axes: Axes = dict.fromkeys(ports, 1)
     cuts: list[ir.Node] = []
     for node in program.graph:
         if node.op_type == "Shape" or not any(value in axes for value in node.inputs):
@@ -126,8 +126,8 @@ def _readers(
         axis = _axis(node, axes)
         if isinstance(axis, str):
             return [], [], (node, axis)
-        made = node.outputs[:1] if node.op_type == "Attention" else node.outputs
-        axes |= dict.fromkeys(made, axis)
+        outputs = node.outputs[:1] if node.op_type == "Attention" else node.outputs
+        axes |= dict.fromkeys(outputs, axis)
     return cuts, [out for out in program.graph.outputs if out in axes], None
 
 
@@ -136,8 +136,8 @@ def _slices_tokens(node: ir.Node) -> bool:
 
 
 def _axis(node: ir.Node, axes: Axes) -> int | str:
-    """Return the axis of tokens of what ``node`` makes, or how it may look across tokens."""
-    alone = f"{node.op_type} may look from one token to another"
+    """Return the token axis of the outputs of ``node``, or how it may mix tokens."""
+    alone = f"{node.op_type} may mix tokens"
     others = [v for v in node.inputs if v is not None and v not in axes]
     read = {axes[v] for v in node.inputs if v in axes}
     if node.op_type == "RotaryEmbedding" and node.inputs[0] in axes:  # positions stay [B, S]
@@ -147,14 +147,14 @@ def _axis(node: ir.Node, axes: Axes) -> int | str:
     (axis,) = read
     if node.op_type in _EACH_NUMBER:
         same = all(_same_for_all_tokens(value) for value in others)
-        return axis if same else f"{node.op_type} adds what depends on a token's place"
+        return (
+            axis if same else f"{node.op_type} combines tokens with values that differ by position"
+        )
     if node.op_type == "Transpose":
         return list(g.attribute(node, "perm", [1, 0])).index(axis)
     fits = _PER_TOKEN.get(node.op_type)
-    in_place = axis == 1 or (
-        node.op_type in _LAST_AXIS and axis != (g.rank(node.inputs[0]) or 0) - 1
-    )
-    return axis if fits is not None and in_place and fits(node, others) else alone
+    keeps = axis == 1 or (node.op_type in _LAST_AXIS and axis != (g.rank(node.inputs[0]) or 0) - 1)
+    return axis if fits is not None and keeps and fits(node, others) else alone
 
 
 def _by_matrix(node: ir.Node, others: list[ir.Value]) -> bool:
@@ -196,14 +196,14 @@ _PER_TOKEN: Final[Mapping[str, Callable[[ir.Node, list[ir.Value]], bool]]] = {
 def _same_for_all_tokens(value: ir.Value) -> bool:
     """Whether ``value`` is a constant that does not differ along [B, S, ...]'s second axis."""
     sizes = g.shape(value)
-    held = value.is_initializer() or g.constant(value) is not None
-    return held and sizes is not None and (len(sizes) < 2 or all(n == 1 for n in sizes[:-1]))
+    fixed = value.is_initializer() or g.constant(value) is not None
+    return fixed and sizes is not None and (len(sizes) < 2 or all(n == 1 for n in sizes[:-1]))
 
 
-def _turns(build: g.Builder, mask: ir.Value, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Return for each place [B, S] where its token is now, and where it was before.
+def _orders(build: g.Builder, mask: ir.Value, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return the index [B, S] that compacts rows, and the index [B, S, 1] that restores them.
 
-    All of it is made of values that live where the mask lives; the sizes alone are the host's.
+    All values are computed on the mask's device; only the sizes are computed on the host.
     """
     count = build.op("Shape", [tokens], {"start": 1, "end": 2})
     ends = build.constant([np.iinfo(np.int64).max], "int64")
@@ -214,10 +214,10 @@ def _turns(build: g.Builder, mask: ir.Value, tokens: ir.Value) -> tuple[ir.Value
     padding = build.op("ReduceSum", [_integers(build, before_first), axis])
     ones = _integers(build, build.op("Equal", [new, new]))
     size = build.op("ReduceSum", [ones, axis])
-    place = build.op("Sub", [build.op("CumSum", [ones, along]), along])
-    order = [build.op("Add", [place, padding]), size]
+    index = build.op("Sub", [build.op("CumSum", [ones, along]), along])
+    order = [build.op("Add", [index, padding]), size]
     forth = landmarks.op(build, Landmark.ROW_ORDER, "Mod", order)
-    back = build.op("Mod", [build.op("Sub", [place, padding]), size])
+    back = build.op("Mod", [build.op("Sub", [index, padding]), size])
     last = build.constant([2], "int64")
     return forth, build.op("Unsqueeze", [back, last])
 
@@ -226,7 +226,7 @@ def _integers(build: g.Builder, value: ir.Value) -> ir.Value:
     return build.op("Cast", [value], {"to": int(ir.DataType.INT64)})
 
 
-def _turn(value: ir.Value, forth: ir.Value, anchor: ir.Node) -> None:
+def _compact(value: ir.Value, forth: ir.Value, anchor: ir.Node) -> None:
     readers = [use for use in value.uses() if use.node.op_type != "Shape"]
     build = g.Builder(anchor)
     out = build.op(
@@ -236,15 +236,15 @@ def _turn(value: ir.Value, forth: ir.Value, anchor: ir.Node) -> None:
         use.node.replace_input_with(use.idx, out)
 
 
-def _turned_back(build: g.Builder, rows: ir.Value, back: ir.Value) -> ir.Value:
+def _restored(build: g.Builder, rows: ir.Value, back: ir.Value) -> ir.Value:
     return build.op("GatherND", [rows, back], {"batch_dims": 1}, name="rows/back", like=rows)
 
 
 def _on_the_host(program: Program, tokens: ir.Value) -> None:
-    """Compute where the last tokens begin from sizes, which are on the host, and the wish itself.
+    """Compute where the last tokens begin on the host: from sizes and ``logits_to_keep``.
 
     A provider of a device puts integer arithmetic of its own inputs on the device, and waits for
-    the result where a Slice needs it; what starts from a Shape stays on the host.
+    the result where a Slice needs it; what is computed from a Shape stays on the host.
     """
     keep = program.input(Role.LOGITS_TO_KEEP)
     for node in g.nodes(program.graph, "Neg"):

@@ -17,13 +17,13 @@ def genai_config(
     """Return the configuration of a decoder with a cache, None for any other Program.
 
     The artifact's inputs and outputs carry the names that onnxruntime-genai expects, so the
-    model type only selects its generic decoder. What sees images it knows by name alone, each with
-    a processor of its own, and gets none.
+    model type only selects its generic decoder. Vision-language models have a processor each,
+    selected by model type, and get no configuration.
 
     Args:
         program: The decoder.
-        entry: File of the model.
-        providers: Providers and their options; the CPU if empty.
+        entry: File name of the decoder.
+        providers: Execution providers, each with its options; the CPU if none.
     """
     if not program.signature.has_cache or program.facts.task != "generate":
         return None
@@ -31,7 +31,7 @@ def genai_config(
         return None
     model = program.facts.model
     ends = list(model.eos)
-    options = [{name: dict(told)} for name, told in providers.items()]
+    options = [{name: dict(settings)} for name, settings in providers.items()]
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
         "filename": entry,

@@ -1,8 +1,8 @@
 """Which operators a provider of ONNX Runtime has kernels for, from a table recorded once.
 
-`cuda_kernels.json` says for each kernel the operator, its domain, the versions and the element
-types it is compiled for. ONNX Runtime runs what it has no kernel for on the host, without a word; a
-backend for a device therefore looks every node up before it writes anything.
+`cuda_kernels.json` lists for each kernel the operator, its domain, its versions and the element
+types it is compiled for. ONNX Runtime silently runs on the CPU what a provider has no kernel for; a
+backend for a device therefore looks up every node before it writes anything.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class KernelTable:
 
     Args:
         provider: Name of the provider.
-        source: Package and version that the table is from.
-        kernels: By domain and operator.
+        source: Origin and version of the table.
+        kernels: Kernels by domain and operator.
         formals: The schemas of operators beyond ONNX's own.
     """
 
@@ -72,7 +72,7 @@ class KernelTable:
         data = json.loads(path.read_text(encoding="utf-8"))
         kernels: dict[tuple[str, str], list[KernelDef]] = {}
         for domain, op_type, first, last, types in data["kernels"]:
-            letters = {name: frozenset(found) for name, found in types.items()}
+            letters = {name: frozenset(dtypes) for name, dtypes in types.items()}
             kernels.setdefault((domain, op_type), []).append(KernelDef(first, last, letters))
         formals = {
             (domain, op_type): Formals(tuple(inputs), tuple(outputs), variadic=variadic)
@@ -81,7 +81,7 @@ class KernelTable:
         return cls(data["provider"], data["source"], kernels, formals)
 
     def lacking(self, graph: ir.Graph) -> list[str]:
-        """Return every node that the provider would leave to the host, and why."""
+        """Return every node that would fall back to the CPU, and why."""
         types = element_types(graph, self.schema)
         return [problem for node in graph if (problem := self._problem(node, types))]
 
@@ -99,8 +99,8 @@ class KernelTable:
             kernel.fits(since(node.domain, node.op_type), letters) for kernel in known
         ):
             return ""
-        said = ", ".join(f"{name} {dtype}" for name, dtype in sorted(letters.items()))
-        return f"no {self.provider} kernel for {label} with {said}"
+        actual = ", ".join(f"{name} {dtype}" for name, dtype in sorted(letters.items()))
+        return f"no {self.provider} kernel for {label} with {actual}"
 
     def _letters(self, node: ir.Node, types: Types) -> dict[str, str]:
         """Return the types that the letters of a node's schema stand for."""

@@ -43,8 +43,8 @@ class LowerAttention(Pass):
     where no fused one does the same; the cache is then concatenated, not written in place.
 
     Args:
-        bias: Whether GroupQueryAttention takes a bias. Where it does not, `compact-rows` has to
-            have turned padded rows round.
+        bias: Whether GroupQueryAttention takes a bias. Without one, `compact-rows` must have moved
+            left padding behind the tokens.
     """
 
     name: ClassVar[str] = "lower-attention"
@@ -75,21 +75,21 @@ class LowerAttention(Pass):
     def _not_grouped(self, program: Program, op: AttentionOp) -> str | None:
         ordered = program.landmark(Landmark.ROW_ORDER) is not None
         if op.mask is not None and not self.bias and not ordered:
-            return "GroupQueryAttention takes no mask here, and rows could not be turned round"
+            return "GroupQueryAttention takes no mask here, and left padding could not be moved"
         return not_grouped(program, op, bias=self.bias)
 
 
 def _remember_cache(program: Program) -> None:
     """Note whether past and present may be one buffer.
 
-    They may where GroupQueryAttention writes them all, and a mask says how much is in use.
+    They may where GroupQueryAttention writes them all, and a mask gives the length in use.
     """
     if not program.signature.has_cache:
         return
     names = {p.name for p in program.signature.outputs if p.role in _PRESENTS}
     presents = [value for value in program.graph.outputs if value.name in names]
-    makers = [value.producer() for value in presents]
-    grouped = all(node is not None and node.op_type == "GroupQueryAttention" for node in makers)
+    producers = [value.producer() for value in presents]
+    grouped = all(node is not None and node.op_type == "GroupQueryAttention" for node in producers)
     shared = grouped and program.signature.find(Role.MASK) is not None
     program.learn(model=replace(program.facts.model, cache="shared" if shared else "concat"))
 
@@ -101,7 +101,7 @@ def not_grouped(program: Program, op: AttentionOp, *, bias: bool = False) -> str
     """Return why GroupQueryAttention would compute something else, or None.
 
     Args:
-        program: Program that holds the attention.
+        program: Program that contains it.
         op: An Attention with a cache.
         bias: Whether GroupQueryAttention takes a bias.
     """
@@ -112,7 +112,7 @@ def not_grouped(program: Program, op: AttentionOp, *, bias: bool = False) -> str
     widths = [g.static(value, -1) for value in op.qkv]
     q, k, v = widths
     if q is None or k is None or k != v or q * op.groups != k * op.heads:
-        return f"its Q, K and V are {widths} wide: GroupQueryAttention has one width for all"
+        return f"its Q, K and V are {widths} wide: GroupQueryAttention needs one head width for all"
     if op.window[1] >= 0:
         return "it has a window to the right"
     width = g.static(op.past_key, 3)
@@ -124,7 +124,7 @@ def not_grouped(program: Program, op: AttentionOp, *, bias: bool = False) -> str
 def _not_multi_head(op: AttentionOp) -> str | None:
     """Return why MultiHeadAttention would compute something else, or None."""
     if op.heads != op.groups:
-        return "MultiHeadAttention has as many key heads as query heads"
+        return "MultiHeadAttention needs as many key heads as query heads"
     if op.softcap:
         return "MultiHeadAttention has no softcap"
     return "MultiHeadAttention has no window" if op.windowed else None
@@ -143,10 +143,10 @@ def _grouped(program: Program, node: ir.Node, op: AttentionOp, *, bias: bool) ->
     if op.window[0] >= 0:
         attributes["local_window_size"] = op.window[0] + 1
     tables: list[ir.Value | None] = [None, None, None]
-    turned = _rotary(q, k)
-    if turned is not None:
+    unrotated = _rotary(q, k)
+    if unrotated is not None:
         attributes["do_rotary"] = 1
-        q, k, tables = turned
+        q, k, tables = unrotated
         tables[2] = _slots(program, tables[2]) if bias else None
     packed = _packed(q, k, v)
     qkv = [packed, None, None] if packed is not None else [q, k, v]
@@ -170,7 +170,7 @@ def _grouped(program: Program, node: ir.Node, op: AttentionOp, *, bias: bool) ->
 def _forbids_later(program: Program, mask: ir.Value | None) -> bool:
     """Whether a mask is a bias of full size where keys are not later than the query.
 
-    It may forbid more of them, padding or what is out of a window: it goes on as it is.
+    It may also forbid padding, or keys outside a window: the operator takes it unchanged.
     """
     where = g.producer(mask, "Where")
     lowest = g.scalar(where.inputs[2]) if where is not None else None
@@ -182,7 +182,7 @@ def _forbids_later(program: Program, mask: ir.Value | None) -> bool:
 
 
 def _scale(op: AttentionOp) -> dict[str, float]:
-    """Return the scale where it is written; all three operators have the same default."""
+    """Return the scale where the node sets one; all three operators have the same default."""
     return {} if op.scale is None else {"scale": op.scale}
 
 
@@ -197,23 +197,23 @@ def _rotary(q: ir.Value, k: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value
     return g.operand(first, 0), g.operand(second, 0), tables
 
 
-def _slots(program: Program, given: ir.Value | None) -> ir.Value | None:
+def _slots(program: Program, positions: ir.Value | None) -> ir.Value | None:
     """Return position_ids [B, S] plus each row's padding on the left: where its keys are cached.
 
-    GroupQueryAttention takes the positions of a first prompt as 0, 1, 2... whatever it is given
-    (all it reads is the first element, as an offset for every row), but those of a later step as
-    given. Rotary attention depends on differences alone, so positions may be counted from the
-    first slot of the cache, if that is done at every step. Padding itself becomes 0.
+    GroupQueryAttention takes the positions of a first prompt to be 0, 1, 2... (it reads only the
+    first element, as an offset for every row), but reads all positions of a later step.
+    Rotary attention depends on differences alone, so positions may be counted from the first slot
+    of the cache, if that is done at every step. Padding itself becomes 0.
     """
     mask = program.input(Role.MASK)
-    if mask is None or given is None or given is not program.input(Role.POSITIONS):
-        return given
+    if mask is None or positions is None or positions is not program.input(Role.POSITIONS):
+        return positions
     if (known := program.landmark(Landmark.SLOTS)) is not None:
         return known
     build = g.Builder(program.graph[0])
     padding = build.op("ArgMax", [mask], {"axis": 1, "keepdims": 1})
-    slots = build.op("Add", [given, padding])
-    count = build.op("Shape", [given], {"start": 1, "end": 2})
+    slots = build.op("Add", [positions, padding])
+    count = build.op("Shape", [positions], {"start": 1, "end": 2})
     end = build.constant([np.iinfo(np.int64).max], "int64")
     bounds = [build.op("Neg", [count]), end, build.constant([1], "int64")]
     real = build.op("Slice", [mask, *bounds])
@@ -221,7 +221,7 @@ def _slots(program: Program, given: ir.Value | None) -> ir.Value | None:
 
 
 def _packed(q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value | None:
-    """Return [Q K V] in one value, if a Split made the three and nothing else."""
+    """Return [Q K V] in one value, if one Split has exactly these outputs."""
     split = g.producer(q, "Split")
     if split is None or list(split.outputs) != [q, k, v]:
         return None
@@ -307,12 +307,12 @@ def _multi_head(program: Program, node: ir.Node, op: AttentionOp) -> None:
 
 
 def _by_head(value: ir.Value | None) -> ir.Value | None:
-    """Return [B, H, T, D] where ``value`` [B, T, H * D] is made of it, and it is an input."""
+    """Return the input [B, H, T, D] that is transposed and reshaped to ``value`` [B, T, H * D]."""
     flat = g.producer(value, "Reshape")
-    turned = g.producer(flat.inputs[0], "Transpose") if flat is not None else None
-    if turned is None or list(g.attribute(turned, "perm", ())) != [0, 2, 1, 3]:
+    transpose = g.producer(flat.inputs[0], "Transpose") if flat is not None else None
+    if transpose is None or list(g.attribute(transpose, "perm", ())) != [0, 2, 1, 3]:
         return None
-    source = g.operand(turned, 0)
+    source = g.operand(transpose, 0)
     return source if source.is_graph_input() else None
 
 
@@ -325,12 +325,12 @@ def _masks(
         return None, None
     if mask.dtype != ir.DataType.BOOL:
         return None, _expanded(build, mask, op)
-    given = program.input(Role.MASK)
-    if given is not None and mask is _padding(program):
+    port = program.input(Role.MASK)
+    if port is not None and mask is _padding(program):
         known = program.landmark(Landmark.KEY_PADDING)
         if known is None:
             first, to = g.Builder(program.graph[0]), {"to": int(ir.DataType.INT32)}
-            known = landmarks.op(first, Landmark.KEY_PADDING, "Cast", [given], to)
+            known = landmarks.op(first, Landmark.KEY_PADDING, "Cast", [port], to)
         return known, None
     low = build.constant(np.finfo(np.float32).min, "float32")
     bias = build.op(
@@ -340,7 +340,7 @@ def _masks(
 
 
 def _expanded(build: g.Builder, bias: ir.Value, op: AttentionOp) -> ir.Value:
-    """Return ``bias`` as [B or 1, H or 1, S, T]: MultiHeadAttention repeats rows of no bias."""
+    """Return ``bias`` as [B or 1, H or 1, S, T]: MultiHeadAttention does not broadcast S or T."""
     sizes, s, t = g.shape(bias), g.shape(op.q), g.shape(op.k)
     if sizes and s and t and len(sizes) == 4 and sizes[2:] == [s[1], t[1]]:
         return bias

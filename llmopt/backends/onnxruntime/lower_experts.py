@@ -1,4 +1,4 @@
-"""Lower mixtures of experts to ONNX Runtime's one operator for them.
+"""Lower mixtures of experts to ONNX Runtime's fused operators.
 
 Rewrites::
 
@@ -8,9 +8,9 @@ Rewrites::
         or, where all are read from codes,
         into    QMoE<swiglu>(x, logits, codes of GU', scales, codes of D, scales)
 
-GU' has a row of the gate and a row of what it gates by turns, as the kernels read them. Written
-out, the weights of an expert are copied for each token that goes to it, or every expert is computed
-for every token; the kernels multiply the tokens of an expert at once, by what was chosen alone.
+GU' interleaves the rows of gate and up projection, as the kernels read them. Without the fused
+operator, an expert's weights are copied for each token routed to it, or every expert is computed
+for every token; the kernels compute the chosen experts alone, each for all its tokens at once.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class LowerExperts(Pass):
     @override
     def run(self, program: Program) -> Outcome:
         outcome = Outcome()
-        for topk, found in list(find_experts(program)):
-            reason = found if isinstance(found, str) else self._lower(found)
+        for topk, moe in list(find_experts(program)):
+            reason = moe if isinstance(moe, str) else self._lower(moe)
             if reason is None:
                 outcome.hit()
             else:
@@ -66,75 +66,75 @@ class LowerExperts(Pass):
             g.remove_dead(program.model)
         return outcome
 
-    def _lower(self, found: Experts) -> str | None:
-        """Replace a mixture; return why not, if not."""
-        end = found.result.producer()
+    def _lower(self, moe: Experts) -> str | None:
+        """Replace a mixture; return the reason if it cannot be lowered."""
+        end = moe.result.producer()
         assert end is not None
-        build, values = g.Builder(end), (*found.gate_up, *found.down)
+        build, values = g.Builder(end), (*moe.gate_up, *moe.down)
         coded = [part for value in values if (part := _quantized(value)) is not None]
         plain = [g.weight(value) for value in values]
         schemes = {part.scheme for part in coded}
         if any(part.columns * part.scheme.bits % 8 for part in coded):
-            return "a row of codes does not end with a byte"
+            return "a row of codes does not end at a byte boundary"
         if len(coded) == len(values) and len(schemes) == 1:
-            out = self._by_codes(build, found, coded)
+            out = self._by_codes(build, moe, coded)
         elif all(plain):
-            turns = _stacked(found.gate_up, found.count, by_turns=True)
+            rows = _stacked(moe.gate_up, moe.count, interleave=True)
             inputs = [
-                *(found.x, _rows(build, found)),
-                *(build.initializer(f"{_stem(found.gate_up)}.by_turns", turns), None),
-                build.initializer(f"{_stem(found.down)}.rows", _stacked(found.down, found.count)),
+                *(moe.x, _rows(build, moe)),
+                *(build.initializer(f"{_stem(moe.gate_up)}.by_turns", rows), None),
+                build.initializer(f"{_stem(moe.down)}.rows", _stacked(moe.down, moe.count)),
             ]
-            out = build.op("MoE", inputs, _attributes(found), domain=MICROSOFT, name=_name(found))
+            out = build.op("MoE", inputs, _attributes(moe), domain=MICROSOFT, name=_name(moe))
         else:
-            return "its weights are computed, or not all are quantized alike"
-        out.shape, out.type = found.result.shape, found.result.type
-        g.replace(found.result, out)
+            return "its weights are computed, or not all quantized by one scheme"
+        out.shape, out.type = moe.result.shape, moe.result.type
+        g.replace(moe.result, out)
         return None
 
     def _by_codes(
-        self, build: g.Builder, found: Experts, parts: Sequence[QuantizedWeight]
+        self, build: g.Builder, moe: Experts, parts: Sequence[QuantizedWeight]
     ) -> ir.Value:
-        scheme, half = parts[0].scheme, len(found.gate_up)
-        first = _codes(build, parts[:half], found.count, by_turns=True)
-        second = _codes(build, parts[half:], found.count)
+        scheme, half = parts[0].scheme, len(moe.gate_up)
+        first = _codes(build, parts[:half], moe.count, interleave=True)
+        second = _codes(build, parts[half:], moe.count)
         inputs: list[ir.Value | None] = [
-            *(found.x, _rows(build, found)),
+            *(moe.x, _rows(build, moe)),
             *(first[0], first[1], None),
             *(second[0], second[1], None),
         ]
         if first[2] is not None:
             inputs += [None, None, None, first[2], second[2]]
         attributes = {
-            **_attributes(found),
+            **_attributes(moe),
             "expert_weight_bits": scheme.bits,
             "block_size": scheme.block,
             "accuracy_level": self.accuracy_level,
         }
-        return build.op("QMoE", inputs, attributes, domain=MICROSOFT, name=_name(found))
+        return build.op("QMoE", inputs, attributes, domain=MICROSOFT, name=_name(moe))
 
 
-def _attributes(found: Experts) -> dict[str, object]:
+def _attributes(moe: Experts) -> dict[str, object]:
     return {
         "activation_type": "swiglu",
-        "swiglu_fusion": 1,  # gates and what they gate by turns
+        "swiglu_fusion": 1,  # rows of gate and up are interleaved
         "activation_alpha": 1.0,
         "activation_beta": 0.0,
-        "k": found.k,
-        "normalize_routing_weights": int(found.normalized),
+        "k": moe.k,
+        "normalize_routing_weights": int(moe.normalized),
     }
 
 
-def _name(found: Experts) -> str:
-    reader = g.users(found.gate_up[0])[0]
+def _name(moe: Experts) -> str:
+    reader = g.users(moe.gate_up[0])[0]
     return f"{g.scope_of(reader)}/Experts".lstrip("/")
 
 
-def _rows(build: g.Builder, found: Experts) -> ir.Value:
-    """Return logits as [N, E], which the kernels take alone."""
-    if g.rank(found.logits) == 2:
-        return found.logits
-    return build.op("Reshape", [found.logits, build.constant([-1, found.count], "int64")])
+def _rows(build: g.Builder, moe: Experts) -> ir.Value:
+    """Return logits as [N, E], the one shape that the kernels take."""
+    if g.rank(moe.logits) == 2:
+        return moe.logits
+    return build.op("Reshape", [moe.logits, build.constant([-1, moe.count], "int64")])
 
 
 def _stem(values: Sequence[ir.Value]) -> str:
@@ -142,16 +142,16 @@ def _stem(values: Sequence[ir.Value]) -> str:
 
 
 def _stacked(
-    values: Sequence[ir.Value], count: int, *, by_turns: bool = False
+    values: Sequence[ir.Value], count: int, *, interleave: bool = False
 ) -> ir.TensorProtocol:
     """Return weights as [E, N, K]: one that is, or [K, N] of each expert."""
     parts = []
     for value in values:
         tensor = g.weight(value)
         assert tensor is not None
-        whole = g.rank(value) == 3
-        rows = weights.flattened(tensor) if whole else weights.transposed(tensor)
-        parts.append(weights.interleaved(rows, count if whole else 1) if by_turns else rows)
+        stacked = g.rank(value) == 3
+        rows = weights.flattened(tensor) if stacked else weights.transposed(tensor)
+        parts.append(weights.interleaved(rows, count if stacked else 1) if interleave else rows)
     return weights.stacked(parts, count, parts[0].shape.numpy()[1])
 
 
@@ -166,10 +166,10 @@ def _quantized(value: ir.Value) -> QuantizedWeight | None:
 
 
 def _codes(
-    build: g.Builder, parts: Sequence[QuantizedWeight], count: int, *, by_turns: bool = False
+    build: g.Builder, parts: Sequence[QuantizedWeight], count: int, *, interleave: bool = False
 ) -> Codes:
     """Store the codes of weights of all experts, or of each, without what pads their rows."""
-    if by_turns:
+    if interleave:
         each = count // len(parts)
         parts = [
             QuantizedWeight(weights.interleaved(p.base, each), p.scheme, p.importance)
@@ -184,8 +184,8 @@ def _codes(
     }
     if not scheme.symmetric:
         stored["zero_points"] = ([p.zero_bytes() for p in parts], -(-blocks * scheme.bits // 8))
-    made = [
+    operands = [
         build.initializer(f"{stem}.experts.{name}", weights.stacked(tensors, count, width))
         for name, (tensors, width) in stored.items()
     ]
-    return made[0], made[1], made[2] if len(made) == 3 else None
+    return operands[0], operands[1], operands[2] if len(operands) == 3 else None

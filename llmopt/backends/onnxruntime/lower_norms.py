@@ -101,9 +101,9 @@ def _fuse(norm: ir.Node, total: ir.Node, x: ir.Value, residual: ir.Value) -> Non
 
 def _with_bias(x: ir.Value, residual: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Return x, residual and the bias that one of them had added, if any."""
-    for mine, other in ((x, residual), (residual, x)):
-        add = g.producer(mine, "Add")
-        if add is None or g.sole_user(mine) is None:
+    for biased, other in ((x, residual), (residual, x)):
+        add = g.producer(biased, "Add")
+        if add is None or g.sole_user(biased) is None:
             continue
         for index in (0, 1):
             bias = g.operand(add, index)

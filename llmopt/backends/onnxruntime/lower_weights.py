@@ -52,19 +52,19 @@ class LowerWeights(Pass):
         outcome = Outcome()
         stored: dict[QuantizedWeight, Stored] = {}
         for node in g.nodes(program.graph, "Gather"):  # first: tables are stored as they read them
-            found = _quantized(node.inputs[0], turned=False)
-            if isinstance(found, QuantizedWeight):
-                _gather(node, found, stored)
+            weight = _quantized(node.inputs[0], transposed=False)
+            if isinstance(weight, QuantizedWeight):
+                _gather(node, weight, stored)
                 outcome.hit()
         for node in g.nodes(program.graph, "MatMul"):
             if _lower_integers(node):
                 outcome.hit()
                 continue
-            found = _quantized(node.inputs[1], turned=True)
-            if isinstance(found, str):
-                outcome.miss(node, found)
-            elif found is not None:
-                self._product(node, found, stored)
+            weight = _quantized(node.inputs[1], transposed=True)
+            if isinstance(weight, str):
+                outcome.miss(node, weight)
+            elif weight is not None:
+                self._product(node, weight, stored)
                 outcome.hit()
         outcome.hit(_share_tied(program.graph))
         if outcome.modified:
@@ -96,7 +96,7 @@ class LowerWeights(Pass):
 
 
 def _lower_integers(node: ir.Node) -> bool:
-    """Multiply codes as integers where both operands are dequantized from int8; say if it did."""
+    """Multiply codes as integers where both operands are int8; return whether it did."""
     x, w = (g.producer(node.inputs[i], "DequantizeLinear") for i in (0, 1))
     if x is None or w is None or len(x.inputs) < 3 or g.rank(w.inputs[1]) != 1:
         return False
@@ -109,9 +109,9 @@ def _lower_integers(node: ir.Node) -> bool:
     return True
 
 
-def _quantized(value: ir.Value | None, *, turned: bool) -> QuantizedWeight | str | None:
-    """Return the weight behind ``value``, why it cannot be lowered, or None if it is none."""
-    if turned:
+def _quantized(value: ir.Value | None, *, transposed: bool) -> QuantizedWeight | str | None:
+    """Return the weight behind ``value``, why it cannot be lowered, or None if it is not one."""
+    if transposed:
         transpose = g.producer(value, "Transpose")
         if transpose is None:
             return None
@@ -159,7 +159,7 @@ def _bias(node: ir.Node, rows: int) -> tuple[ir.Node, ir.Value | None]:
 
 
 def _gather(node: ir.Node, weight: QuantizedWeight, stored: dict[QuantizedWeight, Stored]) -> None:
-    """Look rows up in the codes; stored flat, so that only the head pays for a reshaped view."""
+    """Gather rows of the codes, stored flat, so that only the head needs a reshaped view."""
     build = g.Builder(node)
     dtype = node.outputs[0].dtype
     table, scale, points = _operands(build, weight, stored, dtype, table=True)

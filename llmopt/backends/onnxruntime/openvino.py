@@ -35,7 +35,7 @@ _WORTH: Final = 0.95
 
 
 def require_encoder(program: Program) -> None:
-    """Raise unless OpenVINO may be asked to run ``program``.
+    """Raise unless OpenVINO can run ``program``.
 
     Raises:
         UnsupportedModelError: it has a cache.
@@ -44,8 +44,8 @@ def require_encoder(program: Program) -> None:
         raise UnsupportedModelError("ep=openvino", ["a decoder with a cache"], _CACHE)
 
 
-def place(ep: str) -> Provider:
-    """Return where ``ep`` runs, with the threads that this process may use."""
+def provider_of(ep: str) -> Provider:
+    """Return the execution provider of ``ep``, with the threads that this process may use."""
     return openvino(usable_cores()) if ep == OPENVINO else Provider()
 
 
@@ -54,7 +54,7 @@ def choose(entry: Path, program: Program) -> tuple[str, str]:
 
     Args:
         entry: The written model.
-        program: Program to run.
+        program: Program with its signature and facts.
     """
     ep, why = _faster(entry, program)
     _mark(entry, ep)
@@ -73,13 +73,13 @@ def _faster(entry: Path, program: Program) -> tuple[str, str]:
     if program.signature.has_cache:
         return CPU, "a decoder with a cache is not for OpenVINO"
     try:
-        other = open_session(entry, place=place(OPENVINO))
+        other = open_session(entry, provider=provider_of(OPENVINO))
     except BackendUnavailableError as error:
         return CPU, error.reason
     cases = [Case(1, _length(program), 0, "none"), Case(8, _length(program), 0, "right")]
     vocabulary = program.facts.model.vocabulary or 2
     batches = [feeds(program.signature, case, vocabulary) for case in cases]
-    ratio = _ratio(other, open_session(entry, place=place(CPU)), batches)
+    ratio = _ratio(other, open_session(entry, provider=provider_of(CPU)), batches)
     worth = ratio < _WORTH
     return (OPENVINO if worth else CPU), f"OpenVINO takes {ratio:.2f} of the time"
 

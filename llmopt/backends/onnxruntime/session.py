@@ -26,19 +26,19 @@ _INLINE_BYTES: Final = 1024
 
 
 def open_session(
-    model: Path, *, exact: bool = False, widened: bool = False, place: Provider | None = None
+    model: Path, *, exact: bool = False, widened: bool = False, provider: Provider | None = None
 ) -> Run:
     """Return a function from inputs to outputs, by name.
 
     Args:
         model: The ``.onnx`` file.
-        exact: Multiply quantized weights in float32 instead of int8, so that what is left of the
-            error is the graph's and not the kernels' rounding.
-        widened: Compute in float32 what the model says is of 16 bits; its weights are as they are.
-        place: Provider to run on; the CPU by default.
+        exact: Whether to multiply quantized weights in float32 instead of int8, so that the error
+            is the graph's alone, without the kernels' rounding.
+        widened: Whether to compute in float32 what the model computes in 16 bits, weights as given.
+        provider: Execution provider; the CPU by default.
 
     Raises:
-        BackendUnavailableError: onnxruntime is not installed, or the provider is not here.
+        BackendUnavailableError: onnxruntime is not installed, or the provider is not available.
     """
     try:
         import onnxruntime as ort
@@ -47,28 +47,28 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     source: Any = str(model)
-    held: tuple[list[str], list[Any]] = ([], [])  # ONNX Runtime reads these where they are
+    external: tuple[list[str], list[Any]] = ([], [])  # ONNX Runtime does not copy these
     if exact or widened:
         proto = _read(model, exact=exact)
         if widened:
-            held = _widen(proto, model.parent, ort)
-            options.add_external_initializers(*held)
+            external = _widen(proto, model.parent, ort)
+            options.add_external_initializers(*external)
         options.add_session_config_entry(_EXTERNAL, str(model.parent))
         source = proto.SerializeToString()
     with variable(_EXPERTS, "fp32") if exact else contextlib.nullcontext():
-        session = start(ort, source, options, place or Provider())
+        session = start(ort, source, options, provider or Provider())
     names = [output.name for output in session.get_outputs()]
     takes = (*session.get_inputs(), *session.get_overridable_initializers())
     wide = {value.name for value in takes if value.type == "tensor(float)"}
     known = {value.name for value in takes}
 
-    def run(feeds: Mapping[str, npt.NDArray[Any]], _held: object = held) -> Arrays:
-        given = {
+    def run(feeds: Mapping[str, npt.NDArray[Any]], _external: object = external) -> Arrays:
+        cast = {
             name: array.astype(np.float32) if name in wide else array
             for name, array in feeds.items()
             if name in known
         }
-        return dict(zip(names, session.run(names, given), strict=True))
+        return dict(zip(names, session.run(names, cast), strict=True))
 
     return run
 
@@ -80,27 +80,27 @@ def _read(model: Path, *, exact: bool) -> Any:
     proto = onnx.load(model, load_external_data=False)
     if not exact:
         return proto
-    made = {output: node for node in proto.graph.node for output in node.output}
+    producers = {output: node for node in proto.graph.node for output in node.output}
     nodes = []
     for node in proto.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
-        nodes.extend(_unrounded(node, made) if node.op_type == _INTEGER else [node])
+        nodes.extend(_unrounded(node, producers) if node.op_type == _INTEGER else [node])
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     return proto
 
 
-def _unrounded(node: Any, made: Mapping[str, Any]) -> list[Any]:
-    """Return MatMulIntegerToFloat as a product of what was rounded and the weight it stands for."""
+def _unrounded(node: Any, producers: Mapping[str, Any]) -> list[Any]:
+    """Return MatMulIntegerToFloat as MatMul of the unrounded activation and dequantized weight."""
     import onnx
 
-    source = made[node.input[0]].input[0]  # of the QuantizeLinear
-    whole, scaled = f"{node.name}.whole", f"{node.name}.scaled"
+    source = producers[node.input[0]].input[0]  # of the QuantizeLinear
+    codes, scaled = f"{node.name}.whole", f"{node.name}.scaled"
     return [
-        onnx.helper.make_node("Cast", [node.input[1]], [whole], to=onnx.TensorProto.FLOAT),
-        onnx.helper.make_node("Mul", [whole, node.input[3]], [scaled]),
+        onnx.helper.make_node("Cast", [node.input[1]], [codes], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Mul", [codes, node.input[3]], [scaled]),
         onnx.helper.make_node("MatMul", [source, scaled], list(node.output)),
     ]
 
@@ -109,7 +109,7 @@ _INTEGER: Final = "MatMulIntegerToFloat"
 
 
 def _widen(proto: Any, folder: Path, ort: Any) -> tuple[list[str], list[Any]]:
-    """Let everything of 16 bits be of float32; return names and numbers of the large weights."""
+    """Make all 16-bit values float32; return the names and arrays of the large weights."""
     import onnx
 
     narrow = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
@@ -121,13 +121,13 @@ def _widen(proto: Any, folder: Path, ort: Any) -> tuple[list[str], list[Any]]:
         for attribute in node.attribute:
             if attribute.name == "to" and attribute.i in narrow:
                 attribute.i = onnx.TensorProto.FLOAT
-    held: dict[str, Any] = {}
+    large: dict[str, Any] = {}
     for tensor in proto.graph.initializer:
         if tensor.data_type in narrow:
             array = onnx.numpy_helper.to_array(tensor, str(folder)).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
             if array.nbytes > _INLINE_BYTES:
-                held[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+                large[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
                 onnx.external_data_helper.set_external_data(tensor, "held", 0, array.nbytes)
                 tensor.ClearField("raw_data")
-    return list(held), list(held.values())
+    return list(large), list(large.values())

@@ -134,9 +134,9 @@ class _TensorRtBase(Backend):
 
     @override
     def cache_obstacle(self, program: Program) -> str | None:
-        from llmopt.backends.caches import cache_left_out
+        from llmopt.backends.caches import shared_cache_obstacle
 
-        return cache_left_out(program)
+        return shared_cache_obstacle(program)
 
     @override
     def check(self, program: Program) -> list[str]:
@@ -217,7 +217,7 @@ class _TensorRtBase(Backend):
     def _build(
         self, trt: Any, program: Program, folder: Path, recipe: EngineRecipe
     ) -> tuple[str, ...]:
-        """Build every engine, write them and the report, and say what was fused."""
+        """Build and write every engine and the report; return notes of what was fused."""
         nodes = [str(node.name) for node in g.nodes(program.graph, "Attention")]
         written = declined(program)
         engines, notes = [], []
@@ -225,13 +225,13 @@ class _TensorRtBase(Backend):
             try:
                 built = build_engine(trt, folder / NETWORK, recipe, capability)
             except ArtifactError as error:
-                hint = "report it: this should have been found before the build"
+                hint = "please report it: the check before the build should have caught this"
                 raise UnsupportedModelError(self.name, [error.problem], hint) from error
             (folder / engine_file(capability)).write_bytes(built.engine)
             layers = read_layers(built.layers)
-            found = attentions(layers, nodes, written, len(recipe.profiles))
-            engines.append(summary(capability, layers, found))
-            notes.append(_fused(capability, found))
+            fusions = attentions(layers, nodes, written, len(recipe.profiles))
+            engines.append(summary(capability, layers, fusions))
+            notes.append(_fused(capability, fusions))
         text = json.dumps({"schema": 1, "engines": engines}, indent=2) + "\n"
         (folder / REPORT).write_text(text, encoding="utf-8")
         return tuple(notes)
@@ -308,7 +308,7 @@ def _write_network(program: Program, folder: Path) -> None:
 
 
 def _notes(program: Program, demand: Demand) -> tuple[str, ...]:
-    """Say what the cache takes, which --max-length and --batch decide."""
+    """Return a note of the cache's size, which --max-length and --batch bound."""
     size = sum(
         value.const_value is None and value.dtype is not None and _bytes(value, demand.batch)
         for value in program.graph.inputs

@@ -21,7 +21,7 @@ _WANTED = (Role.LOGITS, Role.HIDDEN, Role.EMBEDDING, Role.OTHER)
 
 
 def golden_tolerance(program: Program) -> float:
-    """Return how far an engine may be from the example: what its types round, in another order."""
+    """Return the tolerance of an engine against the example: what its types round."""
     dtypes = {value.dtype for value in program.graph.initializers.values()}
     if ir.DataType.BFLOAT16 in dtypes or any(n.op_type == "QuantizeLinear" for n in program.graph):
         return 1e-1
@@ -29,19 +29,19 @@ def golden_tolerance(program: Program) -> float:
 
 
 def write_golden(program: Program, folder: Path) -> None:
-    """Run the typed network that ``folder`` holds and write ``golden.npz`` beside it.
+    """Run the typed network in ``folder`` and write its example to ``golden.npz`` there.
 
-    Without onnxruntime there is none, and the engine is not checked.
+    Without onnxruntime no example is written, and the engine is not checked.
     """
     if find_spec("onnxruntime") is None:
         return
     case = Case(1, min(_TOKENS, program.facts.max_length or _TOKENS))
-    given = feeds(program.signature, case, program.facts.model.vocabulary or 2)
+    arrays = feeds(program.signature, case, program.facts.model.vocabulary or 2)
     if program.signature.has_cache:
-        given[str(Role.LOGITS_TO_KEEP)] = np.asarray(0, np.int64)
-    found = open_typed(folder / NETWORK)(given)
+        arrays[str(Role.LOGITS_TO_KEEP)] = np.asarray(0, np.int64)
+    results = open_typed(folder / NETWORK)(arrays)
     kept = {port.name for port in program.signature.inputs if port.role not in _PASTS}
-    inputs = {f"in.{name}": given[name] for name in given if name in kept}
+    inputs = {f"in.{name}": arrays[name] for name in arrays if name in kept}
     wanted = {port.name for port in program.signature.outputs if port.role in _WANTED}
-    outputs = {f"out.{name}": found[name] for name in found if name in wanted}
+    outputs = {f"out.{name}": results[name] for name in results if name in wanted}
     write_npz(folder / GOLDEN, inputs | outputs, force=True)

@@ -5,8 +5,8 @@ Rewrites::
     DequantizeLinear(uint4 codes, scale, 8)    into    DequantizeLinear(int4 codes - 8, scale)
     Gather(DequantizeLinear(codes), ids)       into    Gather(table, ids)
 
-TensorRT knows int4 without a zero point, and scales that are positive. Its Gather reads no int4: an
-embedding is stored as the numbers that its codes stand for.
+TensorRT supports int4 without zero points and with positive scales only. Its Gather has no int4: an
+embedding is stored dequantized.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from llmopt.quantization.packing import unpack
 
 @dataclass(frozen=True)
 class Int4Weights(Pass):
-    """Store 4-bit codes with their sign.
+    """Store 4-bit codes as signed int4.
 
     Numerics: exact.
-    Scope: the graph. Leaves: DequantizeLinear whose codes ``quantize-weights`` did not make, or
-    not as ``w4{positive=true}``.
+    Scope: the graph. Leaves: DequantizeLinear whose codes are not from ``quantize-weights``
+    with ``w4{positive=true}``.
     """
 
     name: ClassVar[str] = "int4-weights"
@@ -77,7 +77,7 @@ def _sign(node: ir.Node, weight: QuantizedWeight) -> None:
 
 
 def _gather_numbers(node: ir.Node, weight: QuantizedWeight) -> None:
-    """Let embeddings look up the numbers that the codes stand for."""
+    """Let embeddings gather rows of the dequantized table."""
     rows = node.outputs[0]
     tables = [rows, *(cut.outputs[0] for cut in g.users(rows) if g.is_op(cut, "Slice"))]
     readers = [(table, user) for table in tables for user in g.users(table)]

@@ -1,4 +1,4 @@
-"""Give every Attention the form that TensorRT's parser turns into one layer.
+"""Give every Attention the form that TensorRT's parser imports as one layer.
 
 Rewrites::
 
@@ -7,9 +7,9 @@ Rewrites::
               values = TensorScatter(past_value, v, write_indices)
               Attention(q, keys, values, mask)                      [B, H, S, D]
 
-with one boolean mask [B, 1, S, C] for all layers that see alike. The parser reads neither
-``nonpad_kv_seqlen`` nor windows nor ``softcap``, and anchors ``is_causal`` at the top left, which
-is wrong for a cache: what an attention sees is therefore always written out.
+with one boolean mask [B, 1, S, C] for all layers of equal visibility. The parser reads neither
+``nonpad_kv_seqlen`` nor windows nor ``softcap``, and aligns ``is_causal`` at the top left, which is
+wrong with a cache: the mask of an attention is therefore always explicit.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class LegalizeAttention(Pass):
 
 def declined(program: Program) -> dict[str, str]:
     """Return the attentions that were written out, and why."""
-    found: dict[str, str] = program.model.meta.setdefault(_DECLINED, {})
-    return found
+    reasons: dict[str, str] = program.model.meta.setdefault(_DECLINED, {})
+    return reasons
 
 
 def _fix_capacity(program: Program) -> ir.Value:
@@ -85,10 +85,10 @@ def _fix_capacity(program: Program) -> ir.Value:
     for value in graph.inputs:
         if str(value.name) in shapes:
             value.shape = ir.Shape(shapes[str(value.name)])
-    place = next(i for i, port in enumerate(inputs) if port.role in _PASTS)
-    graph.inputs.insert(place, writes)
-    index = type(inputs[0])(Role.WRITE_INDICES, Role.WRITE_INDICES, "int64", ("B",))
-    inputs.insert(place, index)
+    index = next(i for i, port in enumerate(inputs) if port.role in _PASTS)
+    graph.inputs.insert(index, writes)
+    port = type(inputs[0])(Role.WRITE_INDICES, Role.WRITE_INDICES, "int64", ("B",))
+    inputs.insert(index, port)
     outputs = [_fixed(port, capacity) for port in signature.outputs]
     program.signature = replace(signature, inputs=tuple(inputs), outputs=tuple(outputs))
     return writes
@@ -104,7 +104,7 @@ def _fixed(port: Any, capacity: int) -> Any:
 
 @dataclass(frozen=True)
 class _Visibility:
-    """What an attention sees, the same for all layers that share a mask."""
+    """The keys that an attention may see, the same for all layers that share a mask."""
 
     causal: bool = False
     window: tuple[int, int] = (UNBOUNDED, UNBOUNDED)
@@ -113,12 +113,12 @@ class _Visibility:
 
 @dataclass
 class _Legalizer:
-    """The attentions of one Program on their way to TensorRT's form.
+    """The rewriting of one Program's attentions to TensorRT's form.
 
     Args:
         program: Program to edit.
         writes: ``write_indices`` [B] if there is a cache.
-        outcome: Outcome of the pass.
+        outcome: Hits and misses of the pass.
     """
 
     program: Program
@@ -152,9 +152,9 @@ class _Legalizer:
     def _scatter(
         self, build: g.Builder, name: str, past: ir.Value, present: ir.Value, new: ir.Value
     ) -> ir.Value:
-        """Write new keys or values into the cache and let it be the present one."""
+        """Write new keys or values into the cache; the result becomes the present."""
         inputs = [past, new, self.writes]
-        # the parser takes the axis counted from the end alone
+        # the parser supports the axis counted from the end alone
         attributes = {"axis": -2, "mode": "linear"}
         written = build.op("TensorScatter", inputs, attributes, name=name, like=past)
         if present.is_graph_output():
@@ -164,7 +164,7 @@ class _Legalizer:
     def _masked(
         self, build: g.Builder, op: AttentionOp, qk: tuple[ir.Value, ir.Value]
     ) -> tuple[bool, ir.Value | None]:
-        """Return whether the attribute says it is causal, and the mask that says all else."""
+        """Return the attribute ``is_causal``, and the mask for everything else."""
         if self.writes is None and not op.placed:
             return False, op.mask
         seen = _Visibility(op.causal, op.window, op.mask)
@@ -175,16 +175,16 @@ class _Legalizer:
         return False, self.masks[seen]
 
     def _mask(self, build: g.Builder, seen: _Visibility, q: ir.Value, k: ir.Value) -> ir.Value:
-        """Return where attention goes, [B or 1, 1, S, C] boolean, or added numbers as given."""
+        """Return the mask [B or 1, 1, S, C], boolean or additive as the model's own."""
         slots, keys = self._slots(build, q), _keys(build, k)
         left, right = seen.window
         bounds: list[ir.Value] = []
         if seen.causal:
             bounds.append(build.op("LessOrEqual", [keys, slots]))
-        elif self.writes is not None:  # not beyond what is written
+        elif self.writes is not None:  # no slot beyond the last token
             count = build.op("Squeeze", [build.op("Shape", [q], {"start": 2, "end": 3})])
-            place = build.op("Unsqueeze", [self.writes, build.constant([1, 2, 3], "int64")])
-            bounds.append(build.op("Less", [keys, build.op("Add", [place, count])]))
+            start = build.op("Unsqueeze", [self.writes, build.constant([1, 2, 3], "int64")])
+            bounds.append(build.op("Less", [keys, build.op("Add", [start, count])]))
         if left >= 0:
             oldest = build.op("Sub", [slots, build.constant(left, "int64")])
             bounds.append(build.op("GreaterOrEqual", [keys, oldest]))
@@ -203,7 +203,7 @@ class _Legalizer:
         return allowed
 
     def _slots(self, build: g.Builder, q: ir.Value) -> ir.Value:
-        """Return where each query stands among the keys, [B or 1, 1, S, 1] int64."""
+        """Return the index of each query among the keys, [B or 1, 1, S, 1] int64."""
         zero, one = build.constant(0, "int64"), build.constant(1, "int64")
         count = build.op("Squeeze", [build.op("Shape", [q], {"start": 2, "end": 3})])
         rows = build.op("Range", [zero, count, one])
@@ -228,7 +228,7 @@ def _keys(build: g.Builder, k: ir.Value) -> ir.Value:
 
 
 def _split_heads(build: g.Builder, x: ir.Value, heads: int) -> ir.Value:
-    """Return ``x`` [B, S, H * D] as [B, H, S, D]; a rotation is done there instead of before."""
+    """Return ``x`` [B, S, H * D] as [B, H, S, D]; a rotation moves behind the transpose."""
     rotary = g.producer(x, "RotaryEmbedding")
     if rotary is None or g.rank(rotary.inputs[0]) == 4 or g.sole_user(x) is None:
         return _transposed(build, x, heads)

@@ -1,4 +1,4 @@
-"""Which operators TensorRT's parser takes, and what else it wants said in another way.
+"""Operators that TensorRT's parser supports, and rewrites of others into them.
 
 Rewrites::
 
@@ -38,10 +38,10 @@ that a Transformer may hold. Source: docs/operators.md of onnx/onnx-tensorrt."""
 
 @dataclass(frozen=True)
 class LegalizeOperators(Pass):
-    """Let the network have inputs and constants and nothing between, and no Swish.
+    """Remove defaults of inputs, and decompose Swish.
 
-    TensorRT takes an input that has a default value for a constant. It knows Swish, and finds it
-    again in the product; onnxruntime, which proves the network, has no kernel for it.
+    TensorRT treats an input with a default value as a constant. It supports Swish, and fuses the
+    product again; onnxruntime, which verifies the network, has no kernel for it.
 
     Numerics: within 1e-6 relative in float32.
     Scope: the graph. Leaves: everything else.
@@ -59,14 +59,14 @@ class LegalizeOperators(Pass):
             program.graph.initializers.pop(port.name).const_value = None
             outcome.hit()
         for node in g.nodes(program.graph, "Swish"):
-            _spell_swish(node)
+            _decompose_swish(node)
             outcome.hit()
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome
 
 
-def _spell_swish(node: ir.Node) -> None:
+def _decompose_swish(node: ir.Node) -> None:
     build, x = g.Builder(node), g.operand(node, 0)
     alpha = float(g.attribute(node, "alpha", 1.0))
     inner = x

@@ -1,4 +1,4 @@
-"""What a typed network has to serve, and what keeps a Program from becoming one."""
+"""Optimization profiles of a typed network, and obstacles to lowering a Program to one."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from llmopt.ir.landmarks import Landmark, is_landmark
 from llmopt.ir.program import Program
 from llmopt.runtime.engines.tensorrt_recipe import InputRange, Profile, Sizes
 
-USUAL: Final = 128  # tokens: what kernels are chosen for where a length is free
+USUAL: Final = 128  # tokens: the length that kernels are tuned for where it is dynamic
 
 
 def problems_of(program: Program) -> list[str]:
     """Return every operator, and every use of a cache, that cannot be lowered."""
-    found = [
+    problems = [
         f"TensorRT has no {node.op_type} ({node.name!r})"
         for node in program.graph
         if node.domain or node.op_type not in TAKEN
     ]
     if program.signature.has_cache:
-        found += _of_cache(program)
-    return found
+        problems += _of_cache(program)
+    return problems
 
 
 def _of_cache(program: Program) -> Iterator[str]:
-    """Yield what would change its meaning when a cache is a buffer of fixed capacity."""
+    """Yield each obstacle to a cache that is a buffer of fixed capacity."""
     if not program.facts.max_length:
-        yield "no limit of tokens is known, and the cache needs one: give --max-length"
+        yield "the maximum length is unknown, and the cache needs one: pass --max-length"
     names = {port.name for port in program.signature.pasts}
     for value in program.graph.inputs:
         readers = g.users(value) if value.name in names else []
         for node in readers:
             if node.op_type != "Attention":
-                yield f"{node.op_type} ({node.name!r}) reads the cache beside attention"
+                yield f"{node.op_type} ({node.name!r}) reads the cache outside attention"
     mask = program.input(Role.MASK)
     for node in g.users(mask) if mask is not None else []:
         if node.op_type == "Shape":
@@ -50,12 +50,12 @@ def _of_cache(program: Program) -> Iterator[str]:
 
 
 def profiles_of(program: Program, batch: int, chunk: int) -> tuple[Profile, ...]:
-    """Return the ranges of sizes to build for: prefill and decode, or all at once.
+    """Return the optimization profiles: prefill and decode, or one for all sizes.
 
     Args:
         program: The lowered Program.
-        batch: Most sequences.
-        chunk: Most new tokens of one call, where there is a cache.
+        batch: Largest number of sequences.
+        chunk: Largest number of new tokens in a call, where there is a cache.
     """
     limit = program.facts.max_length or USUAL * 4
     if not program.signature.has_cache:

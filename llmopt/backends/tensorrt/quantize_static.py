@@ -1,12 +1,12 @@
-"""Round products to 8 bits with scales that are found once, as standard Q/DQ.
+"""Quantize products to 8 bits with static, calibrated scales, as standard Q/DQ.
 
 Rewrites::
 
     MatMul(x, W)    into    MatMul(DequantizeLinear(QuantizeLinear(x / c, s)),
                                    DequantizeLinear(codes of c W, t))
 
-with one scale ``s`` for all of x, found by running the Program on calibration data, one ``t`` for
-each column of W, and ``c`` [K] that evens out the channels of x (int8 alone: float8 has the range).
+with one scale ``s`` for all of x, calibrated by running the Program, one ``t`` for each column of
+W, and ``c`` [K] that smooths the channels of x (int8 alone: float8 has the range).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class QuantizeStatic(RoundingPass):
     (float8), each activation likewise, or to the end of the range where it exceeds what calibration
     saw; what that does to the outputs is measured, not bounded.
     Scope: MatMul of an activation with a matrix of weights.
-    Leaves: the head that makes logits, embeddings, and matrices with fewer than 16 inputs.
+    Leaves: the head that produces the logits, embeddings, and matrices with fewer than 16 inputs.
 
     Args:
         code: ``int8`` or ``float8`` (E4M3).
-        percentile: Percentile of the magnitudes that a scale covers; 100 is min-max.
+        percentile: Percentile of magnitudes that a scale covers; 100 is min-max.
         calibration: A text file, one text a line; random tokens if not given.
-        smooth: Whether channels are evened out before int8.
+        smooth: Whether channels are smoothed before int8.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -104,32 +104,32 @@ class QuantizeStatic(RoundingPass):
 
     def groups(self, program: Program, outcome: Outcome) -> list[ProductGroup]:
         """Return the products to round, those of one activation together, calibrated."""
-        found: dict[ir.Value, list[ir.Node]] = {}
+        readers: dict[ir.Value, list[ir.Node]] = {}
         head = program.output(Role.LOGITS)
         for node, _, base in list(candidates(program)):
             if not g.is_op(node, "MatMul"):
                 continue
             if base.shape.numpy()[1] < SHORTEST or node.outputs[0] is head:
-                outcome.miss(node, "it makes logits, or its weight is too short")
+                outcome.miss(node, "it produces the logits, or its weight has too few columns")
                 continue
-            found.setdefault(g.operand(node, 0), []).append(node)
-        if not found:
+            readers.setdefault(g.operand(node, 0), []).append(node)
+        if not readers:
             return []
-        seen = self._observed(program, [str(x.name) for x in found])
-        made = [self._group(x, nodes, seen) for x, nodes in found.items()]
-        for group in made:
+        observer = self._observed(program, [str(x.name) for x in readers])
+        groups = [self._group(x, nodes, observer) for x, nodes in readers.items()]
+        for group in groups:
             if group.lost > MOST_LOST:
                 reason = f"rounding its activation to {self.code} loses {group.lost:.1%} of it"
                 outcome.miss(group.nodes[0], reason)
-        return [group for group in made if group.lost <= MOST_LOST]
+        return [group for group in groups if group.lost <= MOST_LOST]
 
     @property
     def limit(self) -> float:
         """The largest magnitude of a code."""
         return Static("float8" if self.code == "float8" else "int8").limit
 
-    def _group(self, x: ir.Value, nodes: list[ir.Node], seen: Observer) -> ProductGroup:
-        ranges, rows = seen.ranges()[str(x.name)], seen.rows(str(x.name))
+    def _group(self, x: ir.Value, nodes: list[ir.Node], observer: Observer) -> ProductGroup:
+        ranges, rows = observer.ranges()[str(x.name)], observer.rows(str(x.name))
         even = np.ones_like(ranges)
         if self.smooth and self.code == "int8":
             even = smoothing(ranges, np.max([_rows(node) for node in nodes], axis=0))
@@ -141,11 +141,11 @@ class QuantizeStatic(RoundingPass):
     def _observed(self, program: Program, names: Sequence[str]) -> Observer:
         observer = Observer(self.percentile)
         with tempfile.TemporaryDirectory(prefix="llmopt-") as folder:
-            run = _watching(program, names, Path(folder))
+            run = _with_outputs(program, names, Path(folder))
             for batch in _batches(program, self.calibration):
-                found = {**batch, **run(batch)}
+                values = {**batch, **run(batch)}
                 for name in names:
-                    observer.add(name, found[name])
+                    observer.add(name, values[name])
         return observer
 
     def _rewrite(self, group: ProductGroup) -> None:
@@ -193,9 +193,9 @@ class ProductGroup:
     Args:
         x: The activation, [.., K].
         nodes: Each MatMul of it.
-        even: [K], what its channels are divided by and the rows of the weights multiplied.
+        even: Factors [K] that divide its channels and multiply the rows of the weights.
         limit: The largest magnitude of x after that.
-        lost: Part of each token's square that rounding x loses.
+        lost: Part of a token's square that rounding x loses.
     """
 
     x: ir.Value
@@ -233,8 +233,8 @@ def _rounded(numbers: Array, limit: float, code: type) -> Array:
     return np.asarray((np.rint(kept) if code is np.int8 else kept).astype(code))
 
 
-def _watching(program: Program, names: Sequence[str], folder: Path) -> Any:
-    """Return a function that runs a Program and gives the values of these names too."""
+def _with_outputs(program: Program, names: Sequence[str], folder: Path) -> Any:
+    """Return a function that runs a Program and returns the values of these names too."""
     from llmopt.backends.onnxruntime.session import open_session
 
     watched = program.clone()
@@ -258,11 +258,11 @@ def _batches(program: Program, path: str) -> Iterator[Arrays]:
         return
     for row in _texts(program, path):
         case = Case(1, len(row), 0, "none")
-        given = feeds(program.signature, case, vocabulary)
+        batch = feeds(program.signature, case, vocabulary)
         for port in program.signature.inputs:
             if port.role == Role.TOKENS:
-                given[port.name] = np.asarray([row], port.dtype)
-        yield given
+                batch[port.name] = np.asarray([row], port.dtype)
+        yield batch
 
 
 def _texts(program: Program, path: str) -> Iterator[list[int]]:
@@ -275,14 +275,14 @@ def _texts(program: Program, path: str) -> Iterator[list[int]]:
 
     content = program.facts.files.get("tokenizer.json")
     if content is None:
-        raise UsageError(f"calibration={path}: the source has no tokenizer.json to read it with")
+        raise UsageError(f"calibration={path}: the source has no tokenizer.json to encode it with")
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"calibration={path}: cannot be read ({error})") from error
     lines = [line for line in lines if line.strip()]
     if not lines:
-        raise UsageError(f"calibration={path}: it is empty; give one text a line")
+        raise UsageError(f"calibration={path}: the file is empty; write one text per line")
     tokenizer = Tokenizer.from_str(json.dumps(json.loads(content)))
     limit = program.facts.max_length or 512
     yield from (tokenizer.encode(line).ids[:limit] for line in lines)

@@ -1,7 +1,7 @@
-"""What became of each attention in the engine, read from the table of its layers.
+"""Whether each attention was fused in an engine, read from the table of its layers.
 
-The builder tells the same table that the engine's inspector does, and it does so without a GPU: for
-each layer a name, its kernel, and the ONNX nodes that it computes.
+The builder lists the same table as the engine's inspector, without a GPU: for each layer a name,
+its kernel, and the ONNX nodes that it computes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class EngineLayer:
     """One layer of an engine.
 
     Args:
-        name: Name of the layer, which tells its kernel.
-        nodes: The ONNX nodes that it computes, or has a part in.
+        name: Name of the layer, which includes its kernel.
+        nodes: ONNX nodes that it computes, fully or in part.
     """
 
     name: str
@@ -37,12 +37,12 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class AttentionFusion:
-    """What became of one attention.
+    """Whether one attention was fused.
 
     Args:
-        node: Name of the ONNX node.
+        node: Name of its ONNX node.
         layers: The fused layers that compute it, one for each profile; none where it is not fused.
-        reason: Reason why it is not one layer.
+        reason: Reason that it is not fused.
     """
 
     node: str
@@ -56,7 +56,7 @@ class AttentionFusion:
 
 
 def read_layers(lines: Iterable[str]) -> list[EngineLayer]:
-    """Return the layers that the builder told.
+    """Return the layers that the builder listed.
 
     >>> line = "Name: _gemm_mha_v2_myl0_2, LayerType: kgen, Inputs: [], Metadata: [ONNX Layer: a]"
     >>> read_layers([line])[0].is_attention
@@ -74,40 +74,40 @@ def read_layers(lines: Iterable[str]) -> list[EngineLayer]:
 def attentions(
     layers: Sequence[EngineLayer], nodes: Sequence[str], declined: Mapping[str, str], profiles: int
 ) -> list[AttentionFusion]:
-    """Return what became of every attention of a network.
+    """Return whether each attention of a network was fused.
 
     Args:
         layers: Layers of the engine.
-        nodes: The attentions of the network.
+        nodes: Attention nodes of the network.
         declined: Attentions that were written out before the build, and why.
-        profiles: Number of profiles of the engine: a fused attention has a layer in each.
+        profiles: Number of optimization profiles: a fused attention has a layer in each.
     """
-    found = []
+    fusions = []
     for node in nodes:
         fused = tuple(layer.name for layer in layers if layer.is_attention and node in layer.nodes)
         if len(fused) >= profiles:
-            found.append(AttentionFusion(node, fused))
+            fusions.append(AttentionFusion(node, fused))
             continue
         other = [layer.name for layer in layers if node in layer.nodes]
         reason = f"TensorRT split it: {', '.join(other[:4]) or 'no layer names it'}"
-        found.append(AttentionFusion(node, reason=reason))
-    return found + [AttentionFusion(node, reason=why) for node, why in declined.items()]
+        fusions.append(AttentionFusion(node, reason=reason))
+    return fusions + [AttentionFusion(node, reason=why) for node, why in declined.items()]
 
 
 def summary(
-    capability: str, layers: Sequence[EngineLayer], found: Sequence[AttentionFusion]
+    capability: str, layers: Sequence[EngineLayer], fusions: Sequence[AttentionFusion]
 ) -> dict[str, Any]:
-    """Return what ``engine-report.json`` says of one engine."""
+    """Return the entry of one engine in ``engine-report.json``."""
     return {
         "capability": capability,
         "layers": len(layers),
         "attention": {
-            "expected": len(found),
-            "fused": sum(each.fused for each in found),
+            "expected": len(fusions),
+            "fused": sum(each.fused for each in fusions),
             "nodes": [
                 {"node": each.node, "layers": list(each.layers)}
                 | ({} if each.fused else {"reason": each.reason})
-                for each in found
+                for each in fusions
             ],
         },
         "names": [layer.name for layer in layers],

@@ -1,8 +1,8 @@
 """Run a typed network in onnxruntime on the CPU, before TensorRT sees it.
 
-What runs is the file that TensorRT parses, with two liberties: the capacity of its cache is what
-the call at hand needs and not the engine's, so that a test of 40 tokens does not copy 8192 slots,
-and bfloat16, which onnxruntime has no CPU kernels for, is float32 with every value rounded to it.
+The file is the one that TensorRT parses, with two changes: the cache has the capacity that a call
+needs instead of the engine's, so that a test of 40 tokens does not copy 8192 slots, and bfloat16,
+which onnxruntime has no CPU kernels for, is float32 with every value rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmopt.interface.arrays import Array, Arrays, Run
 from llmopt.interface.signature import Role
 
 _EXTERNAL: Final = "session.model_external_initializers_file_folder_path"
-_STEP: Final = 64  # slots: the cache grows by so many, and onnxruntime sees few shapes
+_STEP: Final = 64  # slots: the step by which the cache grows, so that onnxruntime sees few shapes
 _FLOAT, _BFLOAT16 = 1, 16  # onnx.TensorProto
 
 
@@ -28,8 +28,8 @@ class _NetworkCaches:
     """The cache of a network.
 
     Args:
-        mask: The mask's name; [B, C].
-        presents: Name of each past key or value after the step, by its name before.
+        mask: Name of the mask [B, C].
+        presents: Name of the present key or value by the name of its past.
     """
 
     mask: str
@@ -39,17 +39,16 @@ class _NetworkCaches:
 def open_typed(network: Path, *, exact: bool = False) -> Run:
     """Return a function from inputs to outputs of a typed network.
 
-    A cache may have any number of slots: it is cut or extended to what the call needs. Without
+    A cache may have any number of slots: it is resized to what the call needs. Without
     ``write_indices`` new tokens go behind those that the mask counts.
 
     Args:
         network: The ONNX file; its weights are beside it.
-        exact: Leave activations unrounded that the network rounds to 8 bits, so that what is left
-            of the error is the graph's.
+        exact: Whether to leave 8-bit activations unrounded, so that the error is the graph's alone.
 
     Raises:
         BackendUnavailableError: onnxruntime is not installed.
-        LlmoptError: It has no kernel for an operator of the network.
+        LlmoptError: onnxruntime has no kernel for an operator of the network.
     """
     import onnx
 
@@ -64,7 +63,7 @@ def open_typed(network: Path, *, exact: bool = False) -> Run:
         _leave_unrounded(proto)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Q/DQ stay what they are: fused int8 products would round in other places than TensorRT
+    # no Q/DQ fusion: fused int8 products would round at other points than TensorRT
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry(_EXTERNAL, str(network.parent))
     state = ort.capi.onnxruntime_pybind11_state
@@ -78,16 +77,16 @@ def open_typed(network: Path, *, exact: bool = False) -> Run:
         )
     except (state.NotImplemented, state.InvalidGraph, state.Fail) as error:
         problem = str(error).strip().partition("\n")[0]
-        hint = "--verify off leaves the proof away"
+        hint = "use --verify off to skip verification"
         raise LlmoptError(f"onnxruntime cannot run the typed network: {problem}; {hint}") from error
     inputs = {value.name: _NUMPY[value.type] for value in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Mapping[str, Array]) -> Arrays:
-        given = dict(feeds) if caches is None else _with_room(feeds, caches)
-        given.setdefault("logits_to_keep", np.asarray(1, np.int64))
+        resized = dict(feeds) if caches is None else _with_capacity(feeds, caches)
+        resized.setdefault("logits_to_keep", np.asarray(1, np.int64))
         arrays: Arrays = {
-            name: given[name].astype(dtype, copy=False) for name, dtype in inputs.items()
+            name: resized[name].astype(dtype, copy=False) for name, dtype in inputs.items()
         }
         return dict(zip(names, session.run(names, arrays), strict=True))
 
@@ -104,7 +103,7 @@ _NUMPY: Final = {
 
 
 def _free_capacity(proto: Any) -> _NetworkCaches | None:
-    """Let the number of slots be any; return the caches, None where there are none."""
+    """Make the number of slots dynamic; return the caches, None where there are none."""
     values = {value.name: value for value in (*proto.graph.input, *proto.graph.output)}
     scatters = [node for node in proto.graph.node if node.op_type == "TensorScatter"]
     if not scatters:
@@ -123,20 +122,20 @@ def _is_mask(value: Any, capacity: int) -> bool:
     return len(dims) == 2 and dims[1].dim_value == capacity
 
 
-def _with_room(feeds: Mapping[str, Array], caches: _NetworkCaches) -> dict[str, Array]:
+def _with_capacity(feeds: Mapping[str, Array], caches: _NetworkCaches) -> dict[str, Array]:
     """Return inputs whose cache and mask have as many slots as the tokens need."""
     mask = feeds[caches.mask]
     batch, end = mask.shape
     slots = -(-end // _STEP) * _STEP
     new = feeds["input_ids"].shape[1]
-    given = {caches.mask: _resized(mask, 1, slots)}
-    given[Role.WRITE_INDICES] = np.full(batch, end - new, np.int64)
-    given |= {name: _resized(feeds[name], 2, slots) for name in caches.presents}
-    return {**feeds, **given}
+    resized = {caches.mask: _resized(mask, 1, slots)}
+    resized[Role.WRITE_INDICES] = np.full(batch, end - new, np.int64)
+    resized |= {name: _resized(feeds[name], 2, slots) for name in caches.presents}
+    return {**feeds, **resized}
 
 
 def _resized(array: Array, axis: int, size: int) -> Array:
-    """Return ``array`` with zeros added, or its end taken away, along one axis."""
+    """Return ``array`` padded with zeros, or truncated, along one axis."""
     have = array.shape[axis]
     if have >= size:
         return np.ascontiguousarray(np.take(array, range(size), axis) if have > size else array)
@@ -167,10 +166,10 @@ def in_float32(proto: Any) -> None:
 
 
 def _leave_unrounded(proto: Any) -> None:
-    """Let whoever reads DequantizeLinear(QuantizeLinear(x)) read x."""
-    made = {output: node for node in proto.graph.node for output in node.output}
+    """Replace DequantizeLinear(QuantizeLinear(x)) by x."""
+    producers = {output: node for node in proto.graph.node for output in node.output}
     for node in proto.graph.node:
-        codes = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        codes = producers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if codes is not None and codes.op_type == "QuantizeLinear":
             node.op_type, x = "Identity", codes.input[0]
             del node.input[:], node.attribute[:]

@@ -23,9 +23,9 @@ def written_out(
     """Return softmax(softcap * tanh(q k^T * scale / softcap) + mask) v, [B, H, S, D].
 
     Args:
-        build: Builder at the position of the new nodes.
-        operands: q [B, H, S, D], k and v [B, G, T, D], G a divisor of H.
-        mask: [B or 1, 1, S, T] boolean or added; None where all is seen.
+        build: Builder that inserts the nodes.
+        operands: Tensors q [B, H, S, D], k and v [B, G, T, D], G a divisor of H.
+        mask: Mask [B or 1, 1, S, T], boolean or additive; None for full attention.
         scale: Factor of the scores.
         softcap: Bound of the scores.
     """
@@ -63,5 +63,5 @@ def _masked(
         return scores
     if mask.dtype is not None and mask.dtype.is_floating_point():
         return build.op("Add", [scores, mask])
-    # a finite number: a row that sees nothing must not become NaN; any type has this one
+    # a finite number: a fully masked row must not become NaN; every type can represent it
     return build.op("Where", [mask, scores, _number(build, LOW, operand)])

@@ -70,9 +70,9 @@ class Tvm(Backend):
 
     @override
     def cache_obstacle(self, program: Program) -> str | None:
-        from llmopt.backends.caches import cache_left_out
+        from llmopt.backends.caches import shared_cache_obstacle
 
-        return cache_left_out(program)
+        return shared_cache_obstacle(program)
 
     @override
     def check(self, program: Program) -> list[str]:

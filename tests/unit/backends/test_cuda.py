@@ -133,8 +133,8 @@ def test_the_wish_for_last_logits_is_read_on_the_host() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        pytest.param("Identity (sum)", "CumSum (sum, one)", "from one token", id="sum over tokens"),
-        pytest.param("Identity (sum)", "Add (sum, places)", "a token's place", id="by place"),
+        pytest.param("Identity (sum)", "CumSum (sum, one)", "may mix tokens", id="sum over tokens"),
+        pytest.param("Identity (sum)", "Add (sum, places)", "differ by position", id="by position"),
         pytest.param(", is_causal = 1", "", "is causal", id="not grouped"),
     ],
 )

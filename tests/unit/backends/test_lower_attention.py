@@ -186,7 +186,7 @@ def test_what_grouped_attention_has_not_stays(
     ("widths", "reason"),
     [
         pytest.param(
-            {"q": 64, "v": 16, "d": 16, "w": 8, "y": 32}, "one width for all", id="values"
+            {"q": 64, "v": 16, "d": 16, "w": 8, "y": 32}, "one head width for all", id="values"
         ),
         pytest.param({"q": 32, "v": 16, "d": 8, "w": 8, "y": 32}, "multiple of 16", id="narrow"),
     ],

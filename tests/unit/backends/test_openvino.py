@@ -100,10 +100,10 @@ def test_auto_takes_the_faster_and_opens_that(
     opened: list[Provider] = []
 
     def open_session(
-        _: Path, *, place: Provider, **__: object
+        _: Path, *, provider: Provider, **__: object
     ) -> Callable[[Mapping[str, Any]], Any]:
-        opened.append(place)
-        return lambda _: {"took": seconds if place.provider == OPENVINO else 1.0}
+        opened.append(provider)
+        return lambda _: {"took": seconds if provider.provider == OPENVINO else 1.0}
 
     monkeypatch.setattr(openvino, "open_session", open_session)
     monkeypatch.setattr("llmopt.backends.onnxruntime.open_session", open_session)

@@ -355,7 +355,7 @@ def test_bfloat16_is_proven_with_every_value_rounded(tmp_path: Path) -> None:
             => (float[B,2,P,16] y, int64[2] n)
             { y = Add (past_key, past_value)
               n = Shape (attention_mask) }""",
-            "reads the cache beside attention",
+            "reads the cache outside attention",
         ),
     ],
 )

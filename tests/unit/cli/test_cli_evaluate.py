@@ -68,7 +68,7 @@ def test_text_is_cut_into_windows(llmopt: Any, made: Path, moved: Path, tmp_path
 def test_quality_is_what_the_meter_says_of_the_same_logits(made: Path, moved: Path) -> None:
     found = evaluate(
         load(moved / "decoder"), runner_results(load(made / "shared")), "some text"
-    ).found
+    ).result
 
     tokens = np.array([list(b"some text")])
     p = load(made / "shared").logits(tokens)[0, :-1].astype(np.float64)
@@ -97,13 +97,13 @@ def test_an_encoder_reads_one_text_a_line(made: Path, moved: Path) -> None:
     result = evaluate(load(moved / "encoder"), reference, "one\n\ntwo\nthree\n")
 
     assert result.text == "3 lines of the text"
-    assert isinstance(result.found, Similarity)
+    assert isinstance(result.result, Similarity)
     texts = ["one", "two", "three"]
     a, b = load(moved / "encoder").embed(texts), load(made / "encoder").embed(texts)
     cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-    assert result.found.samples == 3
-    assert result.found.cosine_mean.value == pytest.approx(cosines.mean(), abs=1e-6)
-    assert result.found.cosine_min == pytest.approx(cosines.min(), abs=1e-6)
+    assert result.result.samples == 3
+    assert result.result.cosine_mean.value == pytest.approx(cosines.mean(), abs=1e-6)
+    assert result.result.cosine_min == pytest.approx(cosines.min(), abs=1e-6)
 
 
 def test_a_source_can_be_the_reference(llmopt: Any, bigram: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_too_little_text_is_refused(text: str, says: str, made: Path) -> None:
 def test_an_empty_text_has_no_lines(made: Path) -> None:
     runner = load(made / "encoder")
 
-    with pytest.raises(UsageError, match="one text a line"):
+    with pytest.raises(UsageError, match="one text per line"):
         evaluate(runner, runner_results(runner), "\n")
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.programs import only, program
 from support.tiny_decoder import TEXT, tiny_decoder
 
-from llmopt.backends.caches import cache_left_out
+from llmopt.backends.caches import shared_cache_obstacle
 from llmopt.errors import SourceError
 from llmopt.frontend.base import SourceOptions
 from llmopt.frontend.onnx.saved import KEY, save_program
@@ -48,7 +48,7 @@ def test_a_name_makes_no_landmark(landmark: Landmark) -> None:
     node.outputs[0].name = landmark.value
 
     assert made.landmark(landmark) is None
-    assert "mask of its own" in str(cache_left_out(made))
+    assert "mask of its own" in str(shared_cache_obstacle(made))
 
 
 def test_a_landmark_is_in_no_model_that_is_written() -> None:

@@ -31,7 +31,8 @@ def test_shortlist_is_a_distribution_that_keeps_the_order(
     logits = np.array(values, np.float32)
     found = chances(logits, Sampling(temperature, top_p, top_k))
     assert found.sum() == pytest.approx(1)
-    assert found[logits.argmax()] == found.max() > 0
+    likeliest = logits >= logits.max() - 1e-6  # closer ones are equally likely
+    assert found[likeliest].max() == found.max() > 0
     kept = np.isin(
         np.arange(logits.size), shortlist(logits, Sampling(temperature, top_p, top_k))[0]
     )

@@ -358,7 +358,7 @@ def test_a_saved_program_that_says_nonsense_is_refused(tmp_path: Path) -> None:
     model.metadata_props[KEY] = "{}"
     ir.save(model, tmp_path / "damaged.onnx")
 
-    with pytest.raises(SourceError, match=r"its metadata 'llmopt\.program' cannot be read"):
+    with pytest.raises(SourceError, match=r"the metadata 'llmopt\.program' cannot be read"):
         open_source(tmp_path / "damaged.onnx", SourceOptions())
 
 

@@ -48,8 +48,8 @@ def score(w: Any, unit: Tiles, origin: Any, count: Any) -> None:
         with T.serial(half // _PAIRS) as d:
             for at in (0, 1):
                 key = (j * STEP + at * HIGH) * half + d * _PAIRS
-                unit.load(4 + at, w.held, (key,), 4 * half)
-                unit.load(6 + at, w.turned, (d * _PAIRS, c * STEP + at * HIGH), 4 * rows)
+                unit.load(4 + at, w.resident, (key,), 4 * half)
+                unit.load(6 + at, w.transposed, (d * _PAIRS, c * STEP + at * HIGH), 4 * rows)
             four_products(unit, halves=True)
         for tile in range(4):
             place = (j * STEP + tile // 2 * HIGH, c * STEP + tile % 2 * HIGH)
@@ -86,7 +86,7 @@ def hold_values(w: Any, origin: Any, count: Any) -> None:
             packed.append(w.n.numbers.packed(vectors))
         for channel, vector in enumerate(transposed(packed)):
             line = (d * HIGH + channel) * per_row + j * _PAIRS
-            store((w.held, (line,)), 0, vector)
+            store((w.resident, (line,)), 0, vector)
 
 
 def add_values(w: Any, unit: Tiles, count: Any) -> None:
@@ -100,7 +100,7 @@ def add_values(w: Any, unit: Tiles, count: Any) -> None:
         with T.serial(count // STEP) as t:
             for at in (0, 1):
                 line = (d * STEP + at * HIGH) * per_row + t * _PAIRS
-                unit.load(4 + at, w.held, (line,), 4 * per_row)
+                unit.load(4 + at, w.resident, (line,), 4 * per_row)
                 unit.load(6 + at, w.weights, (t * _PAIRS, c * STEP + at * HIGH), 4 * rows)
             four_products(unit, halves=True)
         for tile, place in enumerate(places):
