@@ -35,6 +35,7 @@ check: $(STAMP)  ## Style, types, import contract, documentation current and bui
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy --strict $(CODE)
 	$(BIN)/lint-imports
+	$(BIN)/python tests/ci/words.py llmopt README.md docs
 	$(BIN)/cog --check -P -I docs docs/*.md README.md
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from llmopt.benchmark.gate.checking import Asking
+from llmopt.benchmark.gate.checking import GateSession
 from llmopt.benchmark.gate.decisions import Evidence, Question, ask
 from llmopt.benchmark.gate.pairs import GATED, CheckRequest
 from llmopt.benchmark.gate.rounds import BASELINE, CANDIDATE, Measured, metrics_of
@@ -163,7 +163,7 @@ def decide(goal: Goal, sessions: Sequence[Session], seed: int) -> Decision:
     request = CheckRequest(
         candidates=(), baseline=Path(), allowances={"": goal.allowance}, max_time_s=seconds
     )
-    asking = Asking([replay], request)  # type: ignore[list-item] # as a Pair is asked
+    asking = GateSession([replay], request)  # type: ignore[list-item] # as a Pair is asked
     try:
         asking.measure(lambda _: None)
     except NoMoreRoundsError:

@@ -54,9 +54,11 @@ def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str,
     }
     rounds = Rounds(tasks, seed=number)
     with noisy_neighbour(number, cores) as log:
-        while not rounds.took_s or sum(rounds.took_s) + max(rounds.took_s) <= seconds:
+        while (
+            not rounds.durations_s or sum(rounds.durations_s) + max(rounds.durations_s) <= seconds
+        ):
             rounds.measure()
-            if 2 * rounds.count > PROCESSES and largest_error(rounds.found) <= _ENOUGH:
+            if 2 * rounds.count > PROCESSES and largest_error(rounds.measured) <= _ENOUGH:
                 break
     return {
         "schema": 1,
@@ -64,17 +66,17 @@ def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str,
         "workload": workload,
         "spin": spin,
         "seconds": seconds,
-        "rounds_s": rounds.took_s,
+        "rounds_s": rounds.durations_s,
         "neighbour": list(log),
         "machine": vars(this_machine()),
-        "measured": [_rounded(each.to_dict()) for each in rounds.found],
+        "measured": [_rounded(each.to_dict()) for each in rounds.measured],
     }
 
 
 def largest_error(found: Sequence[Measured]) -> float:
     """Return the largest error of the comparisons of latencies."""
     metrics = [metric for metric in metrics_of(found) if metric in GATED and metric != MEMORY]
-    return max(ask(Question("recorded", metric), found).found.error for metric in metrics)
+    return max(ask(Question("recorded", metric), found).ratio.error for metric in metrics)
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def _suited(
     forked = dataclasses.replace(traced, program=traced.program.clone())
     pipeline = pipeline_of(options.minus(_ADDS_CACHE))
     again = _optimized(forked, pipeline, options, optimized.reading, clock)
-    note = f"no cache on {backend.name}, every token runs its whole prefix again: {reason}"
+    note = f"no KV cache on {backend.name}, each new token recomputes the whole prefix: {reason}"
     opened = dataclasses.replace(again.source, notes=(*again.source.notes, note))
     return dataclasses.replace(again, source=opened)
 
@@ -181,8 +181,8 @@ def _cache_notes(program: Program, ran: Sequence[Ran]) -> list[str]:
             layers = program.facts.model.layers
             notes.append(f"add-kv-cache: keys and values of {layers} layers are remembered")
         notes.extend(
-            f"add-kv-cache: no cache, every token runs its whole prefix again; {miss.node!r}: "
-            f"{miss.reason}"
+            "add-kv-cache: no KV cache, each new token recomputes the whole prefix; "
+            f"{miss.node!r}: {miss.reason}"
             for miss in each.missed
         )
     return notes

@@ -206,7 +206,7 @@ class Sequences:
         """
         end = self.length + tokens.shape[1]
         if end > self.capacity:
-            raise UsageError(f"{end} tokens do not fit: there is room for {self.capacity}")
+            raise UsageError(f"{end} tokens exceed the capacity of {self.capacity}")
         positions = self._advance(end, mask)
         self.length = end
         step = Step(tokens, self._mask[:, :end], positions, every, self._steady)
@@ -222,7 +222,7 @@ class Sequences:
         if list(rows) == list(range(len(rows))):
             return
         if not isinstance(self._stepper, Reorders):
-            raise UsageError("this target cannot follow several beams; use one")
+            raise UsageError("this target does not support beam search; use beams=1")
         self._stepper.reorder(rows, self.length)
 
     def _advance(self, end: int, mask: Array | None) -> Array:

@@ -162,7 +162,9 @@ def _prompt(arguments: argparse.Namespace) -> int:
     runner = load(artifact_at(arguments), threads=arguments.threads)
     if runner.manifest.task != "generate":
         task = runner.manifest.task
-        raise UsageError(f"{arguments.artifact}: made for task {task!r}, it does not continue text")
+        raise UsageError(
+            f"--prompt needs a text-generation artifact; {arguments.artifact} is for {task!r}"
+        )
     images = None if arguments.images is None else read_images(arguments.images)
     for piece in runner.stream(arguments.prompt, images=images, **_options(arguments, _SAMPLING)):
         sys.stdout.write(piece)

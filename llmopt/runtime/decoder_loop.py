@@ -68,7 +68,9 @@ class DecoderLoop:
         self._beams = rules.beams if request.beams is None else request.beams
         drawn = request.temperature > 0
         if drawn and request.beams not in (None, 1):
-            raise UsageError("beams and temperature exclude each other: a search draws nothing")
+            raise UsageError(
+                "beams and temperature conflict: beam search does not sample; drop one"
+            )
         if drawn:
             self._beams = 1
         for name in ("length_penalty", "early_stopping"):
@@ -89,7 +91,7 @@ class DecoderLoop:
         if search.limit <= len(starts[0]):
             raise UsageError(
                 f"a sequence may have {search.limit} tokens and begins with {len(starts[0])}: "
-                "there is no room for more"
+                "there is no room to generate; shorten the prompt"
             )
         written = self._one_each if self._beams == 1 else self._searched
         return [row[search.begun :] for row in written(memory, starts, search)]

@@ -55,8 +55,8 @@ def check_embeds(session: Session) -> None:
     pooling = session.manifest.model.pooling
     if session.find(Role.HIDDEN) is None or pooling not in POOLINGS:
         raise UsageError(
-            f"this artifact (task {session.manifest.task!r}, pooling {pooling!r}) makes no "
-            "embeddings; compile a sentence encoder with --task embed"
+            f"this artifact computes no embeddings, it is for {session.manifest.task!r}; "
+            "compile a sentence encoder with --task embed"
         )
 
 

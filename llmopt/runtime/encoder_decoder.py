@@ -76,7 +76,7 @@ class Seq2Seq:
             UsageError: An option is out of range, or the model reads no text.
         """
         if options.request.chat:
-            raise UsageError("this model answers nobody: leave chat out")
+            raise UsageError("this model has no chat format; drop chat=True")
         limit = self.manifest.model.max_source
         rows, cut = tokenizer.encode_all(texts, limit)
         if cut:
@@ -127,7 +127,7 @@ class Seq2Seq:
         """
         encoder, facts = self.reader.encoder, self.manifest.model
         if encoder.find(Role.TOKENS) is None:
-            raise UsageError("this model reads sounds, not text: give it features")
+            raise UsageError("this model takes audio, not text; pass features")
         if not rows or min(map(len, rows)) == 0:
             raise UsageError("the text is empty: give at least one token")
         if facts.max_source and max(map(len, rows)) > facts.max_source:
@@ -144,7 +144,7 @@ class Seq2Seq:
         start = self.manifest.model.start if self.rules.start is None else self.rules.start
         if start is None:
             raise LlmoptError(
-                "nothing says which token a written sequence begins with: add "
+                "the decoder's start token is unknown; add "
                 "decoder_start_token_id to generation_config.json and compile again"
             )
         return start
@@ -152,7 +152,7 @@ class Seq2Seq:
     def _sounds(self, features: Any) -> dict[str, Array]:
         port = self.reader.encoder.find(Role.FEATURES)
         if port is None:
-            raise UsageError("this model reads text, not sounds")
+            raise UsageError("this model takes text, not audio")
         array = np.asarray(features, port.dtype)
         array = array[None] if array.ndim == 2 else array
         wanted = list(port.shape[1:])
@@ -173,7 +173,9 @@ class Seq2Seq:
         rows = len(next(iter(memory.values())))
         if not rules.languages:
             if language or task:
-                raise UsageError("this model knows one language and one task; leave both out")
+                raise UsageError(
+                    "this model has a single language and task; omit language and task"
+                )
             heard: Sequence[Sequence[int]] = [[]] * rows
         else:
             if language is None:

@@ -47,7 +47,7 @@ def artifact_of(path: Path, trust: Trust | None = None) -> Path:
     """
     if not is_bundle(path):
         if trust is not None:
-            raise UsageError(f"{path}: no bundle, and only bundles are signed; leave the key out")
+            raise UsageError(f"{path}: not a bundle; only bundles are signed, so omit the key")
         return path
     if trust is None and (place := _known(path)) is not None:
         return place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 import numpy as np
+from typing_extensions import override
 
 from llmopt.artifact.manifest import Manifest
-from llmopt.errors import UsageError
+from llmopt.errors import UnknownNameError, UsageError
 from llmopt.interface.arrays import Array
 from llmopt.interface.signature import Role
 from llmopt.interface.stepping import Sequences, forced, one_by_one
@@ -55,6 +57,11 @@ class Runner:
         self.session = with_vision(folder, open_session(folder, self.manifest, threads))
         self.rewriter = Seq2Seq.open(folder, self.manifest, self.session)
         self._warned = False
+
+    @override
+    def __repr__(self) -> str:
+        name, task, target = self.folder.name, self.manifest.task, self.manifest.target
+        return f"<Runner {name!r}: {task!r} on {target}, {self.session.threads} threads>"
 
     @overload
     def generate(
@@ -184,7 +191,9 @@ class Runner:
             UsageError: The model hears nothing, or an option is out of range.
         """
         if self.rewriter is None:
-            raise UsageError(f"made for task {self.manifest.task!r}, it does not hear")
+            raise UsageError(
+                f"transcribe() needs a speech-to-text artifact, not one for {self.manifest.task!r}"
+            )
         spoken = language, task
         asked = self._asked(None, options)
         return self.rewriter.transcribe(features, self.tokenizer, asked, spoken)
@@ -223,7 +232,7 @@ class Runner:
         sequences = Sequences(self.session, batch, length, memory)
         logits = forced(sequences, tokens, real, one_by_one(first, length))
         if logits.shape[1] != length:
-            raise UsageError("the model gives logits of its last token only; pass prefill=1")
+            raise UsageError("the model returns logits of the last token only; pass prefill=1")
         return logits.astype(np.float32, copy=False)
 
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> Array:
@@ -354,17 +363,18 @@ class Runner:
     def _warn_without_cache(self) -> None:
         if self.manifest.model.cache == "none" and not self._warned:
             self._warned = True
-            logger.warning("the model has no cache: every new token runs its whole prefix again")
+            logger.warning("no KV cache: each new token recomputes the whole prefix")
 
 
 def _text(prompt: Prompt) -> str:
     if not isinstance(prompt, str):
-        raise UsageError("this model rewrites texts; it takes no conversation")
+        raise UsageError("an encoder-decoder model takes text, not a conversation")
     return prompt
 
 
 def _request(options: Mapping[str, Any]) -> Request:
-    try:
-        return Request(**options)
-    except TypeError as error:
-        raise UsageError(f"unknown option: {error}") from error
+    known = [field.name for field in dataclasses.fields(Request)]
+    for name in options:
+        if name not in known:
+            raise UnknownNameError("option", name, known)
+    return Request(**options)

@@ -81,7 +81,7 @@ class Sampler:
         best: Array = logits.argmax(axis=-1).astype(np.int64)  # numpy puts NaN first
         if not all(math.isfinite(row[token]) for row, token in zip(logits, best, strict=True)):
             raise LlmoptError(
-                "the model gave logits that are not finite; "
+                "the model returned logits that are not finite; "
                 "verify the artifact with `llmopt evaluate`"
             )
         if self.sampling.temperature == 0:

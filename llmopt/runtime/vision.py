@@ -163,12 +163,16 @@ def insert_image_tokens(
     """
     if not isinstance(session, VisionSession):
         if images is not None:
-            raise UsageError(f"made for task {session.manifest.task!r}, it sees no images")
+            raise UsageError(
+                f"images need a vision-language artifact; this one is for {session.manifest.task!r}"
+            )
         return prompts, {}
     stand = sum(list(row).count(session.token) for row in prompts)
     if images is None:
         if stand:
-            raise UsageError(f"the prompt has {stand} image tokens, and no image is given")
+            raise UsageError(
+                f"the prompt has {stand} image tokens, but images is empty; pass images="
+            )
         return prompts, {}
     features = session.features(images)
     count, length = len(features), session.length
@@ -176,7 +180,7 @@ def insert_image_tokens(
         return prompts, {FEATURES: features}
     if stand != count:
         raise UsageError(
-            f"{count} images are given, and {stand} image tokens (number {session.token}): write "
+            f"{count} images, but {stand} image tokens (number {session.token}): write "
             f"one for each image, or {length}"
         )
     return [_widened(row, session.token, length) for row in prompts], {FEATURES: features}

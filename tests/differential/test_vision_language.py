@@ -285,9 +285,9 @@ def test_what_cannot_be_is_refused(compiled: Compiled) -> None:
     runner = load(compiled.artifact("onnxruntime-cpu"))
     with pytest.raises(UsageError, match=r"images should be \[I, 3, 12, 12\], not \[1, 3, 12, 7\]"):
         runner.generate_ids(ROWS[0], images=pictures(1)[..., :7])
-    with pytest.raises(UsageError, match="2 images are given, and 4 image tokens"):
+    with pytest.raises(UsageError, match="2 images, but 4 image tokens"):
         runner.generate_ids(ROWS[0], images=pictures(2))
-    with pytest.raises(UsageError, match="4 image tokens, and no image is given"):
+    with pytest.raises(UsageError, match="4 image tokens, but images is empty; pass images="):
         runner.generate_ids(ROWS[0])
     with pytest.raises(UsageError, match="an image has one token here; write 4 for each"):
         runner.logits([[5, IMAGE, 6]], images=pictures(1))

@@ -49,7 +49,7 @@ def between(before: str, after: str) -> Difference:
 
 
 def lines(found: Difference) -> list[str]:
-    return diff.told(found).splitlines()
+    return diff.summary(found).splitlines()
 
 
 SAME = f"""{PORTS} <float[4] w = {{1,2,3,4}}>
@@ -109,7 +109,7 @@ def test_what_changed_is_told(before: str, after: str, told: str) -> None:
     found = between(before, after)
 
     assert not found.equal
-    assert told in diff.told(found)
+    assert told in diff.summary(found)
     assert between(after, after).equal
 
 
@@ -229,7 +229,7 @@ def test_components_are_told_apart() -> None:
 
     found = difference({"encoder": one, "decoder": one}, {"encoder": one, "decoder": two})
     assert {change.component for change in found.changes} == {"decoder"}
-    assert "decoder: outside of modules" in diff.told(found)
+    assert "decoder: outside of modules" in diff.summary(found)
     lost = difference({"encoder": one, "decoder": one}, {"encoder": one})
     assert lost.edges == ("component decoder removed",)
 

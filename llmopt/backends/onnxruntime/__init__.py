@@ -31,7 +31,7 @@ __all__ = ["DATA", "ENTRY", "OnnxRuntimeArm64", "OnnxRuntimeCpu", "finish", "ins
 
 @dataclass(frozen=True)
 class _OnProcessor(Backend):
-    """What the targets for processors share: the graph is the same."""
+    """Common part of the CPU targets: the graph is the same."""
 
     schemes: ClassVar[frozenset[str]] = frozenset({"w4", "w8", "w8a8-dynamic"})
     takes_components: ClassVar[bool] = True

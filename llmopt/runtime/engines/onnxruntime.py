@@ -173,7 +173,10 @@ class OnnxRuntimeSession(Session):
         missing = [name for name in (*self.inputs, *self.outputs) if name not in there]
         if missing:
             entry = folder / self.manifest.entry
-            raise ArtifactError(entry, f"the manifest names {missing[0]!r}, the model has no such")
+            raise ArtifactError(
+                entry,
+                f"the manifest lists {missing[0]!r}, but the model has no such input or output",
+            )
 
 
 class Binding:

@@ -79,9 +79,9 @@ def test_several_questions_share_the_level() -> None:
         sure = dataclasses.replace(sure, error=sure.error + 1e-4)
     question = Question("a", STEP, 0.0)
     one = Evidence(
-        question=question, found=sure, control=None, baseline=1.0, candidate=1.05, processes=16
+        question=question, ratio=sure, control=None, baseline=1.0, candidate=1.05, processes=16
     )
-    calm = dataclasses.replace(one, found=LogRatio(-1.0, 0.001, 7))
+    calm = dataclasses.replace(one, ratio=LogRatio(-1.0, 0.001, 7))
     assert [a.verdict for a in decide([one], LAST)] == ["fail"]
     assert [a.verdict for a in decide([one, *[calm] * 19], LAST)] == ["open", *["pass"] * 19]
 

@@ -167,8 +167,8 @@ def test_rounds_give_every_process_the_same_turns(monkeypatch: pytest.MonkeyPatc
     rounds = Rounds({BASELINE: echo(), CANDIDATE: echo(2.0)})
     for _ in range(2):
         rounds.measure()
-    assert rounds.count == len(rounds.took_s) == 2
-    assert [(m.side, m.round, m.number) for m in rounds.found][:4] == [
+    assert rounds.count == len(rounds.durations_s) == 2
+    assert [(m.side, m.round, m.number) for m in rounds.measured][:4] == [
         (BASELINE, 0, 0),
         (CANDIDATE, 0, 0),
         (BASELINE, 0, 1),
@@ -176,12 +176,12 @@ def test_rounds_give_every_process_the_same_turns(monkeypatch: pytest.MonkeyPatc
     ]
     for number in range(2):
         counts = [
-            {k: len(v) for k, v in m.blocks.items()} for m in rounds.found if m.round == number
+            {k: len(v) for k, v in m.blocks.items()} for m in rounds.measured if m.round == number
         ]
         assert all(count == counts[0] for count in counts)
         assert counts[0]["ttft_s"] >= 1
         assert counts[0]["time_per_output_token_s"] >= 1
-    assert "peak_rss_bytes" not in rounds.found[0].blocks
+    assert "peak_rss_bytes" not in rounds.measured[0].blocks
 
 
 def test_blocks_of_quick_models_are_long_enough_to_time() -> None:

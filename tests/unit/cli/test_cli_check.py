@@ -41,8 +41,8 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Measure:
         def measure(self: Rounds) -> None:
             number, sides = self.count, self._sides
             every = measured(number + 1, sides=sides, **options)
-            self.found += [m for m in every if m.round == number]
-            self.took_s.append(7.0)
+            self.measured += [m for m in every if m.round == number]
+            self.durations_s.append(7.0)
             self.threads = 1
 
         monkeypatch.setattr(Rounds, "measure", measure)
@@ -153,7 +153,7 @@ def test_a_baseline_is_written_and_compared_with_later(
     file = tmp_path / "baseline.json"
     written = llmopt("check", made / "shared", "--baseline", file, "--update", *QUICK)
     assert written.exit_code == 0, written.stderr
-    assert "written, with shared" in written.stdout
+    assert "baseline.json with shared" in written.stdout
     result = llmopt("check", candidate, "--baseline", file)
     assert result.exit_code == 0, result.stdout
     assert "measured at another time" in result.stdout
@@ -269,11 +269,11 @@ def test_a_process_that_ends_is_an_error_in_every_form(
         (["--max-regression", "fast"], "no amount"),
         (["--max-regression", "speed=5%"], "unknown metric of --max-regression"),
         (["--metric", "size_bytes"], "unknown metric of --metric"),
-        (["--max-time", "0"], "more than 0"),
-        (["--threads", "0"], "1 or more"),
+        (["--max-time", "0"], "above 0"),
+        (["--threads", "0"], "at least 1"),
         (["--workload", "prefill=x"], "workload"),
         (["--config", "nowhere.toml"], "not found"),
-        (["--update"], "--update writes a file"),
+        (["--update"], "--update writes a .json file"),
         (["--proxies", "report", "--metric", "encode_latency_s"], "nothing is gated"),
     ],
 )

@@ -89,12 +89,12 @@ def test_force_replaces_the_output(llmopt: Any, made: Path, tmp_path: Path) -> N
     ("flags", "says"),
     [
         ("", "nothing to run on"),
-        ("--prompt a --text b", "--prompt and --text exclude each other"),
-        ("--prompt a b", "'b' is one argument too many"),
+        ("--prompt a --text b", "--prompt and --text are mutually exclusive"),
+        ("--prompt a b", "unexpected argument 'b'"),
         ("--text a --temperature 1", "--temperature has no effect with --text"),
         ("--text a --chat", "--chat has no effect"),
         ("--prompt a -o b", "--output has no effect with --prompt"),
-        ("--inputs a.npz", "say where with -o"),
+        ("--inputs a.npz", "--inputs needs -o FILE.npz"),
         ("--inputs a.npz --seed 0 -o b", "--seed has no effect"),
         ("--inputs a.npz -o b", "a.npz: not found"),
         ("--prompt a --threads 0", "threads 0 is below 1"),
@@ -113,7 +113,7 @@ def test_a_request_that_cannot_be_is_refused(
 
 def test_the_wrong_use_of_an_artifact_names_the_right_one(llmopt: Any, made: Path) -> None:
     assert "use --text" in llmopt("run", made / "encoder", "--prompt", "a").stderr
-    assert "makes no embeddings" in llmopt("run", made / "shared", "--text", "a").stderr
+    assert "computes no embeddings" in llmopt("run", made / "shared", "--text", "a").stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])

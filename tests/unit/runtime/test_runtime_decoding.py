@@ -132,7 +132,7 @@ def test_only_the_last_logits_come_unless_all_are_asked_for(decoder: Runner) -> 
 def test_there_is_no_room_past_the_capacity(decoder: Runner) -> None:
     sequences = Sequences(decoder.session, 1, 4)
     sequences.extend(tokens(1, 3))
-    with pytest.raises(UsageError, match="5 tokens do not fit: there is room for 4"):
+    with pytest.raises(UsageError, match="5 tokens exceed the capacity of 4"):
         sequences.extend(tokens(1, 2))
 
 

@@ -134,7 +134,7 @@ def test_recomputing_is_said_once(folders: Path, messages: pytest.LogCaptureFixt
     for _ in range(2):
         runner.generate("Hello", max_new_tokens=2)
     assert [r.message for r in messages.records] == [
-        "the model has no cache: every new token runs its whole prefix again"
+        "no KV cache: each new token recomputes the whole prefix"
     ]
     load(folders / "shared", threads=1).generate("Hello", max_new_tokens=2)
     assert len(messages.records) == 1
@@ -192,7 +192,8 @@ def test_conversations_that_do_not_fit_are_refused(chatty: Path) -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens 0 is below 1"),
         ({"temperature": -1}, "temperature"),
-        ({"tempreature": 1}, "unknown option.*tempreature"),
+        ({"tempreature": 1}, "unknown option 'tempreature'; did you mean 'temperature'"),
+        ({"max_tokens": 5}, "unknown option 'max_tokens'; did you mean 'max_new_tokens'"),
     ],
 )
 def test_bad_options_are_refused(folders: Path, options: dict[str, Any], problem: str) -> None:
@@ -218,3 +219,9 @@ print(sorted(early), sorted(heavy & set(sys.modules)))
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[] []"
+
+
+def test_a_runner_is_shown_by_what_it_runs(folders: Path) -> None:
+    runner = load(folders / "shared", threads=1)
+
+    assert repr(runner) == "<Runner 'shared': 'generate' on onnxruntime-cpu, 1 threads>"

@@ -330,7 +330,7 @@ def test_text_and_embeddings_come_out_of_the_module(
         (["--prompt", "a", "--json"], 2, "--json has no effect with --prompt"),
         (["--selftest", "--seed", "0"], 2, "--seed has no effect with --selftest"),
         (["--text", "a", "--port", "1"], 2, "--port has no effect with --text"),
-        (["--text", "a"], 2, "makes no embeddings"),
+        (["--text", "a"], 2, "computes no embeddings"),
         (["--prompt", "a", "--threads", "0"], 2, "threads 0 is below 1"),
         (["--serve", "--port", "99999"], 2, "port 99999"),
     ],
