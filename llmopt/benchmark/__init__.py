@@ -1,4 +1,4 @@
-"""Measuring artifacts: load, first token, each token after it, encoding, memory.
+"""Benchmarks of artifacts: load time, TTFT, time per output token, encoding, memory.
 
 >>> from llmopt.benchmark import parse_workload
 >>> parse_workload("prefill=128,decode=64")

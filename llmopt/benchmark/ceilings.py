@@ -1,9 +1,9 @@
-"""What this machine can do at most: bytes read and numbers multiplied in a second.
+"""Ceilings of this machine: peak memory bandwidth and peak multiply-adds per second.
 
-Reading is measured over memory several times as large as the last cache, each thread its own
-part. Multiplying is the fastest product of large matrices that can be had here, of numpy's or of
-ONNX Runtime's: a ceiling that somebody's code reaches, not one of a data sheet. The best of
-several tries counts, because whatever else runs can only lower it.
+Bandwidth is measured on memory several times the size of the last-level cache, split among the
+threads. Compute is the fastest large matrix product available here, numpy's or ONNX Runtime's: a
+rate that real code reaches, not one from a data sheet. The best of several tries counts, because
+other load can only lower the rate.
 Source for the size of the memory: J. D. McCalpin, STREAM, https://www.cs.virginia.edu/stream/ref.html.
 """
 
@@ -23,23 +23,23 @@ import numpy as np
 from llmopt.benchmark.machine import this_machine
 from llmopt.benchmark.tiny_model import product_model
 
-_CACHES: Final = 4  # times the last cache: little of it can be left from the try before
-_LEAST: Final = 1 << 29
+_CACHES: Final = 4  # times the last-level cache, so that little survives from the try before
+_MIN_BYTES: Final = 1 << 29
 _TRIES: Final = 8
 _SIZE: Final = 2048
-"""Rows, columns and depth of the products: large enough for every engine's best."""
+"""Rows, columns and depth of the products: large enough for every engine's peak rate."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that this machine does in a second.
+    """The peak rates of this machine.
 
     Args:
-        threads: How many did it.
-        read_bytes_per_s: Memory read.
-        macs_per_s: Multiply-adds by element type: ``"float32"``, and ``"int8"`` where known.
-        by: What reached them.
-        cache_bytes: The last cache; 0 where the system does not say.
+        threads: Number of threads measured with.
+        read_bytes_per_s: Memory bandwidth of reads.
+        macs_per_s: Multiply-adds by element type: ``"float32"``, and ``"int8"`` if measured.
+        by: Library that reached each rate.
+        cache_bytes: Size of the last-level cache; 0 if unknown.
     """
 
     threads: int
@@ -49,28 +49,28 @@ class Ceilings:
     cache_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the ceilings for JSON."""
         return asdict(self)
 
 
 def measure_ceilings(threads: int, dtypes: frozenset[str] = frozenset({"float32"})) -> Ceilings:
-    """Return what this machine can do at most with so many threads.
+    """Return the peak rates of this machine with a number of threads.
 
     Args:
-        threads: How many.
-        dtypes: What is multiplied; of others than ``"float32"`` and ``"int8"`` nothing is known.
+        threads: Number of threads.
+        dtypes: Element types to multiply; others than ``"float32"`` and ``"int8"`` are ignored.
     """
     best, by = {}, {}
     for dtype in sorted(dtypes):
-        found = dict(_multiplying(dtype, threads))
-        if found:
-            by[dtype] = max(found, key=lambda name: found[name])
-            best[dtype] = found[by[dtype]]
+        rates = dict(_mac_rates(dtype, threads))
+        if rates:
+            by[dtype] = max(rates, key=lambda name: rates[name])
+            best[dtype] = rates[by[dtype]]
     return Ceilings(threads, read_bytes_per_s(threads), best, by, cache_bytes())
 
 
 def read_bytes_per_s(threads: int) -> float:
-    """Return how fast memory is read that is far larger than the caches."""
+    """Return the read bandwidth of memory far larger than the caches."""
     total = memory_to_read()
     parts = [np.ones(total // threads // 4, np.float32) for _ in range(threads)]
 
@@ -85,26 +85,26 @@ def read_bytes_per_s(threads: int) -> float:
 
 
 def memory_to_read() -> int:
-    """Return how many bytes are read: several times the last cache, a quarter of memory at most."""
-    wanted = max(_LEAST, _CACHES * cache_bytes())
-    return min([wanted, *(limit // 4 for limit in _memory_limits())])
+    """Return the bytes to read: several times the last-level cache, at most a quarter of memory."""
+    target = max(_MIN_BYTES, _CACHES * cache_bytes())
+    return min([target, *(limit // 4 for limit in _memory_limits())])
 
 
 def _memory_limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield how much memory there is, and how much this process may have of it."""
-    whole = this_machine().memory_bytes
-    if whole is not None:
-        yield whole
+    """Yield the machine's memory, and the limits of this process's control groups."""
+    total = this_machine().memory_bytes
+    if total is not None:
+        yield total
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # the file may be missing, or say "max"
             yield int((root / name).read_text(encoding="ascii"))
 
 
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Return the size of the largest cache; 0 where the system does not say.
+    """Return the size of the largest cache; 0 if the system does not report it.
 
     Args:
-        root: Where the system tells of the first processor's caches.
+        root: Directory in sysfs that describes the caches of the first core.
     """
     sizes = [0]
     for path in root.glob("index*/size"):
@@ -115,15 +115,15 @@ def cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     return max(sizes)
 
 
-def _multiplying(dtype: str, threads: int) -> Iterator[tuple[str, float]]:
-    """Yield what can multiply here, and its multiply-adds in a second."""
+def _mac_rates(dtype: str, threads: int) -> Iterator[tuple[str, float]]:
+    """Yield each library that multiplies this type here, and its multiply-adds per second."""
     rng = np.random.default_rng(0)
     if dtype == "float32":
         x, w = (rng.standard_normal((_SIZE, _SIZE), np.float32) for _ in range(2))
         yield "numpy", _SIZE**3 / _best(lambda: np.matmul(x, w))
         yield from _by_onnxruntime("MatMul", x, w, threads)
     elif dtype == "int8":
-        # Codes as they are quantized: both operands in eight bits, the one without a sign.
+        # As quantized products have them: unsigned activations, signed weights.
         codes = rng.integers(0, 255, (_SIZE, _SIZE)).astype(np.uint8)
         weight = rng.integers(-127, 127, (_SIZE, _SIZE)).astype(np.int8)
         yield from _by_onnxruntime("MatMulInteger", codes, weight, threads)
@@ -144,7 +144,7 @@ def _by_onnxruntime(op: str, x: Any, weight: Any, threads: int) -> Iterator[tupl
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Return the shortest of several times, the first not counted."""
+    """Return the shortest of several durations, after one warm-up."""
     run()
     times = []
     for _ in range(_TRIES):

@@ -1,7 +1,7 @@
-"""Charts of the report: a strip of samples, bars of shares, columns of layers, the roofline.
+"""Charts of the report: a strip of samples, a stacked bar, columns of layers, the roofline.
 
-They take colours from the page's style sheet and need no script. What a chart shows by place or
-length has its number in the text beside it.
+Colours come from the page's style sheet, and no script is needed. Every value that a chart
+encodes as position or length also stands in the text next to it.
 """
 
 from __future__ import annotations
@@ -12,61 +12,62 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Final
 
-COLOURS: Final = 6  # of parts; the others share a grey
-_MANY: Final = 60  # dots that would hide each other
+COLOURS: Final = 6  # the largest parts; the others share a grey
+_DENSE: Final = 60  # more dots than this overlap
 
 
 def strip(metric: Mapping[str, Any], low: float, high: float) -> str:
-    """Return every sample as a dot between ``low`` and ``high``, with median and interval."""
+    """Return a strip plot of the samples between ``low`` and ``high``, median marked."""
     span = high - low or 1.0
 
-    def at(value: float) -> str:
+    def position(value: float) -> str:
         return f"{100 * (value - low) / span:.2f}%"
 
     marks = []
     if metric["interval_95"]:
         start, end = metric["interval_95"]
         width = 100 * (end - start) / span
-        marks.append(f'<u style="left:{at(start)};width:{width:.2f}%"></u>')
-    far = set(metric["outliers"])
-    kind = "dense" if len(metric["samples"]) > _MANY else ""
+        marks.append(f'<u style="left:{position(start)};width:{width:.2f}%"></u>')
+    outliers = set(metric["outliers"])
+    kind = "dense" if len(metric["samples"]) > _DENSE else ""
     for number, value in enumerate(metric["samples"]):
-        marks.append(f'<i class="{"out" if number in far else kind}" style="left:{at(value)}"></i>')
-    marks.append(f'<b style="left:{at(metric["median"])}"></b>')
+        mark = "out" if number in outliers else kind
+        marks.append(f'<i class="{mark}" style="left:{position(value)}"></i>')
+    marks.append(f'<b style="left:{position(metric["median"])}"></b>')
     return f'<div class="strip" aria-hidden="true">{"".join(marks)}</div>'
 
 
 def colours(parts: Mapping[str, float]) -> dict[str, str]:
-    """Return the class of each part: its own colour for the largest, one for the others."""
+    """Return the CSS class of each part: a colour each for the largest, one for the rest."""
     ordered = sorted(parts, key=lambda part: -parts[part])
     return {part: f"p{min(number, COLOURS)}" for number, part in enumerate(ordered)}
 
 
 def bar(parts: Mapping[str, float], classes: Mapping[str, str]) -> str:
-    """Return one bar, cut into the shares of its parts."""
+    """Return a stacked bar of the shares of the parts."""
     total = sum(parts.values()) or 1.0
-    cuts = (
+    segments = (
         f'<i class="{classes[part]}" style="width:{100 * seconds / total:.3f}%"'
         f' title="{escape(part or "unknown")}"></i>'
         for part, seconds in parts.items()
     )
-    return f'<div class="bar" aria-hidden="true">{"".join(cuts)}</div>'
+    return f'<div class="bar" aria-hidden="true">{"".join(segments)}</div>'
 
 
 def columns(layers: Sequence[Mapping[str, Any]], classes: Mapping[str, str]) -> str:
-    """Return one column for each layer, cut into its parts."""
+    """Return a stacked column of the parts for each layer."""
     width, height = 360.0, 100.0
-    most = max((sum(layer["parts"].values()) for layer in layers), default=0.0) or 1.0
+    longest = max((sum(layer["parts"].values()) for layer in layers), default=0.0) or 1.0
     step = width / max(len(layers), 1)
     drawn = []
     for number, layer in enumerate(layers):
         top = height
         for part, seconds in layer["parts"].items():
-            tall = height * seconds / most
-            top -= tall
+            share = height * seconds / longest
+            top -= share
             drawn.append(
                 f'<rect class="{classes[part]}" x="{number * step + 0.5:.2f}" y="{top:.2f}"'
-                f' width="{max(step - 1, 0.5):.2f}" height="{tall:.2f}">'
+                f' width="{max(step - 1, 0.5):.2f}" height="{share:.2f}">'
                 f"<title>layer {layer['layer']}: {escape(part)}</title></rect>"
             )
     return (
@@ -77,13 +78,13 @@ def columns(layers: Sequence[Mapping[str, Any]], classes: Mapping[str, str]) -> 
 
 @dataclass(frozen=True)
 class Point:
-    """A phase in the roofline's chart.
+    """A phase in the roofline chart.
 
     Args:
-        label: A number; the table beside the chart says of what.
-        intensity: Multiply-adds for each byte read.
-        rate: Multiply-adds in a second.
-        colour: A class.
+        label: Number of the phase in the table next to the chart.
+        intensity: Multiply-adds per byte read.
+        rate: Multiply-adds per second.
+        colour: CSS class.
     """
 
     label: str
@@ -93,12 +94,12 @@ class Point:
 
 
 class _Scale:
-    """Logarithmic places on a line.
+    """A logarithmic axis.
 
     Args:
-        values: What has to have a place; decades around them are shown.
-        start: Place of the first decade.
-        end: Place of the last.
+        values: Values to cover; the axis extends to full decades.
+        start: Coordinate of the first decade.
+        end: Coordinate of the last decade.
     """
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
@@ -108,11 +109,11 @@ class _Scale:
         self._step = (end - start) / (self.last - self.first)
 
     def __call__(self, value: float) -> float:
-        """Return the place of a value."""
+        """Return the coordinate of a value."""
         return self._start + self._step * (math.log10(value) - self.first)
 
     def decades(self) -> Iterator[float]:
-        """Yield the powers of ten that are shown."""
+        """Yield the powers of ten on the axis."""
         yield from (10.0**n for n in range(self.first, self.last + 1))
 
 
@@ -120,12 +121,12 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 342.0, 12.0, 220.0
 
 
 def roofline(points: Sequence[Point], read: float, peaks: Mapping[str, float]) -> str:
-    """Return rates over intensities below the limits of memory and multipliers, both logarithmic.
+    """Return a log-log chart of rate over intensity, under the limits of memory and compute.
 
     Args:
-        points: Phases.
-        read: Bytes a second.
-        peaks: Multiply-adds a second, by element type.
+        points: Phases to plot.
+        read: Memory bandwidth in bytes per second.
+        peaks: Peak multiply-adds per second, by element type.
     """
     knees = [peak / read for peak in peaks.values()]
     x = _Scale([p.intensity for p in points] + knees, _LEFT, _RIGHT)
@@ -147,13 +148,13 @@ def _grid(x: _Scale, y: _Scale) -> Iterator[str]:
         yield f'<path class="grid" d="M{_LEFT} {at:.1f}H{_RIGHT}"/>'
         yield f'<text x="{_LEFT - 5}" y="{at + 4:.1f}" text-anchor="end">{_giga(value)}</text>'
     middle = (_LEFT + _RIGHT) / 2
-    yield f'<text x="{middle}" y="252" text-anchor="middle">multiply-adds for each byte read</text>'
+    yield f'<text x="{middle}" y="252" text-anchor="middle">multiply-adds per byte read</text>'
     yield f'<text x="12" y="{(_TOP + _BOTTOM) / 2}" text-anchor="middle"'
-    yield f' transform="rotate(-90 12 {(_TOP + _BOTTOM) / 2})">multiply-adds a second</text>'
+    yield f' transform="rotate(-90 12 {(_TOP + _BOTTOM) / 2})">multiply-adds per second</text>'
 
 
 def _giga(value: float) -> str:
-    """Return a rate in a few letters.
+    """Return a rate with a unit prefix.
 
     >>> _giga(1e9), _giga(1e12), _giga(1e7)
     ('1 G', '1 T', '10 M')

@@ -1,4 +1,4 @@
-"""What a measured result does not say by itself: how good the times are, and where they go."""
+"""Interpretation of a benchmark: the roofline of each phase, and its profile."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def explain(
     *,
     profiled: bool = False,
 ) -> BenchmarkResult:
-    """Return a result with this machine's limits, and how near to them each phase came.
+    """Return a result with this machine's ceilings and the roofline of each phase.
 
     Args:
-        result: What was measured.
-        plan: How.
-        progress: Told what is being done.
-        profiled: Whether each artifact is also profiled; of one whose engine tells nothing of its
-            operators, the profile stays empty.
+        result: Benchmark to interpret.
+        plan: Plan that it was measured with.
+        progress: Callback for the name of each stage.
+        profiled: Whether to profile each artifact too; the profile of an engine that does not
+            report operator times stays empty.
     """
     works = [Manifest.read(artifact_of(Path(artifact.path))).work for artifact in result.artifacts]
     kinds = {
         dtype for work in works for phase in phases(work, plan.workload) for dtype in phase.macs
     }
     if kinds:
-        progress("measuring what this machine can do")
+        progress("measuring this machine's peak rates")
         ceilings = measure_ceilings(result.threads, frozenset(kinds))
         limited = tuple(
             replace(artifact, roofline=tuple(reached(work, plan.workload, artifact, ceilings)))
@@ -48,6 +48,6 @@ def explain(
     with_profiles = []
     for artifact in result.artifacts:
         progress(f"profiling {artifact.path}")
-        found = profile(artifact_of(Path(artifact.path)), plan.workload, plan.threads)
-        with_profiles.append(replace(artifact, profile=tuple(p.to_dict() for p in found)))
+        phases_ = profile(artifact_of(Path(artifact.path)), plan.workload, plan.threads)
+        with_profiles.append(replace(artifact, profile=tuple(p.to_dict() for p in phases_)))
     return replace(result, artifacts=tuple(with_profiles))

@@ -1,4 +1,4 @@
-"""Which machine a measurement was made on."""
+"""The machine that a measurement was taken on."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _X86: Final = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx
 _AMX: Final = ("amx_tile", "amx_int8", "amx_bf16")
 _ARM: Final = ("asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2")
 _FEATURES: Final = frozenset({*_X86, *_AMX, *_ARM, "f16c", "fma"})
-"""Processor features that decide which kernels run."""
+"""CPU features that select kernels."""
 
 
 @dataclass(frozen=True)
 class MachineFingerprint:
-    """What has to be the same for two latencies to be comparable.
+    """The facts that must match for two latencies to be comparable.
 
     Args:
-        processor: Its name, as the system gives it.
+        processor: Name of the CPU, as the system reports it.
         architecture: ``"x86_64"``, ``"aarch64"``.
-        cores: How many this process may use.
-        features: Processor features that decide which kernels run.
-        memory_bytes: All of it; None where the system does not say.
+        cores: Cores that this process may use.
+        features: CPU features that select kernels.
+        memory_bytes: Installed memory; None if unknown.
         system: Name and release of the kernel.
-        versions: Of Python and of the packages that run models.
+        versions: Versions of Python and of the packages that run models.
     """
 
     processor: str
@@ -47,16 +47,16 @@ class MachineFingerprint:
 
     @property
     def fingerprint(self) -> str:
-        """A short digest of it all."""
+        """A short digest of all facts."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def this_machine(proc: Path = Path("/proc")) -> MachineFingerprint:
-    """Return the machine this process runs on.
+    """Return the machine that this process runs on.
 
     Args:
-        proc: Where the system tells of itself.
+        proc: Mount point of procfs.
     """
     facts = _cpu_facts(proc / "cpuinfo")
     flags = (facts.get("flags") or facts.get("Features") or "").split()
@@ -72,7 +72,7 @@ def this_machine(proc: Path = Path("/proc")) -> MachineFingerprint:
 
 
 def _cpu_facts(path: Path) -> dict[str, str]:
-    """Return what is said of the first processor."""
+    """Return the fields of the first core."""
     try:
         lines = path.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
@@ -89,10 +89,10 @@ def _memory_bytes() -> int | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""Measuring artifacts in turns, so that what slows the machine down slows them all."""
+"""Benchmarks with interleaved repetitions, so that other load slows all artifacts alike."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ Sample = dict[str, list[float]]
 _TRENDS: Final = frozenset(
     {"ttft_s", "time_per_output_token_s", "encode_latency_s", "run_latency_s"}
 )
-"""Metrics that a warm-up is looked for in."""
-_UNSEEN: Final = 2  # warm-ups where there are too few samples to see how many it takes
+"""Metrics in which a warm-up is detected."""
+_DEFAULT_WARMUPS: Final = 2  # with too few samples to detect the end of the warm-up
 
 _PROBE: Final = "llmopt.benchmark.probe"
 
 
 @dataclass(frozen=True)
 class MeasurePlan:
-    """How to measure.
+    """The plan of a benchmark.
 
     Args:
-        workload: What.
-        threads: Threads inside one operator; None for as many as the process may use.
-        repetitions: Of the workload, each with fresh tokens.
-        warmups: Repetitions before the first that counts; None for as many as are seen to be
-            slower than those that follow (`warmup`), two where too few are asked for to see it.
+        workload: Workload to run.
+        threads: Threads inside one operator; None for all usable cores.
+        repetitions: Measured runs of the workload, each with fresh tokens.
+        warmups: Discarded repetitions before the measured ones; None to detect how many are slower
+            than those that follow (`warmup`), or for two if there are too few to detect it.
         processes: Fresh processes that each load the artifact and run the workload once, for
-            the time to load and the peak of memory.
-        seed: Of the tokens.
+            load time and peak memory.
+        seed: Seed of the tokens.
 
     Raises:
-        UsageError: A number is too small.
+        UsageError: A count is too small.
     """
 
     workload: Workload
@@ -63,24 +63,24 @@ class MeasurePlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the counts."""
         if self.repetitions < 1 or (self.warmups or 0) < 0 or self.processes < 0:
-            raise UsageError("repetitions have to be 1 or more, warmups and processes 0 or more")
+            raise UsageError("repetitions must be at least 1, warmups and processes at least 0")
 
     @property
-    def most(self) -> int:
-        """The most repetitions before measuring ends without having seen the warm-up end."""
+    def max_rounds(self) -> int:
+        """The number of repetitions after which measuring ends, even if the warm-up has not."""
         return 2 * self.repetitions + 10
 
 
 @dataclass
 class Repetitions:
-    """Repetitions, the same for each artifact.
+    """Repetitions of the workload on every artifact.
 
     Args:
-        samples: Of each artifact, one for each round.
-        dropped: How many of the first are warm-up.
-        steady: Whether the others show no trend any more; None where it was not looked for.
+        samples: Samples of each artifact, one per round.
+        dropped: Number of leading rounds that are warm-up.
+        steady: Whether the others show no trend; None if that was not tested.
     """
 
     samples: list[list[Sample]]
@@ -91,16 +91,16 @@ class Repetitions:
 def measure(
     artifacts: Sequence[Path], plan: MeasurePlan, progress: Callable[[str], None] = lambda _: None
 ) -> BenchmarkResult:
-    """Return what running ``plan`` on each artifact took.
+    """Return the measurements of ``plan`` on each artifact.
 
     Args:
-        artifacts: Paths; they are measured in turns.
-        plan: How.
-        progress: Told what is being done.
+        artifacts: Paths of artifacts, whose repetitions are interleaved.
+        plan: Plan to follow.
+        progress: Callback for the name of each stage.
 
     Raises:
-        ArtifactError: One is not an artifact, or damaged.
-        UsageError: None is given, or the workload does not fit one.
+        ArtifactError: A path is not an artifact, or the artifact is damaged.
+        UsageError: There is no artifact, or one cannot run the workload.
     """
     if not artifacts:
         raise UsageError("no artifact to measure")
@@ -108,19 +108,19 @@ def measure(
     runners = [load(path, threads=plan.threads) for path in artifacts]
     for runner in runners:
         check_fits(runner, plan.workload)
-    probed = [_probe_all(path, plan, progress) for path in artifacts]
+    probes = [_probe_all(path, plan, progress) for path in artifacts]
     rounds = run_rounds(runners, plan, progress)
-    found = []
-    for path, runner, before, samples in zip(
-        artifacts, runners, probed, rounds.samples, strict=True
+    results = []
+    for path, runner, probe, samples in zip(
+        artifacts, runners, probes, rounds.samples, strict=True
     ):
         warm = _joined({}, samples[: rounds.dropped])
-        found.append(_result(path, runner, _joined(before, samples[rounds.dropped :]), warm))
+        results.append(_result(path, runner, _joined(probe, samples[rounds.dropped :]), warm))
     return BenchmarkResult(
         workload=str(plan.workload),
         threads=runners[0].session.threads,
         machine=this_machine(),
-        artifacts=tuple(found),
+        artifacts=tuple(results),
         warmups=rounds.dropped,
         steady=rounds.steady,
         load_average=load_average,
@@ -130,45 +130,45 @@ def measure(
 def run_rounds(
     runners: Sequence[Runner], plan: MeasurePlan, progress: Callable[[str], None] = lambda _: None
 ) -> Repetitions:
-    """Return repetitions of the workload until enough of them are not warm-up."""
+    """Return repetitions of the workload, continued until enough follow the warm-up."""
     rounds = Repetitions([[] for _ in runners])
     fixed = plan.warmups
     if fixed is None and plan.repetitions < NEEDED:
-        fixed = _UNSEEN
-    for turn in range(plan.most if fixed is None else fixed + plan.repetitions):
-        progress(_told(turn, plan, fixed))
-        # Forwards and backwards by turns: no artifact is always the one after another.
-        for number in range(len(runners))[:: 1 if turn % 2 else -1]:
-            random = np.random.default_rng([plan.seed, turn])
-            rounds.samples[number].append(run_once(runners[number], plan.workload, random))
+        fixed = _DEFAULT_WARMUPS
+    for number in range(plan.max_rounds if fixed is None else fixed + plan.repetitions):
+        progress(_stage(number, plan, fixed))
+        # Forwards and backwards alternate: no artifact always runs right after the same other.
+        for index in range(len(runners))[:: 1 if number % 2 else -1]:
+            random = np.random.default_rng([plan.seed, number])
+            rounds.samples[index].append(run_once(runners[index], plan.workload, random))
         if fixed is None:
             warm = _warmups(rounds.samples)
             rounds.steady = warm is not None
-            if warm is not None and turn + 1 - warm >= plan.repetitions:
+            if warm is not None and number + 1 - warm >= plan.repetitions:
                 rounds.dropped = warm
                 return rounds
     rounds.dropped = len(rounds.samples[0]) - plan.repetitions
     return rounds
 
 
-def _told(turn: int, plan: MeasurePlan, fixed: int | None) -> str:
+def _stage(number: int, plan: MeasurePlan, fixed: int | None) -> str:
     if fixed is None:
-        return f"repetition {turn + 1}, until {plan.repetitions} are not warm-up"
-    if turn < fixed:
+        return f"repetition {number + 1} ({plan.repetitions} needed after warm-up)"
+    if number < fixed:
         return "warm-up"
-    return f"repetition {turn + 1 - fixed} of {plan.repetitions}"
+    return f"repetition {number + 1 - fixed} of {plan.repetitions}"
 
 
 def _warmups(samples: Sequence[Sequence[Sample]]) -> int | None:
-    """Return how many rounds are warm-up for any artifact; None where it may not be over."""
-    found = [
-        warmups_in([sample[name][0] for sample in of])
-        for of in samples
-        for name in of[0]
+    """Return the number of warm-up rounds over all artifacts; None if it may not have ended."""
+    counts = [
+        warmups_in([sample[name][0] for sample in rounds])
+        for rounds in samples
+        for name in rounds[0]
         if name in _TRENDS
     ]
-    known = [count for count in found if count is not None]
-    return max(known) if len(known) == len(found) else None
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None
 
 
 def _load_average() -> float | None:
@@ -182,7 +182,7 @@ def check_fits(runner: Runner, workload: Workload) -> None:
     """Raise unless the artifact can run the workload.
 
     Raises:
-        UsageError: It is of another kind, or too short.
+        UsageError: The artifact is for another task, or its longest sequence is too short.
         SourceError: The file of inputs cannot be read.
     """
     if isinstance(workload, Inputs):
@@ -198,12 +198,12 @@ def check_fits(runner: Runner, workload: Workload) -> None:
         length = workload.prefill + workload.decode
     if not fitting:
         raise UsageError(
-            f"{runner.folder}: task {runner.manifest.task!r} cannot run {workload}; prefill=…,"
-            "decode=… is for task generate, encode=… for embed and encode, FILE.npz for any"
+            f"{runner.folder}: task {runner.manifest.task!r} cannot run {workload}; use "
+            "prefill=…,decode=… for task generate, encode=… for embed and encode, FILE.npz for any"
         )
     if facts.max_length and length > facts.max_length:
         raise UsageError(
-            f"{runner.folder}: takes {facts.max_length} tokens, {workload} needs {length}"
+            f"{runner.folder}: takes at most {facts.max_length} tokens; {workload} needs {length}"
         )
 
 
@@ -246,10 +246,10 @@ def _encode_once(runner: Runner, workload: Encode, random: np.random.Generator) 
     feeds = {tokens_port.name: tokens.astype(tokens_port.dtype)}
     start = time.perf_counter()
     runner.run(feeds)
-    taken = time.perf_counter() - start
+    duration = time.perf_counter() - start
     return {
-        "encode_latency_s": [taken],
-        "encode_tokens_per_s": [workload.batch * workload.length / taken],
+        "encode_latency_s": [duration],
+        "encode_tokens_per_s": [workload.batch * workload.length / duration],
     }
 
 
@@ -261,7 +261,7 @@ def _run_inputs(runner: Runner, workload: Inputs) -> Sample:
 
 
 def random_tokens(runner: Runner, shape: tuple[int, int], random: np.random.Generator) -> Array:
-    """Return random tokens, none of which is special to the model."""
+    """Return random tokens, none of them a special token of the model."""
     facts = runner.manifest.model
     special = {facts.bos, facts.pad, *facts.eos}
     valid = [token for token in range(max(facts.vocabulary, 1)) if token not in special]
@@ -277,15 +277,15 @@ def _probe_all(path: Path, plan: MeasurePlan, progress: Callable[[str], None]) -
 
 
 def _probe(path: Path, plan: MeasurePlan) -> Sample:
-    """Return load time and peak memory of a fresh process that runs the workload once."""
+    """Return the load time and peak memory of a fresh process that runs the workload once."""
     request = {"artifact": str(path), "workload": str(plan.workload), "threads": plan.threads}
     command = [sys.executable, "-m", _PROBE, json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ours
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise LlmoptError(f"{path}: a fresh process could not run {plan.workload}: {last}")
-    found: dict[str, float] = json.loads(done.stdout)
-    return {name: [value] for name, value in found.items()}
+    metrics: dict[str, float] = json.loads(done.stdout)
+    return {name: [value] for name, value in metrics.items()}
 
 
 def _extend(samples: Sample, more: Sample) -> None:

@@ -1,7 +1,7 @@
-"""The result of a benchmark as one page: nothing is fetched, and no script runs.
+"""The HTML report of a benchmark: self-contained, without scripts.
 
-Everything it shows is taken from `BenchmarkResult.to_dict`, which the page carries too. Each figure
-is a ``data`` element whose value is the number itself.
+Everything comes from `BenchmarkResult.to_dict`, which is embedded in the page. Each figure is a
+``data`` element whose value is the exact number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmopt.benchmark import charts
 
 Json = Mapping[str, Any]
 _METRICS: Final[Mapping[str, tuple[str, str, float]]] = {
-    "ttft_s": ("Time to the first token", "ms", 1e3),
+    "ttft_s": ("Time to first token", "ms", 1e3),
     "time_per_output_token_s": ("Time per output token, mean of a repetition", "ms", 1e3),
     "token_latency_s": ("Time of each output token", "ms", 1e3),
     "encode_latency_s": ("Time to encode a batch", "ms", 1e3),
@@ -25,18 +25,18 @@ _METRICS: Final[Mapping[str, tuple[str, str, float]]] = {
     "decode_tokens_per_s": ("Decode", "tokens/s", 1.0),
     "encode_tokens_per_s": ("Encode", "tokens/s", 1.0),
     "load_s": ("Time to load, in fresh processes", "ms", 1e3),
-    "peak_rss_bytes": ("Peak of resident memory, in fresh processes", "MB", 1e-6),
+    "peak_rss_bytes": ("Peak resident memory, in fresh processes", "MB", 1e-6),
 }
 """Heading, unit and factor of each metric, in the order of the page."""
-_BUSY: Final = 0.5  # waiting processes for each core: then the numbers say little
-_SHOWN: Final = 24  # rows of the longest table
+_BUSY: Final = 0.5  # load average per core above which the numbers mean little
+_ROWS: Final = 24  # of the longest table
 
 
 def page(result: Json) -> str:
-    """Return the page of a result.
+    """Return the HTML page of a result.
 
     Args:
-        result: What `BenchmarkResult.to_dict` gives.
+        result: Result as `BenchmarkResult.to_dict` returns it.
     """
     style = files("llmopt.benchmark").joinpath("page.css").read_text(encoding="utf-8")
     body = "\n".join(_body(result))
@@ -66,28 +66,28 @@ def _body(result: Json) -> Iterator[str]:
 
 
 def figure(value: float | None, unit: str = "", factor: float = 1.0) -> str:
-    """Return a number of the result as people read it; its element holds it as it is."""
+    """Return a ``data`` element with a rounded number and its unit."""
     if value is None:
-        return "not known"
+        return "unknown"
     text = rounded(value * factor)
     return f"{_data(value, text)}{' ' + unit if unit else ''}"
 
 
 def rounded(value: float) -> str:
-    """Return a number with three digits or more, and no exponent.
+    """Return a number with at least three digits and no exponent.
 
     >>> rounded(1234.5), rounded(12.345), rounded(0.00123456), rounded(64)
     ('1234', '12.3', '0.00123', '64')
     """
     if isinstance(value, int) or value == 0 or abs(value) >= 1000:
         return f"{value:.0f}"
-    places = 2
+    decimals = 2
     size = abs(value)
     while size < 1:
-        size, places = size * 10, places + 1
+        size, decimals = size * 10, decimals + 1
     while size >= 10:
-        size, places = size / 10, places - 1
-    return f"{value:.{places}f}"
+        size, decimals = size / 10, decimals - 1
+    return f"{value:.{decimals}f}"
 
 
 def _data(value: float, text: str = "") -> str:
@@ -97,7 +97,7 @@ def _data(value: float, text: str = "") -> str:
 def _notices(result: Json) -> Iterator[str]:
     if result["steady"] is False:
         yield (
-            "The samples still show a trend: the warm-up may not be over, or the machine's speed "
+            "The samples still show a trend: warm-up may be incomplete, or the machine's clock "
             "changed meanwhile."
         )
     load, cores = result["load_average"], result["machine"]["cores"]
@@ -108,7 +108,7 @@ def _notices(result: Json) -> Iterator[str]:
 def _table(
     header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()
 ) -> str:
-    """Return a table of cells that are HTML already; ``numbers`` are set to the right."""
+    """Return a table of HTML cells, with the columns ``numbers`` aligned to the right."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = (' class="number"' if i in numbers else "" for i in range(len(cells)))
@@ -124,23 +124,23 @@ def _named(artifact: Json) -> str:
     return f'<span><span class="name">{escape(artifact["path"])}</span>{scheme}</span>'
 
 
-# --- what was measured --------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------
 
 
 def _distributions(artifacts: Sequence[Json]) -> Iterator[str]:
     yield "<h2>Measured</h2>"
     yield (
-        "<p class=faint>A dot is a sample, the bar their median, the band where the true median "
-        "lies with 95 %; rings are outliers, which count like the others.</p>"
+        "<p class=faint>Dots are samples, the bar is their median, the band its 95 % confidence "
+        "interval; rings are outliers, which are included.</p>"
     )
     for name, (heading, unit, factor) in _METRICS.items():
-        found = [(a, a["metrics"][name]) for a in artifacts if name in a["metrics"]]
-        if not found:
+        measured = [(a, a["metrics"][name]) for a in artifacts if name in a["metrics"]]
+        if not measured:
             continue
-        samples = [sample for _, metric in found for sample in metric["samples"]]
+        samples = [sample for _, metric in measured for sample in metric["samples"]]
         low, high = min(samples), max(samples)
         yield f'<section class="card"><h3>{heading}</h3>'
-        for artifact, metric in found:
+        for artifact, metric in measured:
             yield f'<div class="row"><header>{_named(artifact)}'
             yield f"<span>{_middle(metric, unit, factor)}</span></header>"
             yield f"{charts.strip(metric, low, high)}</div>"
@@ -149,7 +149,7 @@ def _distributions(artifacts: Sequence[Json]) -> Iterator[str]:
 
 
 def _middle(metric: Json, unit: str, factor: float) -> str:
-    """Return the median of a metric, its interval and the percentiles that there are."""
+    """Return the median of a metric, its interval and the percentiles with enough samples."""
     text = f"<strong>{figure(metric['median'], unit, factor)}</strong>"
     if metric["interval_95"]:
         low, high = (figure(end, "", factor) for end in metric["interval_95"])
@@ -160,7 +160,7 @@ def _middle(metric: Json, unit: str, factor: float) -> str:
     return text
 
 
-# --- the machine's limits -----------------------------------------------------------------------
+# --- roofline -----------------------------------------------------------------------------------
 
 
 def _roofline(result: Json) -> Iterator[str]:
@@ -178,13 +178,13 @@ def _roofline(result: Json) -> Iterator[str]:
         points.append(charts.Point(str(number), intensity, rate, colour))
         rows.append([str(number), *_reached(phase), _named(artifact)])
     yield charts.roofline(points, ceilings["read_bytes_per_s"], ceilings["macs_per_s"])
-    header = ["", "phase", "of the limit", "bound by", "took", "reading", "multiplying", "artifact"]
+    header = ["", "phase", "of the limit", "bound by", "time", "memory", "compute", "artifact"]
     yield _table(header, rows, numbers=(2, 4, 5, 6))
     yield f"<p class=faint>{_limits(ceilings)}</p>"
     if any(phase["in_cache"] for _, phase in phases):
         yield (
-            "<p class=faint>* The weights fit into the processor's last cache, which is faster "
-            "than memory: more than 100 % is possible.</p>"
+            "<p class=faint>* The weights fit in the last-level cache, which is faster than "
+            "memory, so more than 100 % is possible.</p>"
         )
     yield "</section>"
 
@@ -203,7 +203,7 @@ def _reached(phase: Json) -> list[str]:
 
 def _limits(ceilings: Json) -> str:
     rates = (
-        f"multiplies {figure(rate, 'G', 1e-9)} {escape(dtype)} pairs a second"
+        f"multiplies {figure(rate, 'G', 1e-9)} {escape(dtype)} pairs per second"
         f" ({escape(ceilings['by'][dtype])})"
         for dtype, rate in ceilings["macs_per_s"].items()
     )
@@ -211,7 +211,7 @@ def _limits(ceilings: Json) -> str:
     return f"{reads} and {', '.join(rates)}, measured with {_data(ceilings['threads'])} threads."
 
 
-# --- where the time goes ------------------------------------------------------------------------
+# --- profile ------------------------------------------------------------------------------------
 
 
 def _profiles(artifacts: Sequence[Json]) -> Iterator[str]:
@@ -233,7 +233,7 @@ def _profiles(artifacts: Sequence[Json]) -> Iterator[str]:
 
 def _profile(phase: Json, classes: Mapping[str, str]) -> Iterator[str]:
     yield f'<section class="card"><h3>{escape(phase["phase"])}, '
-    yield f"{figure(phase['seconds'], 'ms', 1e3)} a run while it is profiled</h3>"
+    yield f"{figure(phase['seconds'], 'ms', 1e3)} per profiled run</h3>"
     yield charts.bar(phase["by_part"], classes)
     yield '<ul class="legend">'
     for part, seconds in phase["by_part"].items():
@@ -243,7 +243,7 @@ def _profile(phase: Json, classes: Mapping[str, str]) -> Iterator[str]:
     yield f'<li><i></i><span class="faint">outside operators</span>{outside}</li></ul>'
     if len(phase["by_layer"]) > 1:
         yield f"<figure>{charts.columns(phase['by_layer'], classes)}"
-        yield "<figcaption>A column is a layer, from the first to the last.</figcaption></figure>"
+        yield "<figcaption>One column per layer, from first to last.</figcaption></figure>"
     rows = [
         [
             f"<code>{escape(each['module'] or '-')}</code>",
@@ -251,22 +251,22 @@ def _profile(phase: Json, classes: Mapping[str, str]) -> Iterator[str]:
             figure(each["calls"]),
             figure(each["seconds"], "ms", 1e3),
         ]
-        for each in phase["operators"][:_SHOWN]
+        for each in phase["operators"][:_ROWS]
     ]
-    yield "<details><summary>The longest operators</summary>"
+    yield "<details><summary>Operators by time</summary>"
     yield _table(["module", "operator", "calls", "time"], rows, numbers=(2, 3))
     share = figure(phase["attributed"], "%", 100)
     yield f"<p class=faint>{share} of the time belongs to modules of the source.</p>"
     yield "</details></section>"
 
 
-# --- what was compiled, and where it ran --------------------------------------------------------
+# --- compilation and machine --------------------------------------------------------------------
 
 
 def _compiled(artifacts: Sequence[Json]) -> Iterator[str]:
     with_passes = [artifact for artifact in artifacts if artifact["compiled"]]
     if with_passes:
-        yield "<h2>How they were compiled</h2>"
+        yield "<h2>Compilation</h2>"
     for artifact in with_passes:
         compiled = artifact["compiled"]
         yield f'<section class="card"><h3>{_named(artifact)}</h3>'
@@ -289,13 +289,13 @@ def _compiled(artifacts: Sequence[Json]) -> Iterator[str]:
 
 
 def _count(value: int | None) -> str:
-    return "not known" if value is None else _data(value)
+    return "unknown" if value is None else _data(value)
 
 
 def _machine(result: Json) -> Iterator[str]:
     machine = result["machine"]
     show: Mapping[str, Callable[[], str]] = {
-        "processor": lambda: escape(machine["processor"]),
+        "CPU": lambda: escape(machine["processor"]),
         "architecture": lambda: escape(machine["architecture"]),
         "cores": lambda: _data(machine["cores"]),
         "features": lambda: escape(", ".join(machine["features"])),
@@ -304,7 +304,7 @@ def _machine(result: Json) -> Iterator[str]:
         "versions": lambda: escape(", ".join(f"{k} {v}" for k, v in machine["versions"].items())),
         "load average": lambda: figure(result["load_average"]),
         "fingerprint": lambda: f"<code>{machine['fingerprint']}</code>",
-        "warm-up": lambda: f"{_data(result['warmups'])} repetitions left out",
+        "warm-up": lambda: f"{_data(result['warmups'])} repetitions discarded",
     }
     yield "<h2>Machine</h2>"
     yield _table(["", ""], [[name, cell()] for name, cell in show.items()])

@@ -1,6 +1,6 @@
 """A fresh process that loads an artifact and runs a workload once: ``python -m`` this module.
 
-Prints the time to load and the peak of resident memory as one JSON object.
+It prints its load time and peak resident memory as one JSON object.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from llmopt.runtime import load
 
 
 def main(request: str) -> None:
-    """Do what ``request``, a JSON object, asks for."""
-    asked = json.loads(request)
+    """Load and run the artifact of ``request``, a JSON object, and print the metrics."""
+    task = json.loads(request)
     start = time.perf_counter()
-    runner = load(asked["artifact"], threads=asked["threads"])
-    found: dict[str, float] = {"load_s": time.perf_counter() - start}
-    run_once(runner, parse_workload(asked["workload"]), np.random.default_rng(0))
+    runner = load(task["artifact"], threads=task["threads"])
+    metrics: dict[str, float] = {"load_s": time.perf_counter() - start}
+    run_once(runner, parse_workload(task["workload"]), np.random.default_rng(0))
     if (peak := peak_rss_bytes()) is not None:
-        found["peak_rss_bytes"] = peak
-    sys.stdout.write(json.dumps(found) + "\n")
+        metrics["peak_rss_bytes"] = peak
+    sys.stdout.write(json.dumps(metrics) + "\n")
 
 
 def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int | None:
-    """Return the most memory this process had resident at once; None where nothing says so."""
-    # getrusage would also count what the parent had before it became this process.
+    """Return the peak resident memory of this process; None if the system does not report it."""
+    # getrusage would also count the parent's memory before exec.
     try:
         lines = status.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: each operator's, added up by the source's modules."""
+"""Profiles of a run: the time of each operator, summed over the source's modules."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from llmopt.runtime.session import TimedOperator, TimedRun
 
 _ROUNDS: Final = 3
 _STEPS: Final = 17
-"""Decoded tokens of a round: sixteen steps with a past tell as much as sixty."""
+"""Decoded tokens per round: the shares of sixteen steps are those of sixty."""
 _LAYER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Time of one kind of operator in one module, for one run of a phase.
+class OperatorTime:
+    """The time of one kind of operator in one module, for one run of a phase.
 
     Args:
-        module: The source's module; empty where it is not known.
-        op: The operator, as the engine calls it.
-        calls: How often it ran.
-        kernel_s: Inside the operators, the mean over runs.
-        seconds: The same and what lies before each of them.
+        module: Module of the source; empty if unknown.
+        op: Name of the operator in the engine.
+        calls: Calls per run.
+        kernel_s: Time inside the operators, averaged over runs.
+        seconds: The same with the gap before each operator.
     """
 
     module: str
@@ -43,51 +43,51 @@ class Spent:
 
 @dataclass(frozen=True)
 class PhaseProfile:
-    """Where the time of a phase went.
+    """The profile of a phase.
 
     Args:
         phase: ``"prefill"``, ``"decode"``, ``"encode"`` or ``"run"``.
-        runs: How many were added up.
-        seconds: One run; profiling makes it longer.
-        spent: By module and operator, the longest first.
+        runs: Number of runs averaged.
+        seconds: Duration of one run, profiling overhead included.
+        operators: Times by module and operator, the longest first.
     """
 
     phase: str
     runs: int
     seconds: float
-    spent: tuple[Spent, ...]
+    operators: tuple[OperatorTime, ...]
 
     @property
     def attributed(self) -> float:
-        """The share of the time that is known to belong to a module."""
-        known = sum(each.seconds for each in self.spent if each.module)
+        """The share of the time that is attributed to a module."""
+        known = sum(each.seconds for each in self.operators if each.module)
         return known / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON, with the sums by part and by layer."""
+        """Return the profile for JSON, with sums by part and by layer."""
         return {
             "phase": self.phase,
             "runs": self.runs,
             "seconds": self.seconds,
             "attributed": self.attributed,
-            "kernel_s": sum(each.kernel_s for each in self.spent),
-            "outside_s": self.seconds - sum(each.seconds for each in self.spent),
-            "by_part": _added((part_of(each.module), each.seconds) for each in self.spent),
-            "by_layer": _by_layer(self.spent),
-            "operators": [asdict(each) for each in self.spent],
+            "kernel_s": sum(each.kernel_s for each in self.operators),
+            "outside_s": self.seconds - sum(each.seconds for each in self.operators),
+            "by_part": _summed((part_of(each.module), each.seconds) for each in self.operators),
+            "by_layer": _by_layer(self.operators),
+            "operators": [asdict(each) for each in self.operators],
         }
 
 
 def profile(path: Path, workload: Workload, threads: int | None = None) -> list[PhaseProfile]:
-    """Return where the time of each phase of a workload goes; nothing where its engine is silent.
+    """Return the profile of each phase of a workload; none if the engine does not report times.
 
     Args:
-        path: The artifact.
-        workload: What is run.
-        threads: Threads inside one operator; None for as many as the process may use.
+        path: Directory of the artifact.
+        workload: Workload to run.
+        threads: Threads inside one operator; None for all usable cores.
 
     Raises:
-        ArtifactError: It is damaged.
+        ArtifactError: The artifact is damaged.
         LlmoptError: The engine's profile cannot be read.
     """
     runner = load(path, threads=threads)
@@ -99,7 +99,7 @@ def profile(path: Path, workload: Workload, threads: int | None = None) -> list[
 
 
 def _phases(runner: Runner, workload: Workload) -> list[PhaseProfile]:
-    """Return the phases of several rounds, the first not counted."""
+    """Return the phases of several rounds, after one warm-up round."""
 
     def work() -> None:
         for number in range(1 + _ROUNDS):
@@ -112,7 +112,7 @@ def _phases(runner: Runner, workload: Workload) -> list[PhaseProfile]:
     for number, run in enumerate(runs[each:]):
         is_step = number % each >= each - steps
         parts["decode" if is_step else _first_phase(workload)].append(run)
-    return [phase_of(name, found) for name, found in parts.items()]
+    return [phase_of(name, group) for name, group in parts.items()]
 
 
 def _first_phase(workload: Workload) -> str:
@@ -122,61 +122,61 @@ def _first_phase(workload: Workload) -> str:
 
 
 def phase_of(name: str, runs: Sequence[TimedRun]) -> PhaseProfile:
-    """Return the mean of runs, operators of one kind and module added up."""
-    found: dict[tuple[str, str], list[TimedOperator]] = defaultdict(list)
+    """Return the mean of runs, summed over operators of the same kind and module."""
+    groups: dict[tuple[str, str], list[TimedOperator]] = defaultdict(list)
     for run in runs:
         for operator in run.operators:
-            found[operator.module, operator.op].append(operator)
+            groups[operator.module, operator.op].append(operator)
     count = len(runs)
-    spent = [
-        Spent(
+    times = [
+        OperatorTime(
             *key,
             calls=-(-len(operators) // count),
             kernel_s=sum(each.kernel_s for each in operators) / count,
             seconds=sum(each.seconds for each in operators) / count,
         )
-        for key, operators in found.items()
+        for key, operators in groups.items()
     ]
-    spent.sort(key=lambda each: -each.seconds)
-    return PhaseProfile(name, count, sum(run.seconds for run in runs) / count, tuple(spent))
+    times.sort(key=lambda each: -each.seconds)
+    return PhaseProfile(name, count, sum(run.seconds for run in runs) / count, tuple(times))
 
 
 def part_of(module: str) -> str:
-    """Return what part of the model a module belongs to: the same part of every layer is one.
+    """Return the part of the model that a module belongs to, shared by all layers.
 
     >>> part_of("layers.11.attention.qkv"), part_of("model.layers.3"), part_of("lm_head")
     ('layers.*.attention', 'model.layers.*', 'lm_head')
     """
-    found = _LAYER.search(module)
-    if found is None:
+    layer = _LAYER.search(module)
+    if layer is None:
         return module
-    inside = module[found.end() :].split(".")[1:2]
-    return ".".join([module[: found.start()] + "*", *inside])
+    inside = module[layer.end() :].split(".")[1:2]
+    return ".".join([module[: layer.start()] + "*", *inside])
 
 
 def layer_of(module: str) -> int | None:
-    """Return the number of the layer that a module lies in, None where it lies in none.
+    """Return the number of the layer that a module belongs to, or None.
 
     >>> layer_of("layers.11.attention"), layer_of("head")
     (11, None)
     """
-    found = _LAYER.search(module)
-    return None if found is None else int(found[0])
+    layer = _LAYER.search(module)
+    return None if layer is None else int(layer[0])
 
 
-def _added(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return the sum for each name, the largest first."""
+def _summed(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the sum of each name, the largest first."""
     sums: dict[str, float] = defaultdict(float)
     for name, seconds in pairs:
         sums[name] += seconds
     return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
 
 
-def _by_layer(spent: Sequence[Spent]) -> list[Mapping[str, Any]]:
-    """Return seconds by part for each layer, in order."""
+def _by_layer(times: Sequence[OperatorTime]) -> list[Mapping[str, Any]]:
+    """Return the seconds of each part of each layer, in order."""
     layers: dict[int, list[tuple[str, float]]] = defaultdict(list)
-    for each in spent:
+    for each in times:
         number = layer_of(each.module)
         if number is not None:
             layers[number].append((part_of(each.module), each.seconds))
-    return [{"layer": n, "parts": _added(layers[n])} for n in sorted(layers)]
+    return [{"layer": n, "parts": _summed(layers[n])} for n in sorted(layers)]

@@ -1,4 +1,4 @@
-"""What a benchmark found: raw samples, and what follows from them."""
+"""Results of a benchmark: raw samples, and the statistics derived from them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from llmopt.benchmark.statistics import median, median_interval, outliers, perce
 
 SCHEMA: Final = 1
 _WITHIN_RUNS: Final = frozenset({"token_latency_s"})
-"""Metrics with many samples a repetition. Those resemble each other: an interval of the median
-that takes them for independent would be too narrow, so there is none."""
+"""Metrics with many samples per repetition. They are correlated, so an interval of the median that
+assumes independence would be too narrow, and none is given."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One thing measured, several times.
+    """A metric with its samples.
 
     Args:
-        name: With its unit: ``"ttft_s"``, ``"decode_tokens_per_s"``, ``"peak_rss_bytes"``.
-        samples: Every measurement, in the order made.
+        name: Name with the unit: ``"ttft_s"``, ``"decode_tokens_per_s"``, ``"peak_rss_bytes"``.
+        samples: Measurements in order.
     """
 
     name: str
@@ -30,26 +30,26 @@ class Metric:
 
     @property
     def median(self) -> float:
-        """The middle of the samples."""
+        """The median of the samples."""
         return median(self.samples)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where the true median lies with 95 %; None for fewer than 6 independent samples."""
+        """The 95 % interval of the median; None for fewer than 6 independent samples."""
         return median_interval(self.samples) if self.independent else None
 
     @property
     def independent(self) -> bool:
-        """Whether each sample is of a repetition of its own."""
+        """Whether each sample comes from its own repetition."""
         return self.name not in _WITHIN_RUNS
 
     @property
     def outliers(self) -> tuple[int, ...]:
-        """Numbers of the samples that noise does not explain."""
+        """The indices of samples beyond the noise."""
         return outliers(self.samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON; percentiles that need more samples are null."""
+        """Return the metric for JSON; percentiles that need more samples are null."""
         interval = self.interval
         return {
             "median": self.median,
@@ -63,18 +63,18 @@ class Metric:
 
 @dataclass(frozen=True)
 class ArtifactResult:
-    """What was measured of one artifact.
+    """The measurements of one artifact.
 
     Args:
-        path: The artifact, as it was given.
-        target: What it is built for.
-        size_bytes: All its files.
-        metrics: In the order of the table.
-        warmup: Samples of the repetitions that were left out, by metric.
-        precision: The scheme of its weights.
-        compiled: What its passes did, as the manifest says.
-        roofline: How near to the machine's limits each phase came.
-        profile: Where the time went, for each phase.
+        path: Path of the artifact, as the user spelled it.
+        target: Target that it is compiled for.
+        size_bytes: Size of all its files.
+        metrics: Metrics in table order.
+        warmup: Samples of the discarded repetitions, by metric.
+        precision: Quantization scheme of the weights.
+        compiled: Summary of its passes, from the manifest.
+        roofline: Each phase against the machine's limits.
+        profile: Time by module, for each phase.
     """
 
     path: str
@@ -88,20 +88,20 @@ class ArtifactResult:
     profile: tuple[Mapping[str, Any], ...] = ()
 
     def metric(self, name: str) -> Metric | None:
-        """Return the metric of this name, None where it was not measured."""
+        """Return the metric with this name; None if it was not measured."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A line of the table.
+    """A row of the table.
 
     Args:
-        artifact: Which one.
-        metric: Its name, with the unit.
-        median: The middle of the samples.
-        interval: Where the true median lies with 95 %; None for too few samples.
-        count: How many samples.
+        artifact: Path of the artifact.
+        metric: Name of the metric, with the unit.
+        median: The median of the samples.
+        interval: The 95 % interval of the median; None for too few samples.
+        count: Number of samples.
     """
 
     artifact: str
@@ -116,14 +116,14 @@ class BenchmarkResult:
     """A benchmark of one workload.
 
     Args:
-        workload: As text.
+        workload: Workload as text.
         threads: Threads inside one operator.
-        machine: Where it ran.
-        artifacts: In the order given; measured in turns.
-        warmups: Repetitions before the first that counts.
-        steady: Whether no warm-up is left in the samples; None where it was not looked for.
-        load_average: Of the machine, in the minute before.
-        ceilings: What this machine reads and multiplies at most; empty where not measured.
+        machine: Machine that it ran on.
+        artifacts: Measurements of each artifact, in the user's order.
+        warmups: Number of discarded repetitions.
+        steady: Whether the samples show no trend; None if that was not tested.
+        load_average: The machine's load average in the minute before.
+        ceilings: Peak rates of this machine; empty if not measured.
     """
 
     workload: str
@@ -136,7 +136,7 @@ class BenchmarkResult:
     ceilings: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self) -> list[ResultRow]:
-        """Return the table, one line for each artifact and metric."""
+        """Return the table, one row per artifact and metric."""
         return [
             ResultRow(
                 artifact.path, metric.name, metric.median, metric.interval, len(metric.samples)
@@ -146,7 +146,7 @@ class BenchmarkResult:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the result for JSON."""
         return {
             "schema": SCHEMA,
             "workload": self.workload,
@@ -163,7 +163,7 @@ class BenchmarkResult:
                     "size_bytes": artifact.size_bytes,
                     "precision": artifact.precision,
                     "metrics": {metric.name: metric.to_dict() for metric in artifact.metrics},
-                    "warmup": {name: list(found) for name, found in artifact.warmup.items()},
+                    "warmup": {name: list(samples) for name, samples in artifact.warmup.items()},
                     "compiled": dict(artifact.compiled),
                     "roofline": [dict(phase) for phase in artifact.roofline],
                     "profile": [dict(phase) for phase in artifact.profile],

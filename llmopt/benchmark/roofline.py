@@ -1,8 +1,8 @@
-"""How near to the machine's limits a run came: its bytes and multiply-adds against the ceilings.
+"""The roofline of a run: its bytes and multiply-adds against the machine's ceilings.
 
-A run cannot be faster than its weights and caches are read, nor than its products are multiplied;
-the larger of the two times is what it takes at best. The fraction is that time over the one that
-was measured.
+A run takes at least the time to read its weights and caches, and at least the time to compute its
+products; the larger of the two is the limit. The fraction of the limit is that time over the
+measured one.
 Source: S. Williams, A. Waterman, D. Patterson, Roofline: an insightful visual performance model
 for multicore architectures, Communications of the ACM 52(4), 2009.
 """
@@ -21,14 +21,14 @@ from llmopt.benchmark.workload import Encode, Generate, Workload
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a workload, and what it has to do.
+    """The work of one phase of a workload.
 
     Args:
         name: ``"prefill"``, ``"decode"`` or ``"encode"``.
-        metric: Which metric times it.
-        macs: Multiply-adds, by what is multiplied.
+        metric: Name of the metric that times the phase.
+        macs: Multiply-adds, by element type.
         read_bytes: Bytes of weights and caches.
-        weight_bytes: Those of them that are weights.
+        weight_bytes: Bytes of weights alone.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Phase:
 
 
 def phases(work: Mapping[str, Any], workload: Workload) -> Iterator[Phase]:
-    """Yield the phases of a workload, with what each run of one has to do.
+    """Yield the phases of a workload, each with the work of one run.
 
     Args:
-        work: As the manifest has it (``llmopt.compiler.proxies``); nothing comes of an empty one.
-        workload: What is run.
+        work: Counts in the manifest (``llmopt.compiler.proxies``); an empty one has no phases.
+        workload: Workload to run.
     """
     if not work:
         return
@@ -56,9 +56,9 @@ def phases(work: Mapping[str, Any], workload: Workload) -> Iterator[Phase]:
         pairs = batch * new * (new + 1) // 2
         yield _phase("prefill", "ttft_s", work, (batch * new, batch, batch, pairs, 0))
         if workload.decode > 1:
-            # The middle one of the steps stands for all: what is attended to grows by one each.
-            seen = workload.prefill + workload.decode // 2
-            counts = (batch, batch, batch, batch * seen, batch * seen)
+            # The middle step stands for all: the context grows by one token each.
+            context = workload.prefill + workload.decode // 2
+            counts = (batch, batch, batch, batch * context, batch * context)
             yield _phase("decode", "time_per_output_token_s", work, counts)
 
 
@@ -80,19 +80,19 @@ def _phase(
 
 @dataclass(frozen=True)
 class Reached:
-    """How near to the limits a phase came.
+    """A phase against its limits.
 
     Args:
-        phase: Its name.
-        seconds: What it took, the median.
-        macs: Multiply-adds, by what is multiplied.
+        phase: Name of the phase.
+        seconds: Median duration.
+        macs: Multiply-adds, by element type.
         read_bytes: Bytes of weights and caches.
-        read_s: What reading them takes at best.
-        multiply_s: What multiplying takes at best; None where a ceiling is not known.
-        bound: What limits it: ``"memory"`` or ``"compute"``.
-        fraction: The larger of the two over what it took.
-        in_cache: Whether the weights fit into the processor's last cache, so that memory does not
-            bound repeated runs.
+        read_s: Shortest time to read them.
+        multiply_s: Shortest time of the products; None if a ceiling is unknown.
+        bound: Limiting resource: ``"memory"`` or ``"compute"``.
+        fraction: The longer of the two times over the measured one.
+        in_cache: Whether the weights fit in the last-level cache, so that memory does not bound
+            repeated runs.
     """
 
     phase: str
@@ -109,13 +109,13 @@ class Reached:
 def reached(
     work: Mapping[str, Any], workload: Workload, result: ArtifactResult, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
-    """Return how near to the limits each phase of a workload came, for JSON."""
-    found = []
+    """Return each phase of a workload against its limits, for JSON."""
+    rows = []
     for phase in phases(work, workload):
         metric = result.metric(phase.metric)
         if metric is not None:
-            found.append(asdict(_reached(phase, metric.median, ceilings)))
-    return found
+            rows.append(asdict(_reached(phase, metric.median, ceilings)))
+    return rows
 
 
 def _reached(phase: Phase, seconds: float, ceilings: Ceilings) -> Reached:

@@ -1,4 +1,4 @@
-"""Statistics of latencies: the median, how sure it is, and percentiles where there are enough."""
+"""Statistics of latencies: the median, its interval, percentiles and outliers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llmopt.errors import UsageError
 NEEDED: Final = {50: 1, 90: 64, 99: 662}
 """Samples below which a percentile is noise: see docs on the latency gate."""
 _TO_SIGMA: Final = 0.6745  # the median absolute deviation of a normal distribution, in sigmas
-_FAR: Final = 3.5
-_ENOUGH: Final = 6  # of fewer, nobody knows how wide their noise is
+_CUTOFF: Final = 3.5
+_MIN_SAMPLES: Final = 6  # with fewer, the width of the noise is unknown
 
 
 def median(samples: Sequence[float]) -> float:
-    """Return the middle value, or the mean of the two.
+    """Return the middle value, or the mean of the two middle values.
 
     >>> median([3, 1, 2]), median([1, 2, 3, 5])
     (2, 2.5)
@@ -31,8 +31,8 @@ def median_interval(
 ) -> tuple[float, float] | None:
     """Return two order statistics between which the true median lies; None for too few samples.
 
-    It holds for any distribution: the number of samples below the median is binomial, so the
-    narrowest symmetric pair of ranks with enough probability between them is an interval.
+    The interval holds for any distribution: the number of samples below the median is binomial,
+    so the narrowest symmetric pair of ranks with enough probability between them is an interval.
     Source: H. A. David, H. N. Nagaraja, Order Statistics, 2003, section 7.1.
 
     Args:
@@ -49,7 +49,7 @@ def median_interval(
 
 
 def percentile(samples: Sequence[float], percent: int) -> float | None:
-    """Return a percentile (nearest rank), or None where there are too few samples for it.
+    """Return a percentile (nearest rank), or None for too few samples.
 
     Raises:
         UsageError: ``percent`` is not 50, 90 or 99.
@@ -58,31 +58,33 @@ def percentile(samples: Sequence[float], percent: int) -> float | None:
     (89, None)
     """
     if percent not in NEEDED:
-        raise UsageError(f"percentile {percent} is none of {', '.join(map(str, NEEDED))}")
+        raise UsageError(
+            f"unsupported percentile {percent}; use one of {', '.join(map(str, NEEDED))}"
+        )
     if len(samples) < NEEDED[percent]:
         return None
     return sorted(samples)[math.ceil(len(samples) * percent / 100) - 1]
 
 
 def outliers(samples: Sequence[float]) -> tuple[int, ...]:
-    """Return the numbers of the samples that lie further out than noise of this width explains.
+    """Return the indices of the outliers, by the modified z-score.
 
-    A sample is far out when its distance from the median is more than 3.5 / 0.6745 times the
-    median of all distances. It is flagged and stays in: a median does not mind it, and who reads
-    the samples should see what the machine did.
+    An outlier is further from the median than 3.5 / 0.6745 times the median absolute deviation.
+    It is flagged and stays in: the median is robust to it, and the samples should show what the
+    machine did.
     Source: B. Iglewicz, D. C. Hoaglin, How to detect and handle outliers, 1993, page 11.
 
     >>> outliers([10.0, 10.1, 9.9, 10.2, 9.8, 17.0])
     (5,)
     """
-    if len(samples) < _ENOUGH:
+    if len(samples) < _MIN_SAMPLES:
         return ()
     middle = median(samples)
     distances = [abs(sample - middle) for sample in samples]
-    width = median(distances)
-    if width == 0:  # half of them are equal: nothing says how wide the noise is
+    deviation = median(distances)
+    if deviation == 0:  # half of them are equal: the width of the noise is unknown
         return ()
-    return tuple(i for i, far in enumerate(distances) if _TO_SIGMA * far > _FAR * width)
+    return tuple(i for i, far in enumerate(distances) if _TO_SIGMA * far > _CUTOFF * deviation)
 
 
 def _rank(count: int, tail: float) -> int | None:

@@ -1,4 +1,4 @@
-"""An ONNX model of one product, written byte by byte: what runs models need not have ``onnx``.
+"""An ONNX model of one product, encoded by hand, because the runtime does not need ``onnx``.
 
 Source: onnx/onnx.proto (field numbers), https://protobuf.dev/programming-guides/encoding.
 """
@@ -23,15 +23,15 @@ def product_model(
 
     Args:
         op: ``"MatMul"`` or ``"MatMulInteger"``.
-        weight: [K, N], part of the model.
+        weight: [K, N], stored in the model.
         x: Element type and shape [M, K] of the input.
         y: Element type of the output [M, N].
     """
     dtype, shape = x
     node = _text(1, "x") + _text(1, "w") + _text(2, "y") + _text(4, op)
-    held = b"".join(_number(1, size) for size in weight.shape)
-    held += _number(2, _TYPES[weight.dtype.name]) + _text(8, "w") + _bytes(9, weight.tobytes())
-    graph = _bytes(1, node) + _text(2, "product") + _bytes(5, held)
+    tensor = b"".join(_number(1, size) for size in weight.shape)
+    tensor += _number(2, _TYPES[weight.dtype.name]) + _text(8, "w") + _bytes(9, weight.tobytes())
+    graph = _bytes(1, node) + _text(2, "product") + _bytes(5, tensor)
     graph += _bytes(11, _value("x", dtype, shape))
     graph += _bytes(12, _value("y", y, [shape[0], weight.shape[1]]))
     return _number(1, _IR_VERSION) + _bytes(7, graph) + _bytes(8, _number(2, _OPSET))

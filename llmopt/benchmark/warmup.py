@@ -1,11 +1,10 @@
-"""When a warm-up is over, found in the samples themselves.
+"""Detection of the end of the warm-up, from the samples themselves.
 
-The first runs of a process are slower: pages are touched, pools of threads start, buffers grow,
-the clock of the processor settles. How long that lasts nobody knows beforehand, so it is looked
-for: the samples to leave out are those whose absence makes the mean of the rest surest. That is
-the marginal standard error rule (MSER): of all counts d, the one where the variance of the
-samples after the first d, divided by how many those are, is smallest. It is looked for among the
-first half; where it would be the whole half, the samples were still falling.
+The first runs of a process are slower: pages are touched, thread pools start, buffers grow, the
+clock settles. How long that lasts is not known beforehand, so it is estimated with the marginal
+standard error rule (MSER): of all counts d, discard the first d samples for which the variance of
+the remaining ones, divided by their number, is smallest. The search covers the first half; a
+minimum at its end means that the samples were still falling.
 
 Source: K. P. White, An effective truncation heuristic for bias reduction in simulation output,
 Simulation 69(6), 1997.
@@ -17,11 +16,11 @@ from collections.abc import Sequence
 from typing import Final
 
 NEEDED: Final = 6
-"""Samples below which nothing is seen of a warm-up."""
+"""The fewest samples in which a warm-up can be detected."""
 
 
 def warmups_in(samples: Sequence[float]) -> int | None:
-    """Return how many first samples are warm-up; None where it may not be over, or none can tell.
+    """Return the number of warm-up samples; None if it may not be over, or for too few samples.
 
     >>> warmups_in([3.0, 1.4, 1.0, 1.1, 1.0, 1.0, 1.1, 1.0])
     2

@@ -1,4 +1,4 @@
-"""What is measured, as text: ``prefill=128,decode=64``, ``encode=8x128`` or a file of inputs."""
+"""Workloads as text: ``prefill=128,decode=64``, ``encode=8x128`` or a file of inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from llmopt.errors import UsageError
 
-_FORMS: Final = "'prefill=128,decode=64', 'encode=8x128' (rows x tokens) and FILE.npz (inputs)"
+_FORMS: Final = "'prefill=128,decode=64', 'encode=8x128' (batch x tokens) or FILE.npz (inputs)"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Generate:
     Args:
         prefill: Tokens of each prompt.
         decode: Tokens generated after it.
-        batch: How many prompts at once.
+        batch: Prompts in a batch.
 
     >>> str(Generate(128, 64, batch=2))
     'prefill=128,decode=64,batch=2'
@@ -38,11 +38,11 @@ class Generate:
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode rows of random tokens in one batch.
+    """Encode one batch of random tokens.
 
     Args:
-        batch: Rows.
-        length: Tokens a row.
+        batch: Sequences in the batch.
+        length: Tokens per sequence.
 
     >>> str(Encode(8, 128))
     'encode=8x128'
@@ -61,7 +61,7 @@ class Inputs:
     """Run the model once on arrays.
 
     Args:
-        path: A ``.npz`` file, one array for each input.
+        path: A ``.npz`` file with one array per input.
 
     >>> str(Inputs("images.npz"))
     'images.npz'
@@ -81,46 +81,50 @@ def parse_workload(text: str, batch: int | None = None) -> Workload:
     """Return the workload that ``text`` describes.
 
     Args:
-        text: See the top of this module.
-        batch: Replaces the batch of the text, where given.
+        text: A workload, as the module describes.
+        batch: Batch size that overrides the text's.
 
     Raises:
-        UsageError: It has none of the forms, or a number is 0.
+        UsageError: The text has an unknown form, or a number is 0.
 
     >>> parse_workload("encode=8x128", batch=2)
     Encode(batch=2, length=128)
     """
     if text.endswith(".npz"):
         if batch is not None:
-            raise UsageError(f"--batch {batch}: how many rows there are, {text} says")
+            raise UsageError(
+                f"--batch {batch} conflicts with {text}, whose arrays already set the batch size"
+            )
         return Inputs(text)
     parts = text.replace(" ", "").lower()
     generate = re.fullmatch(r"prefill=(\d+),decode=(\d+)(?:,batch=(\d+))?", parts)
     encode = re.fullmatch(r"encode=(\d+)x(\d+)", parts)
-    found: Generate | Encode
+    workload: Generate | Encode
     if generate:
-        found = Generate(int(generate[1]), int(generate[2]), int(generate[3] or 1))
+        workload = Generate(int(generate[1]), int(generate[2]), int(generate[3] or 1))
     elif encode:
-        found = Encode(int(encode[1]), int(encode[2]))
+        workload = Encode(int(encode[1]), int(encode[2]))
     else:
-        raise UsageError(f"workload {text!r} is none; the forms are {_FORMS}")
+        raise UsageError(f"unknown workload {text!r}; use {_FORMS}")
     if batch is not None:
-        found = replace(found, batch=batch)
-    return _checked(found)
+        workload = replace(workload, batch=batch)
+    return _checked(workload)
 
 
 def default_workload(task: str, max_length: int, batch: int | None = None) -> Workload:
-    """Return what `llmopt bench` measures when nothing is asked for, within ``max_length``.
+    """Return the default workload of `llmopt bench` for a task, within ``max_length``.
 
     Raises:
-        UsageError: Nobody knows what such a model takes.
+        UsageError: The task has no default workload.
 
     >>> default_workload("generate", 2048), default_workload("embed", 64)
     (Generate(prefill=128, decode=64, batch=1), Encode(batch=8, length=64))
     """
     limit = max_length or 2**31
     if task in {"raw", "text-to-text", "speech-to-text"}:
-        raise UsageError("this model has inputs of its own: give them with --workload FILE.npz")
+        raise UsageError(
+            f"task {task!r} has no default workload; give inputs with --workload FILE.npz"
+        )
     if task == "generate":
         decode = min(64, max(1, limit // 3))
         return Generate(min(128, limit - decode), decode, batch or 1)
@@ -130,5 +134,5 @@ def default_workload(task: str, max_length: int, batch: int | None = None) -> Wo
 def _checked(workload: Generate | Encode) -> Workload:
     for name, number in vars(workload).items():
         if number < 1:
-            raise UsageError(f"workload {workload}: {name} is below 1")
+            raise UsageError(f"workload {workload}: {name} must be at least 1")
     return workload

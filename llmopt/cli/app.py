@@ -1,4 +1,4 @@
-"""The group of commands: which there are, and what becomes of an error."""
+"""The command group: its subcommands, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ COMMANDS: Final[Mapping[str, str]] = {
     "passes": "llmopt.cli.catalog:passes_command",
     "doctor": "llmopt.cli.doctor:doctor_command",
 }
-"""In the order of ``llmopt --help``: what a new user needs first comes first."""
+"""Import path of each command, in the order of ``llmopt --help``: a new user's first."""
 
 
 class App(click.Group):
-    """Imports a command when it is asked for, and words every error in one line."""
+    """A group that imports a command on first use and reports every error in one line."""
 
     @override
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -64,16 +64,16 @@ class App(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        given = list(sys.argv[1:] if args is None else args)
+        arguments = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
-            return super().main(given, prog_name, complete_var, standalone_mode=False, **extra)
-        with failures.told(given):
-            code = super().main(given, prog_name, complete_var, standalone_mode=False, **extra)
+            return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+        with failures.reported(arguments):
+            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 class _Warnings(logging.Handler):
-    """Shows what the library warns of."""
+    """Handler that prints the library's warnings to stderr."""
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
@@ -83,13 +83,13 @@ class _Warnings(logging.Handler):
 @click.group(
     cls=App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 ok, 1 the work failed, 2 usage, 3 backend or device missing, "
+    epilog="Exit codes: 0 success, 1 failure, 2 usage error, 3 backend or device missing, "
     "4 inconclusive, 130 interrupted.",
 )
 @click.version_option(llmopt.__version__, prog_name="llmopt")
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Compile Transformers into the fastest artifact that is proven to compute the same thing.
+    """Compile Transformers into the fastest artifact that is verified to compute the same thing.
 
     \b
     llmopt compile SmolLM2-135M-Instruct --target cpu --quantize w8

@@ -1,4 +1,4 @@
-"""Paths of artifacts on the command line."""
+"""Artifact paths on the command line, and the options that verify a bundle's signature."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 MANIFEST: Final = "manifest.json"
 BUNDLE: Final = ".llmopt"
-_HINT: Final = "give an artifact, a directory that `llmopt compile` wrote, or a bundle"
+_HINT: Final = "give an artifact (a directory that `llmopt compile` wrote) or a bundle"
 _TRUST: Final = ("key", "certificate_chain", "signature")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def require_there(*paths: Path) -> None:
-    """Raise unless something is at each path; what it is, is found out when it is read.
+def require_exists(*paths: Path) -> None:
+    """Raise unless each path exists; its kind is checked when it is read.
 
     Raises:
-        SourceNotFoundError: Nothing is at one of them.
+        SourceNotFoundError: A path does not exist.
     """
     for path in paths:
         if not path.exists():
@@ -42,27 +42,27 @@ def is_bundle(path: Path) -> bool:
 
 
 def trust_options(command: Command) -> Command:
-    """Give a command the options that say whose signature a bundle has to have."""
+    """Add the options that select the signer a bundle is verified against."""
     path = click.Path(path_type=Path)
     for option in (
         click.option(
             "--signature",
             type=path,
             metavar="FILE",
-            help="The bundle's signature.  [default: BUNDLE.sig]",
+            help="Signature of the bundle.  [default: BUNDLE.sig]",
         ),
         click.option(
             "--certificate-chain",
             type=path,
             multiple=True,
             metavar="FILE",
-            help="Certificates that the signer's leads to, the root's among them. Repeatable.",
+            help="Certificate chain of the signer, root included. Repeatable.",
         ),
         click.option(
             "--key",
             type=path,
             metavar="FILE",
-            help="A public key: refuse a bundle that is not signed with its private one.",
+            help="Public key; refuse a bundle that was not signed with its private key.",
         ),
     ):
         command = option(command)
@@ -70,45 +70,45 @@ def trust_options(command: Command) -> Command:
 
 
 def trust(options: dict[str, Any]) -> Trust | None:
-    """Take those options out of the others and return what they say."""
+    """Pop those options from ``options`` and return the signer that they select."""
     from llmopt.bundle.signing import trust_of
 
     return trust_of(*(options.pop(name) for name in _TRUST))
 
 
-def opened(path: Path, options: dict[str, Any]) -> Path:
-    """Return the folder of an artifact, or of the variant of a bundle that suits this machine.
+def artifact_folder(path: Path, options: dict[str, Any]) -> Path:
+    """Return the folder of an artifact, or of the variant of a bundle that fits this machine.
 
     Raises:
-        SourceNotFoundError: Nothing is there.
-        LlmoptError: As `llmopt.runtime.opening.artifact_of` does.
+        SourceNotFoundError: The path does not exist.
+        LlmoptError: The artifact cannot be opened; see `llmopt.runtime.opening.artifact_of`.
     """
-    [folder] = all_opened([path], options)
+    [folder] = artifact_folders([path], options)
     return folder
 
 
-def all_opened(paths: Sequence[Path], options: dict[str, Any]) -> list[Path]:
-    """Return the folder of each, as `opened` does; of several bundles each has its own signature.
+def artifact_folders(paths: Sequence[Path], options: dict[str, Any]) -> list[Path]:
+    """Return the folder of each artifact, as `artifact_folder` does for one.
 
     Raises:
-        UsageError: One signature is given for several.
+        UsageError: One signature file is given for several bundles.
     """
-    require_there(*paths)
-    asked = one_each(trust(options), paths)
+    require_exists(*paths)
+    signer = check_signer(trust(options), paths)
     from llmopt.runtime.opening import artifact_of
 
-    return [artifact_of(path, asked) for path in paths]
+    return [artifact_of(path, signer) for path in paths]
 
 
-def one_each(asked: Trust | None, paths: Sequence[Path]) -> Trust | None:
-    """Return whose signatures are asked for, if each bundle can have its own.
+def check_signer(signer: Trust | None, paths: Sequence[Path]) -> Trust | None:
+    """Return ``signer``, unless it names one signature file for several bundles.
 
     Raises:
-        UsageError: One signature is given for several.
+        UsageError: One signature file is given for several bundles.
     """
-    if asked is not None and asked.signature is not None and len(paths) > 1:
+    if signer is not None and signer.signature is not None and len(paths) > 1:
         raise UsageError(
-            f"--signature {asked.signature} is that of one bundle; leave it out and put the "
-            "signature of each beside it, as BUNDLE.sig"
+            f"--signature {signer.signature} applies to a single bundle; omit it and store each "
+            "signature next to its bundle, as BUNDLE.sig"
         )
-    return asked
+    return signer

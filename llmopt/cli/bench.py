@@ -1,4 +1,4 @@
-"""``llmopt bench``: how fast artifacts are on this machine."""
+"""``llmopt bench``: the speed of artifacts on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
-from llmopt.cli.artifacts import all_opened, require_there, trust_options
+from llmopt.cli.artifacts import artifact_folders, require_exists, trust_options
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import digits, size, table
 from llmopt.errors import UsageError
@@ -18,7 +18,7 @@ from llmopt.errors import UsageError
 if TYPE_CHECKING:
     from llmopt.benchmark import ArtifactResult, BenchmarkResult, MeasurePlan, Metric
 
-_SHOWN: Final = {
+_COLUMNS: Final = {
     "prefill_tokens_per_s": ("prefill tok/s", 1.0),
     "decode_tokens_per_s": ("decode tok/s", 1.0),
     "encode_tokens_per_s": ("encode tok/s", 1.0),
@@ -29,7 +29,7 @@ _SHOWN: Final = {
     "load_s": ("load s", 1.0),
     "peak_rss_bytes": ("peak MB", 1e-6),
 }
-"""Heading and factor of each metric, in the order of the columns."""
+"""Heading and unit factor of each metric, in column order."""
 
 
 @click.command("bench")
@@ -43,49 +43,47 @@ _SHOWN: Final = {
 @click.option(
     "--workload",
     metavar="TEXT",
-    help="prefill=128,decode=64, encode=8x128 (rows x tokens), or FILE.npz with the model's "
-    "inputs.  [default: by task]",
+    help="Workload: prefill=128,decode=64, encode=8x128 (batch x tokens), or FILE.npz with the "
+    "model's inputs.  [default: by task]",
 )
+@click.option("--batch", type=int, metavar="N", help="Batch size.  [default: the workload's]")
+@click.option("--threads", type=int, metavar="N", help="Threads.  [default: all usable cores]")
 @click.option(
-    "--batch", type=int, metavar="N", help="Sequences at once.  [default: the workload's]"
+    "--repetitions", type=int, default=10, show_default=True, metavar="N", help="Measured runs."
 )
-@click.option("--threads", type=int, metavar="N", help="Threads.  [default: every usable core]")
-@click.option(
-    "--repetitions", type=int, default=10, show_default=True, metavar="N", help="Of the workload."
-)
-@click.option("--profile", is_flag=True, help="Show where the time goes, by modules of the source.")
+@click.option("--profile", is_flag=True, help="Break the time down by module of the source.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Write the JSON object, raw samples included, to a file too.",
+    help="Also write the JSON object, raw samples included, to a file.",
 )
 @click.option(
     "--html",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write a page with charts, profile included; it needs no network.",
+    help="Write a self-contained HTML report with charts and profile.",
 )
-@click.option("--force", is_flag=True, help="Replace the outputs if they exist.")
+@click.option("--force", is_flag=True, help="Overwrite existing output files.")
 @trust_options
 def bench_command(
     artifacts: tuple[Path, ...],
     as_json: bool,  # noqa: FBT001 - click
     **options: Any,
 ) -> None:
-    """Measure how fast artifacts are, in turns.
+    """Measure the speed of artifacts, interleaving their runs.
 
-    Each is also loaded in fresh processes, for its load time and memory. The table shows
-    medians with their 95 % intervals, and how near to this machine's limits they come; --json
-    has every sample.
+    Load time and peak memory are measured in fresh processes. The table shows medians with 95 %
+    confidence intervals, and the fraction of this machine's roofline that each phase reaches;
+    --json has every sample.
     """
-    require_there(*artifacts)
+    require_exists(*artifacts)
     if options["html"] is not None and options["html"] == options["output"]:
-        raise UsageError(f"--output and --html both name {options['html']}")
+        raise UsageError(f"--output and --html are the same file: {options['html']}")
     with contextlib.ExitStack() as stack:
-        # Opened now: a place that cannot be written to is told before minutes of measuring.
+        # Opened first, so that an unwritable path fails before minutes of measuring.
         files = {
             name: stack.enter_context(_opened(options[name], force=options["force"]))
             for name in ("output", "html")
@@ -111,13 +109,13 @@ def _measured_result(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Be
         progress("starting")
         from llmopt.benchmark import explain, measure
 
-        folders = all_opened(artifacts, options)
+        folders = artifact_folders(artifacts, options)
         plan = _plan(folders[0], options)
         result = measure(folders, plan, progress)
         profiled = options["profile"] or options["html"] is not None
-        found = explain(result, plan, progress, profiled=profiled)
-    named = zip(found.artifacts, artifacts, strict=True)
-    return replace(found, artifacts=tuple(replace(of, path=str(path)) for of, path in named))
+        result = explain(result, plan, progress, profiled=profiled)
+    pairs = zip(result.artifacts, artifacts, strict=True)
+    return replace(result, artifacts=tuple(replace(one, path=str(path)) for one, path in pairs))
 
 
 def _page(result: BenchmarkResult) -> str:
@@ -139,29 +137,29 @@ def _plan(first: Path, options: dict[str, Any]) -> MeasurePlan:
 
 
 def _warn(result: BenchmarkResult, *, profiled: bool) -> None:
-    """Say on stderr what makes the numbers doubtful, and what is missing."""
+    """Warn on stderr about unreliable numbers and missing profiles."""
     for artifact in result.artifacts if profiled else ():
         if not artifact.profile:
             click.echo(
-                f"Note: {artifact.path}: no profile: the engine of {artifact.target} does not "
-                "tell how long each operator takes",
+                f"Note: {artifact.path}: no profile, because the runtime of {artifact.target} does "
+                "not report operator times",
                 err=True,
             )
     if result.steady is False:
         click.echo(
-            "Warning: the samples still show a trend; the warm-up may not be over, or the "
-            "machine's speed changed: measure again, or with more --repetitions",
+            "Warning: the samples still show a trend; warm-up may be incomplete, or the machine's "
+            "clock changed: measure again, or raise --repetitions",
             err=True,
         )
     for artifact in result.artifacts:
-        far = [
+        outliers = [
             f"{metric.name} {len(metric.outliers)} of {len(metric.samples)}"
             for metric in artifact.metrics
             if metric.outliers and metric.independent and not metric.name.endswith("per_s")
         ]
-        if far:
+        if outliers:
             click.echo(
-                f"Note: {artifact.path}: something else may have run; outliers: {', '.join(far)}",
+                f"Note: {artifact.path}: outliers, perhaps from other load: {', '.join(outliers)}",
                 err=True,
             )
 
@@ -172,7 +170,7 @@ def _text(result: BenchmarkResult) -> str:
 
 
 def _limits(result: BenchmarkResult) -> str:
-    """Return how near to the machine's limits each phase came."""
+    """Return a table of the fraction of the roofline that each phase reached."""
     rows = [
         [
             artifact.path,
@@ -191,7 +189,7 @@ def _limits(result: BenchmarkResult) -> str:
 
 
 def _profile(artifact: ArtifactResult) -> str:
-    """Return where the time of each phase goes, by part of the model."""
+    """Return a table for each phase with the time of each part of the model."""
     blocks = []
     for phase in artifact.profile:
         total = phase["seconds"]
@@ -203,17 +201,17 @@ def _profile(artifact: ArtifactResult) -> str:
         rows.append(
             ["(outside operators)", digits(outside * 1e3), f"{100 * outside / total:.1f} %"]
         )
-        taken = f"{digits(total * 1e3)} ms a run while it is profiled"
-        title = f"{artifact.path}, {phase['phase']}: {taken}"
+        duration = f"{digits(total * 1e3)} ms per profiled run"
+        title = f"{artifact.path}, {phase['phase']}: {duration}"
         blocks.append(f"{title}\n{table(['part', 'ms', 'share'], rows)}")
     return "\n\n".join(blocks)
 
 
 def _table(result: BenchmarkResult) -> str:
     names = [
-        name for name in _SHOWN if any(each.metric(name) is not None for each in result.artifacts)
+        name for name in _COLUMNS if any(each.metric(name) is not None for each in result.artifacts)
     ]
-    header = ["artifact", "size", *(_SHOWN[name][0] for name in names)]
+    header = ["artifact", "size", *(_COLUMNS[name][0] for name in names)]
     rows = [
         [each.path, size(each.size_bytes), *(_cell(each, name) for name in names)]
         for each in result.artifacts
@@ -225,11 +223,11 @@ def _table(result: BenchmarkResult) -> str:
 
 def _cell(artifact: ArtifactResult, name: str) -> str:
     metric = artifact.metric(name)
-    return "-" if metric is None else _measured(metric, _SHOWN[name][1])
+    return "-" if metric is None else _measured(metric, _COLUMNS[name][1])
 
 
 def _measured(metric: Metric, factor: float) -> str:
-    """Return the median and half the width of its interval, where there are samples enough."""
+    """Return the median, with half the width of its interval if there are enough samples."""
     middle = digits(metric.median * factor)
     if metric.interval is None:
         return middle

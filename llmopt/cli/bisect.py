@@ -1,4 +1,4 @@
-"""``llmopt bisect``: which pass changes what a model computes, and where."""
+"""``llmopt bisect``: the pass and the rewrite that change what a model computes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from llmopt.verification.bisection import Bisection, Culprit
 
 SCHEMA: Final = 1
-_AT_THE_EDGE: Final = "none: what it reads or shows is another"
-_UNTOLD: Final = "not told: the pass changed several components, and no one alone shows it"
+_AT_THE_EDGE: Final = "none: the graph's own inputs or outputs changed"
+_UNATTRIBUTED: Final = "unknown: the pass changed several components, and none alone reproduces it"
 
 
 @click.command("bisect")
@@ -28,41 +28,41 @@ _UNTOLD: Final = "not told: the pass changed several components, and no one alon
     default="default",
     show_default=True,
     metavar="TEXT",
-    help="The pipeline, as in default,my-pass.",
+    help="Pass pipeline, such as default,my-pass.",
 )
 @plugin_option
 @click.option(
     "--inputs",
     type=click.Path(path_type=Path),
     metavar="FILE.npz",
-    help="Compare on these arrays, one per input.  [default: a matrix of sizes and paddings]",
+    help="Arrays to compare on, one per input.  [default: a grid of sizes and paddings]",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where the example goes.  [default: <source>.bisect]",
+    help="Directory for the reproducer.  [default: <source>.bisect]",
 )
 @source_options
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context
 def bisect_command(ctx: click.Context, /, source: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
-    """Find the pass that changes what SOURCE computes, and where.
+    """Find the rewrite of a pass that changes what SOURCE computes.
 
-    After each pass the Program is run on the same inputs as before it, and compared. The first
-    pass that moves an output is run again, one change after the other; the change that does it is
-    shown, and the smallest example of it is written, with the command that shows it again.
+    The Program is run on the same inputs before and after each pass. The first pass that changes
+    an output beyond tolerance is replayed one rewrite at a time; the offending rewrite is shown,
+    and a minimal reproducer is written with the command that runs it.
 
-    Exits with 0 if nothing is wrong, with 1 if something is.
+    Exit codes: 0 every comparison is within tolerance, 1 one is not.
     """
-    found, told = _bisected(source, options)
+    bisection, report = _bisected(source, options)
     if as_json:
-        echo_json({"schema": SCHEMA, **told})
+        echo_json({"schema": SCHEMA, **report})
     else:
-        click.echo(_text(found, told))
-    ctx.exit(0 if found.culprit is None and told["status"] == "same" else 1)
+        click.echo(_text(bisection, report))
+    ctx.exit(0 if bisection.culprit is None and report["status"] == "same" else 1)
 
 
 def _bisected(source: str, options: dict[str, Any]) -> tuple[Bisection, dict[str, Any]]:
@@ -86,26 +86,26 @@ def _bisected(source: str, options: dict[str, Any]) -> tuple[Bisection, dict[str
             check_destination(options["output"], force=options["force"])
         progress("tracing")
         opened = open_source(source, reading)
-        place = options["output"] or Path(f"{opened.name}.bisect")
-        check_destination(place, force=options["force"])
-        found = bisect(opened, pipeline, arrays, progress)
-        told = _told(found)
-        if found.culprit is not None and found.culprit.component is not None:
-            progress("looking for the smallest example")
-            command = write_reproducer(found.culprit, place, plugins, force=options["force"])
-            told["culprit"] |= {"example": str(place), "command": command}
-    return found, told
+        output = options["output"] or Path(f"{opened.name}.bisect")
+        check_destination(output, force=options["force"])
+        bisection = bisect(opened, pipeline, arrays, progress)
+        report, culprit = _report(bisection), bisection.culprit
+        if culprit is not None and culprit.component is not None:
+            progress("reducing to a minimal reproducer")
+            command = write_reproducer(culprit, output, plugins, force=options["force"])
+            report["culprit"] |= {"example": str(output), "command": command}
+    return bisection, report
 
 
-def _told(found: Bisection) -> dict[str, Any]:
-    """Return what ``--json`` shows."""
-    did = ["", *(ran.applied for ran in found.ran)]
+def _report(bisection: Bisection) -> dict[str, Any]:
+    """Return the ``--json`` report."""
+    applied = ["", *(ran.applied for ran in bisection.ran)]
     passes = [
         {"name": check.name, "applied": count, **check.summary()}
-        for check, count in zip(found.checks, did, strict=False)
+        for check, count in zip(bisection.checks, applied, strict=False)
     ]
-    culprit = {} if found.culprit is None else {"culprit": _culprit(found.culprit)}
-    return {"status": found.status, "traced": passes[0], "passes": passes[1:], **culprit}
+    culprit = {} if bisection.culprit is None else {"culprit": _culprit(bisection.culprit)}
+    return {"status": bisection.status, "traced": passes[0], "passes": passes[1:], **culprit}
 
 
 def _culprit(culprit: Culprit) -> dict[str, Any]:
@@ -132,35 +132,35 @@ def _culprit(culprit: Culprit) -> dict[str, Any]:
     }
 
 
-def _text(found: Bisection, told: dict[str, Any]) -> str:
+def _text(bisection: Bisection, report: dict[str, Any]) -> str:
     from llmopt.cli.summary import checks_table
 
-    return "\n\n".join([checks_table(found.checks, found.ran), _verdict(found, told)])
+    return "\n\n".join([checks_table(bisection.checks, bisection.ran), _verdict(bisection, report)])
 
 
-def _verdict(found: Bisection, told: dict[str, Any]) -> str:
-    if found.culprit is not None:
-        return _shown(told["culprit"])
-    count = sum(len(check.findings) for check in found.checks)
-    if told["status"] == "same":
-        return f"Nothing is wrong: {count} comparisons, each within its tolerance."
-    worst = max(found.checks[0].wrong, key=lambda each: each.compared.error_rel).compared
+def _verdict(bisection: Bisection, report: dict[str, Any]) -> str:
+    if bisection.culprit is not None:
+        return _described(report["culprit"])
+    count = sum(len(check.findings) for check in bisection.checks)
+    if report["status"] == "same":
+        return f"No difference: all {count} comparisons are within tolerance."
+    worst = max(bisection.checks[0].wrong, key=lambda each: each.compared.error_rel).compared
     return (
-        f"The source itself computes something else than its Program, before any pass: error of "
-        f"{worst.output!r} {worst.error_rel:.3g} at {worst.label}. No pass is to blame; report it "
-        "with the source."
+        f"The Program differs from its source before any pass runs: error of {worst.output!r} "
+        f"{worst.error_rel:.3g} at {worst.label}. No pass is to blame; report this together with "
+        "the source."
     )
 
 
-def _shown(culprit: dict[str, Any]) -> str:
-    """Return the pass, the node, the text around it and the example, for people to read."""
+def _described(culprit: dict[str, Any]) -> str:
+    """Return the pass, the node, the text around it and the reproducer, formatted to be read."""
     number, of = culprit["change"], culprit["changes"]
     pairs = [("pass", culprit["pass"])]
     if culprit["component"]:
         pairs.append(("component", culprit["component"]))
     if number:
         pairs.append(("change", f"{number} of {of}"))
-    unnamed = _UNTOLD if culprit["component"] is None else _AT_THE_EDGE
+    unnamed = _UNATTRIBUTED if culprit["component"] is None else _AT_THE_EDGE
     pairs.append(("node", culprit["node"] or unnamed))
     if culprit["problem"]:
         pairs.append(("problem", culprit["problem"]))
@@ -170,13 +170,13 @@ def _shown(culprit: dict[str, Any]) -> str:
         pairs.append(("error", f"{error}, of {culprit['output']!r} against {culprit['against']}"))
     if culprit["first_value"] is not None:
         first = f"{culprit['first_value']} ({_number(culprit['first_error_rel'])})"
-        pairs.append(("first value off", first))
+        pairs.append(("first difference", first))
     if culprit["component"] is None:
         return fields(pairs)
-    pairs += [("example", culprit["example"]), ("again", culprit["command"])]
+    pairs += [("reproducer", culprit["example"]), ("reproduce", culprit["command"])]
     text = [f"before\n{culprit['before']}", f"after\n{culprit['after']}"]
     return "\n\n".join([fields(pairs), *text])
 
 
 def _number(error_rel: float | None) -> str:
-    return "no number" if error_rel is None else f"{error_rel:.2g}"
+    return "not finite" if error_rel is None else f"{error_rel:.2g}"

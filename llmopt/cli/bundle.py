@@ -1,4 +1,4 @@
-"""``llmopt bundle``: one file for a device, that proves itself there."""
+"""``llmopt bundle``: artifacts in a single file for devices, verifiable there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import llmopt
-from llmopt.cli.artifacts import opened, require_there, trust, trust_options
+from llmopt.cli.artifacts import artifact_folder, require_exists, trust, trust_options
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json, fields, size, table
 from llmopt.errors import LlmoptError, UnknownNameError, UsageError
@@ -21,29 +21,30 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _path = click.Path(path_type=Path)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-_force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+_force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 
 
 @click.group("bundle")
 def bundle_group() -> None:
-    """Make one file of artifacts for devices, and verify it there.
+    """Pack artifacts into one file for devices, and verify it there.
 
-    `llmopt run`, `bench`, `evaluate` and `inspect` take a bundle as they take an artifact.
+    `llmopt run`, `bench`, `check`, `evaluate` and `inspect` accept a bundle wherever they accept
+    an artifact.
     """
 
 
 @bundle_group.command("create")
 @click.argument("artifacts", nargs=-1, required=True, type=_path, metavar="ARTIFACT...")
 @click.option(
-    "-o", "--output", type=_path, required=True, metavar="FILE.llmopt", help="Where it goes."
+    "-o", "--output", type=_path, required=True, metavar="FILE.llmopt", help="Bundle to write."
 )
 @click.option(
     "--license",
     "licenses",
     multiple=True,
     metavar="SPDX",
-    help="A licence of the model, as Apache-2.0. Repeatable.",
+    help="SPDX identifier of the model's licence, such as Apache-2.0. Repeatable.",
 )
 @click.option(
     "--license-file",
@@ -51,19 +52,19 @@ def bundle_group() -> None:
     multiple=True,
     type=_path,
     metavar="FILE",
-    help="The text of a licence, or a notice, to be put in. Repeatable.",
+    help="Licence or notice file to include. Repeatable.",
 )
 @_force
 @_json
 def create_command(artifacts: tuple[Path, ...], output: Path, **options: Any) -> None:
-    """Make a bundle of one artifact or several.
+    """Create a bundle from one or more artifacts.
 
-    The first ARTIFACT is preferred where several suit a machine. Files that several have are
-    stored once. The same artifacts are the same bytes.
+    If several fit a machine, the first ARTIFACT is preferred. Shared files are stored once.
+    Bundles are reproducible: the same artifacts give the same bytes.
     """
     if output.suffix != ".llmopt":
         raise UsageError(f"{output}: a bundle's name ends in .llmopt; choose another with -o")
-    require_there(*artifacts)
+    require_exists(*artifacts)
     with Progress() as progress:
         progress("bundling")
         from llmopt.bundle.creating import Licensing, create
@@ -76,7 +77,7 @@ def create_command(artifacts: tuple[Path, ...], output: Path, **options: Any) ->
     else:
         click.echo(_summary(output, contents))
     if not contents.licenses:
-        click.echo("Note: it names no licence of the model; give it with --license", err=True)
+        click.echo("Note: no licence is named for the model; add one with --license", err=True)
     quoted = shlex.quote(str(output))
     click.echo(f"Next: llmopt bundle sign {quoted} --private-key FILE", err=True)
 
@@ -86,24 +87,24 @@ def create_command(artifacts: tuple[Path, ...], output: Path, **options: Any) ->
 @trust_options
 @_json
 def verify_command(bundle: Path, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
-    """Compare a bundle with its digests, and with its signature if --key is given.
+    """Verify the digests of a bundle, and its signature if --key is given.
 
-    The signature comes first: nothing of a file that is not signed is parsed or decompressed.
+    The signature is verified first, before anything is parsed or decompressed.
     """
-    require_there(bundle)
-    asked = trust(options)
+    require_exists(bundle)
+    signer = trust(options)
     from llmopt.bundle.opened import open_bundle
 
-    with open_bundle(bundle, asked) as opening:
+    with open_bundle(bundle, signer) as opening:
         opening.check()
         data = {"schema": SCHEMA, "bundle": str(bundle), "sha256": opening.seal.sha256}
-        data |= {"signed": asked is not None, **_sizes(bundle, opening.contents)}
+        data |= {"signed": signer is not None, **_sizes(bundle, opening.contents)}
     if as_json:
         echo_json(data)
         return
-    signed = "not looked at; give --key or --certificate-chain"
-    if asked is not None:
-        signed = f"by {asked.key or ', '.join(map(str, asked.certificate_chain))}"
+    signed = "not verified; give --key or --certificate-chain"
+    if signer is not None:
+        signed = f"by {signer.key or ', '.join(map(str, signer.certificate_chain))}"
     pairs = [("sha256", str(data["sha256"])), ("signed", signed)]
     click.echo(_summary(bundle, opening.contents, pairs))
 
@@ -115,95 +116,95 @@ def verify_command(bundle: Path, as_json: bool, **options: Any) -> None:  # noqa
     type=_path,
     required=True,
     metavar="FILE",
-    help="A key of the curve P-256, P-384 or P-521, in PEM.",
+    help="Private key on the curve P-256, P-384 or P-521, as PEM.",
 )
-@click.option(
-    "--certificate", type=_path, metavar="FILE", help="The certificate of that key, in PEM."
-)
+@click.option("--certificate", type=_path, metavar="FILE", help="Certificate of that key, as PEM.")
 @click.option(
     "--certificate-chain",
     type=_path,
     multiple=True,
     metavar="FILE",
-    help="Certificates between it and the root. Repeatable.",
+    help="Intermediate certificates up to the root. Repeatable.",
 )
-@click.option("-o", "--output", type=_path, metavar="FILE", help="[default: BUNDLE.sig]")
+@click.option("-o", "--output", type=_path, metavar="FILE", help="Output.  [default: BUNDLE.sig]")
 @_force
 def sign_command(bundle: Path, private_key: Path, **options: Any) -> None:
-    """Write the signature of a bundle, in the format of OpenSSF's model-signing. Offline."""
-    require_there(bundle)
+    """Sign a bundle offline, in the format of OpenSSF's model-signing."""
+    require_exists(bundle)
     certificate, chain = options["certificate"], options["certificate_chain"]
     if chain and certificate is None:
-        raise UsageError("--certificate-chain leads from a certificate: give --certificate too")
+        raise UsageError("--certificate-chain needs --certificate, the signer's own")
     from llmopt.bundle.opened import open_bundle
     from llmopt.bundle.signing import sign, signature_of
 
     output = options["output"] or signature_of(bundle)
     certificates = () if certificate is None else (certificate, *chain)
     with open_bundle(bundle) as opening:
-        opening.check()  # what is damaged is not to be signed
+        opening.check()  # never sign a damaged bundle
     sign(bundle, output, private_key, certificates, force=options["force"])
     click.echo(f"signed {bundle}: {output}", err=True)
 
 
 @bundle_group.command("unpack")
 @click.argument("bundle", type=_path)
-@click.option("-o", "--output", type=_path, metavar="DIR", help="[default: BUNDLE's name.VARIANT]")
-@click.option("--variant", metavar="NAME", help="This one.  [default: what suits this machine]")
-@click.option("--all", "every", is_flag=True, help="Every one, each in a folder in DIR.")
+@click.option(
+    "-o", "--output", type=_path, metavar="DIR", help="Output.  [default: BUNDLE.VARIANT]"
+)
+@click.option("--variant", metavar="NAME", help="Variant.  [default: the best for this machine]")
+@click.option("--all", "every", is_flag=True, help="Every variant, each in a subfolder of DIR.")
 @trust_options
 @_force
 def unpack_command(bundle: Path, output: Path | None, **options: Any) -> None:
-    """Make artifacts of a bundle again."""
-    require_there(bundle)
+    """Unpack a bundle into artifacts."""
+    require_exists(bundle)
     if options["every"] and options["variant"] is not None:
-        raise UsageError("--all and --variant exclude each other; give one of them")
-    asked = trust(options)
+        raise UsageError("--all and --variant are mutually exclusive")
+    signer = trust(options)
     from llmopt.artifact.writer import staged_folder
     from llmopt.bundle.opened import open_bundle
 
-    with open_bundle(bundle, asked) as opening:
+    with open_bundle(bundle, signer) as opening:
         chosen = _chosen(opening, options)
         names = [variant.name for variant in chosen]
         stem = bundle.with_suffix("").name
-        place = output or Path(stem if options["every"] else f"{stem}.{names[0]}")
-        with staged_folder(place, force=options["force"]) as staging:
+        target = output or Path(stem if options["every"] else f"{stem}.{names[0]}")
+        with staged_folder(target, force=options["force"]) as staging:
             single = {names[0]: staging}
-            many = {name: staging / name for name in names}
-            opening.unpack(many if options["every"] else single)
-    click.echo(f"unpacked {', '.join(names)} to {place}", err=True)
+            each = {name: staging / name for name in names}
+            opening.unpack(each if options["every"] else single)
+    click.echo(f"unpacked {', '.join(names)} to {target}", err=True)
 
 
 @bundle_group.command("inspect")
 @click.argument("bundle", type=_path)
-@click.option("--bom", is_flag=True, help="Print its bill of materials, CycloneDX, instead.")
+@click.option("--bom", is_flag=True, help="Print its bill of materials (CycloneDX) instead.")
 @trust_options
 @_json
 def inspect_command(bundle: Path, bom: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
-    """Show the variants of a bundle, what each needs, and what suits this machine."""
-    require_there(bundle)
-    asked = trust(options)
+    """Show the variants of a bundle, their requirements, and the one for this machine."""
+    require_exists(bundle)
+    signer = trust(options)
     if not bom:
-        show(bundle, asked, as_json=as_json)
+        show(bundle, signer, as_json=as_json)
         return
     from llmopt.bundle.contents import BOM
     from llmopt.bundle.opened import open_bundle
 
-    with open_bundle(bundle, asked) as opening:
+    with open_bundle(bundle, signer) as opening:
         click.echo(opening.member(BOM).decode("utf-8"), nl=False)
 
 
 @bundle_group.command("selftest")
 @click.argument("bundle", type=_path)
-@click.option("--threads", type=int, metavar="N", help="Threads.  [default: every usable core]")
+@click.option("--threads", type=int, metavar="N", help="Threads.  [default: all usable cores]")
 @trust_options
 @_json
 def selftest_command(bundle: Path, threads: int | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
-    """Run a bundle, or an artifact, on the example that it carries and compare."""
+    """Run a bundle or an artifact on its built-in example and compare the result."""
     from llmopt.runtime.selftest import failure, selftest
 
     try:
-        result = selftest(opened(bundle, options), threads)
+        result = selftest(artifact_folder(bundle, options), threads)
     except LlmoptError as error:
         if as_json:
             echo_json(failure(bundle, error))
@@ -216,26 +217,26 @@ def selftest_command(bundle: Path, threads: int | None, as_json: bool, **options
         raise click.exceptions.Exit(1)
 
 
-def show(path: Path, asked: Any = None, *, as_json: bool) -> None:
-    """Print what a bundle holds."""
+def show(path: Path, signer: Any = None, *, as_json: bool) -> None:
+    """Print the contents of a bundle."""
     from llmopt.bundle.opened import open_bundle
     from llmopt.runtime.variants import Machine, best_of, obstacle
 
-    with open_bundle(path, asked) as opening:
+    with open_bundle(path, signer) as opening:
         contents, digest = opening.contents, opening.seal.sha256
     machine = Machine.here()
-    why = {each.name: obstacle(each.needs, machine) for each in contents.variants}
+    obstacles = {each.name: obstacle(each.needs, machine) for each in contents.variants}
     best = best_of(contents, machine)
     if as_json:
         about = {"schema": SCHEMA, "kind": "bundle", "path": str(path), "sha256": digest}
-        taken = None if best is None else best.name
-        held = {"contents": dataclasses.asdict(contents), "obstacles": why, "taken": taken}
-        echo_json(about | _sizes(path, contents) | held)
+        choice = {"obstacles": obstacles, "taken": None if best is None else best.name}
+        listed = {"contents": dataclasses.asdict(contents)} | choice
+        echo_json(about | _sizes(path, contents) | listed)
         return
-    licenses = ", ".join(contents.licenses) or "none named"
+    licenses = ", ".join(contents.licenses) or "none stated"
     click.echo(_summary(path, contents, [("licence", licenses), ("sha256", digest)]))
     for variant in contents.variants:
-        here = why[variant.name] or f"suits this machine{', and is taken' * (variant is best)}"
+        here = obstacles[variant.name] or f"fits this machine{', chosen' * (variant is best)}"
         click.echo("\n" + fields(_described(contents, variant, here)))
     rows = [[record.path, size(record.size_bytes)] for record in contents.members]
     click.echo("\n" + table(["member", "size"], rows))
@@ -247,13 +248,13 @@ def _described(contents: Contents, variant: Variant, here: str) -> list[tuple[st
         ("variant", variant.name),
         ("target", variant.target),
         ("size", size(contents.size_bytes(variant))),
-        ("runs on", ", ".join(needs.machines) or "any processor"),
+        ("runs on", ", ".join(needs.machines) or "any CPU"),
         ("features", " ".join(needs.cpu_features)),
         ("runtime", ", ".join(filter(None, [str(needs.runtime), *needs.plugins]))),
         ("memory", f"{size(needs.memory_bytes)} at most, estimated"),
         ("here", here),
-        ("made by", str(variant.recipe.get("command", ""))),
-        ("made from", f"{source.get('name', '')} (sha256 {source.get('sha256', '')[:16]}…)"),
+        ("command", str(variant.recipe.get("command", ""))),
+        ("compiled from", f"{source.get('name', '')} (sha256 {source.get('sha256', '')[:16]}…)"),
     ]
     return [pair for pair in pairs if pair[1]]
 
@@ -267,21 +268,21 @@ def _chosen(opening: Bundle, options: dict[str, Any]) -> list[Variant]:
         return list(contents.variants)
     if name is None:
         return [choose(contents, Machine.here(), opening.path)]
-    found = contents.variant(name)
-    if found is None:
+    variant = contents.variant(name)
+    if variant is None:
         raise UnknownNameError("variant", name, [each.name for each in contents.variants])
-    return [found]
+    return [variant]
 
 
 def _summary(path: Path, contents: Contents, more: list[tuple[str, str]] | None = None) -> str:
     sizes = _sizes(path, contents)
-    whole = sum(contents.size_bytes(variant) for variant in contents.variants)
-    shared = whole - sum(
+    unpacked = sum(contents.size_bytes(variant) for variant in contents.variants)
+    shared = unpacked - sum(
         record.size_bytes
         for record in contents.members
         if record.path in {member for each in contents.variants for member in each.files.values()}
     )
-    stored = f"{size(sizes['size_bytes'])}, of {size(whole)} unpacked"
+    stored = f"{size(sizes['size_bytes'])}, of {size(unpacked)} unpacked"
     pairs = [
         ("bundle", str(path)),
         ("model", contents.name),

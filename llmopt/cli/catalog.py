@@ -1,4 +1,4 @@
-"""``llmopt targets`` and ``llmopt passes``: what can be chosen from."""
+"""``llmopt targets`` and ``llmopt passes``: the available targets and passes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ARGS = re.compile(r"\n*^Args:\n(?:[ ]+[^\n]*\n?|\n)+", re.MULTILINE)
 @click.command("targets")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def targets_command(as_json: bool) -> None:  # noqa: FBT001 - click
-    """List the targets, and whether each builds and runs here."""
+    """List the targets, and whether each compiles and runs here."""
     from llmopt.backends import ALIASES, known_backends
 
-    found = []
+    targets = []
     for name, cls in known_backends().items():
         here = cls().available()
-        found.append(
+        targets.append(
             {
                 "name": name,
                 "aliases": [alias for alias, target in ALIASES.items() if target == name],
@@ -40,12 +40,12 @@ def targets_command(as_json: bool) -> None:  # noqa: FBT001 - click
             }
         )
     if as_json:
-        echo_json({"schema": SCHEMA, "targets": found})
+        echo_json({"schema": SCHEMA, "targets": targets})
         return
-    click.echo(table(_TARGETS, [_target_row(target) for target in found]))
+    click.echo(table(_TARGETS, [_target_row(target) for target in targets]))
 
 
-_TARGETS = ("target", "alias", "builds here", "runs here", "schemes", "what it is")
+_TARGETS = ("target", "alias", "builds here", "runs here", "schemes", "description")
 
 
 def _target_row(target: dict[str, Any]) -> list[str]:
@@ -74,12 +74,12 @@ def passes_command(name: str | None, plugins: tuple[str, ...], as_json: bool) ->
     if name is not None:
         _describe(_known(known, name), as_json=as_json)
         return
-    found = [_summary(cls) for _, cls in sorted(known.items())]
+    summaries = [_summary(cls) for _, cls in sorted(known.items())]
     if as_json:
-        echo_json({"schema": SCHEMA, "default": list(DEFAULT), "passes": found})
+        echo_json({"schema": SCHEMA, "default": list(DEFAULT), "passes": summaries})
         return
-    rows = [[each["name"], " ".join(each["options"]), each["summary"]] for each in found]
-    click.echo(table(["pass", "options", "what it does"], rows))
+    rows = [[each["name"], " ".join(each["options"]), each["summary"]] for each in summaries]
+    click.echo(table(["pass", "options", "description"], rows))
     click.echo(f"\ndefault = {','.join(DEFAULT)}")
 
 
@@ -87,7 +87,7 @@ def _known(known: Mapping[str, type[Pass]], name: str) -> type[Pass]:
     from llmopt.errors import UnknownNameError
 
     if name not in known:
-        raise UnknownNameError("pass", name, known, "--plugin adds yours")
+        raise UnknownNameError("pass", name, known, "add your own with --plugin")
     return known[name]
 
 
@@ -110,7 +110,7 @@ def _describe(cls: type[Pass], *, as_json: bool) -> None:
     from llmopt.origin import defined_at, is_ours
     from llmopt.passes.options import MISSING, options_of, spell_value
 
-    place = "llmopt" if is_ours(cls) else defined_at(cls)
+    origin = "llmopt" if is_ours(cls) else defined_at(cls)
     text = _ARGS.sub("\n", inspect.getdoc(cls) or "")
     options: list[dict[str, Any]] = [
         {
@@ -122,15 +122,15 @@ def _describe(cls: type[Pass], *, as_json: bool) -> None:
         for option in options_of(cls)
     ]
     if as_json:
-        more = {"from": place, "description": text.strip(), "options": options}
+        more = {"from": origin, "description": text.strip(), "options": options}
         echo_json({"schema": SCHEMA} | _summary(cls) | more)
         return
     rows = [
-        [o["name"], o["type"], "needed" if o["default"] is None else o["default"], o["text"]]
+        [o["name"], o["type"], "required" if o["default"] is None else o["default"], o["text"]]
         for o in options
     ]
-    click.echo(f"{cls.name}, from {place}\n\n{text.strip() or 'It has no docstring.'}")
+    click.echo(f"{cls.name}, from {origin}\n\n{text.strip() or 'No docstring.'}")
     if rows:
-        click.echo(f"\n{table(['option', 'type', 'default', 'what it is'], rows)}")
-    given = "{" + ",".join(f"{o['name']}={o['default'] or o['type']}" for o in options) + "}"
-    click.echo(f"\nwritten as {cls.name}{given if rows else ''}")
+        click.echo(f"\n{table(['option', 'type', 'default', 'description'], rows)}")
+    spelled = "{" + ",".join(f"{o['name']}={o['default'] or o['type']}" for o in options) + "}"
+    click.echo(f"\nspelled {cls.name}{spelled if rows else ''}")

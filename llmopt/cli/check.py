@@ -1,4 +1,4 @@
-"""``llmopt check``: whether artifacts became slower, larger or worse than their baseline."""
+"""``llmopt check``: regressions of artifacts against a baseline in speed, size or quality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from llmopt.cli.artifacts import is_bundle, one_each, require_there, trust, trust_options
+from llmopt.cli.artifacts import (
+    check_signer,
+    is_bundle,
+    require_exists,
+    trust,
+    trust_options,
+)
 from llmopt.cli.progress import Progress
 from llmopt.cli.text import echo_json, table
 from llmopt.errors import LlmoptError, UsageError
@@ -34,13 +40,13 @@ _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
     required=True,
     type=click.Path(path_type=Path),
     metavar="ARTIFACT|FOLDER|FILE.json",
-    help="An artifact, a folder of artifacts of the same names, or a file that --update wrote.",
+    help="Artifact, folder of artifacts with the same names, or file written by --update.",
 )
 @click.option(
     "--max-regression",
     multiple=True,
     metavar="[METRIC=]5%",
-    help="How much larger latencies, or one metric, may be. Repeatable.  [default: 5%; "
+    help="Largest allowed increase of latencies, or of one metric. Repeatable.  [default: 5%; "
     "peak_rss_bytes 10%, load_s 20%, counts 0%]",
 )
 @click.option(
@@ -48,64 +54,74 @@ _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="Gate this metric: ttft_s, time_per_output_token_s, encode_latency_s, "
+    help="Metric to gate: ttft_s, time_per_output_token_s, encode_latency_s, "
     "run_latency_s, load_s, peak_rss_bytes. Repeatable.  [default: all but load_s]",
 )
 @click.option(
     "--workload",
     metavar="TEXT",
-    help="prefill=8,decode=64, encode=1x128 (rows x tokens), or FILE.npz, one array for each "
-    "input.  [default: by task]",
+    help="Workload: prefill=8,decode=64, encode=1x128 (batch x tokens), or FILE.npz with one array "
+    "per input.  [default: by task]",
 )
 @click.option(
-    "--threads", type=int, metavar="N", help="Threads.  [default: every usable core but one]"
+    "--threads",
+    type=int,
+    metavar="N",
+    help="Threads.  [default: all usable cores but one]",
 )
 @click.option(
     "--max-time",
     default="120s",
     show_default=True,
     metavar="SECONDS",
-    help="How long each artifact may be measured; what is not known then is inconclusive.",
+    help="Time budget per artifact; metrics still undecided after it are inconclusive.",
 )
 @click.option(
     "--proxies",
     type=click.Choice(["gate", "report", "only"]),
     default="gate",
     show_default=True,
-    help="Gate counts (operators, bytes, operations) exactly, only report them, or gate nothing "
-    "else, which times nothing.",
+    help="Gate static counts (operators, bytes, operations) exactly, only report them, or gate "
+    "only them without timing anything.",
 )
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE.toml",
-    help="Budgets.  [default: llmopt.toml, if there is one]",
+    help="File of budgets.  [default: llmopt.toml, if it exists]",
 )
-@click.option("--update", is_flag=True, help="Write the baseline's file from the artifacts.")
-@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write JUnit's XML.")
+@click.option("--update", is_flag=True, help="Write the artifacts to the baseline file.")
+@click.option(
+    "--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit XML report."
+)
 @click.option(
     "--markdown",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write a comment for a pull request.",
+    help="Write a pull-request comment.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, every sample in it.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object with every sample.",
+)
 @trust_options
 @click.pass_context
 def check_command(ctx: click.Context, /, artifacts: tuple[Path, ...], **options: Any) -> None:
-    """Fail if artifacts are slower or larger than before.
+    """Fail if artifacts are slower or larger than their baseline.
 
-    Baseline and candidate are measured in turns, in fresh processes, until it is known whether
-    they differ by more than is allowed. Exit codes: 0 no regression, 1 a regression, 3 the
-    baseline is of another machine, 4 inconclusive.
+    Runs of baseline and candidate are interleaved, in fresh processes, until it is certain
+    whether they differ by more than allowed. Exit codes: 0 no regression, 1 regression, 3 the
+    baseline is from another machine, 4 inconclusive.
     """
-    require_there(*artifacts)
+    require_exists(*artifacts)
     request = _request(artifacts, options)
-    _check_places(options)
+    _check_destinations(options)
     if options["update"]:
         _update(request, options)
         return
-    require_there(request.baseline)
+    require_exists(request.baseline)
     try:
         result = _check(request)
     except LlmoptError as error:
@@ -123,11 +139,11 @@ def _request(artifacts: tuple[Path, ...], options: dict[str, Any]) -> CheckReque
 
     for metric in options["metrics"]:
         require_measured(metric, "--metric")
-    most = amount(options["max_time"], "--max-time")
-    if most <= 0:
-        raise UsageError("--max-time has to be more than 0 s")
+    max_time_s = amount(options["max_time"], "--max-time")
+    if max_time_s <= 0:
+        raise UsageError("--max-time must be above 0 s")
     if options["threads"] is not None and options["threads"] < 1:
-        raise UsageError("--threads has to be 1 or more")
+        raise UsageError("--threads must be at least 1")
     config = options["config"] or (CONFIG if CONFIG.is_file() else None)
     return CheckRequest(
         candidates=artifacts,
@@ -136,33 +152,33 @@ def _request(artifacts: tuple[Path, ...], options: dict[str, Any]) -> CheckReque
         metrics=options["metrics"],
         workload=options["workload"],
         threads=options["threads"],
-        max_time_s=most,
+        max_time_s=max_time_s,
         proxies=options["proxies"],
         budgets=() if config is None else read_budgets(config),
-        trust=one_each(trust(options), [*artifacts, *filter(is_bundle, [options["baseline"]])]),
+        trust=check_signer(trust(options), [*artifacts, *filter(is_bundle, [options["baseline"]])]),
     )
 
 
-def _check_places(options: dict[str, Any]) -> None:
-    """Say now, and not after minutes of measuring, that something cannot be written."""
+def _check_destinations(options: dict[str, Any]) -> None:
+    """Fail now rather than after minutes of measuring if an output cannot be written."""
     from llmopt.artifact.writer import check_destination
 
     written = [options["junit"], options["markdown"]]
-    for place in filter(None, [*written, options["baseline"] if options["update"] else None]):
-        check_destination(place, force=True)
+    for path in filter(None, [*written, options["baseline"] if options["update"] else None]):
+        check_destination(path, force=True)
 
 
 def _allowances(texts: Sequence[str]) -> dict[str, float]:
     from llmopt.benchmark.gate.amounts import amount
     from llmopt.benchmark.gate.budgets import require_comparable
 
-    found = {}
+    allowances = {}
     for text in texts:
         metric, sign, share = text.rpartition("=")
         if sign:
             require_comparable(metric, "--max-regression")
-        found[metric] = amount(share, "--max-regression")
-    return found
+        allowances[metric] = amount(share, "--max-regression")
+    return allowances
 
 
 def _check(request: CheckRequest) -> CheckResult:
@@ -177,9 +193,9 @@ def _update(request: CheckRequest, options: dict[str, Any]) -> None:
     from llmopt.artifact.writer import staged_file
 
     if request.baseline.suffix != ".json":
-        raise UsageError(f"--update writes a file: --baseline FILE.json, not {request.baseline}")
+        raise UsageError(f"--update writes a .json file; --baseline {request.baseline} is not one")
     if options["junit"] or options["markdown"]:
-        raise UsageError("--update compares nothing: leave out --junit and --markdown")
+        raise UsageError("--update compares nothing; omit --junit and --markdown")
     with Progress() as progress:
         progress("starting")
         from llmopt.benchmark.gate import update
@@ -190,7 +206,7 @@ def _update(request: CheckRequest, options: dict[str, Any]) -> None:
     if options["as_json"]:
         click.echo(baseline.to_json(), nl=False)
         return
-    click.echo(f"{request.baseline}: written, with {', '.join(baseline.artifacts)}")
+    click.echo(f"wrote {request.baseline} with {', '.join(baseline.artifacts)}")
 
 
 def _write(result: CheckResult, options: dict[str, Any]) -> None:
@@ -218,10 +234,10 @@ def _write_error(error: LlmoptError, options: dict[str, Any]) -> None:
         _write_text(options["junit"], junit_error(str(error)))
 
 
-def _write_text(place: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     from llmopt.artifact.writer import staged_file
 
-    with staged_file(place, force=True) as staging:  # CI writes the same file in every run
+    with staged_file(path, force=True) as staging:  # CI overwrites it in every run
         staging.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""``llmopt compile``: a source goes in, an artifact for each target comes out."""
+"""``llmopt compile``: compile a source into one artifact per target."""
 
 from __future__ import annotations
 
@@ -30,52 +30,52 @@ SCHEMA = 1
     metavar="TARGET",
     multiple=True,
     required=True,
-    help="What to compile for; `llmopt targets` lists them. Repeat for several.",
+    help="Target to compile for; `llmopt targets` lists them. Repeatable.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The artifact; with several targets, the parent of one for each. "
+    help="Artifact to write; with several targets, the parent directory of their artifacts.  "
     "[default: <source>.<target>]",
 )
 @source_options
 @click.option(
     "--quantize",
     metavar="SCHEME",
-    help="w8, w6, w4, w8a8-dynamic; options in braces: w4{block=64}.",
+    help="Quantization scheme: w8, w6, w4, w8a8-dynamic; options in braces, as in w4{block=64}.",
 )
 @click.option(
-    "--block", type=int, metavar="N", help="Weights that share a scale, as w4{block=N} says."
+    "--block", type=int, metavar="N", help="Weights that share a scale; short for w4{block=N}."
 )
 @click.option(
     "--max-kl",
     type=float,
     metavar="NATS",
-    help="Fail if quantization costs more: mean KL divergence from the source.",
+    help="Fail if quantization exceeds this mean KL divergence from the source.",
 )
 @click.option(
     "--passes",
     default="default",
     show_default=True,
     metavar="TEXT",
-    help="The pipeline, as in default,-merge-qkv,my-pass.",
+    help="Pass pipeline, such as default,-merge-qkv,my-pass.",
 )
 @plugin_option
 @click.option(
     "--require",
     multiple=True,
     metavar="KIND=all",
-    help="Fail unless every one is fused: attention, norm, rotary, activation. Repeatable.",
+    help="Fail unless every attention, norm, rotary or activation is fused. Repeatable.",
 )
 @click.option(
     "--verify",
     type=click.Choice(["each", "final", "off"]),
     default="final",
     show_default=True,
-    help="Compare with the source: the Program after each pass and the artifact, the artifact, "
-    "or nothing.",
+    help="What to compare with the source: the Program after each pass and the artifact, the "
+    "artifact alone, or nothing.",
 )
 @click.option(
     "--batch",
@@ -83,17 +83,17 @@ SCHEMA = 1
     default=8,
     show_default=True,
     metavar="N",
-    help="Most sequences at once, for targets that must know before they build.",
+    help="Largest batch size, for targets that fix it at compile time.",
 )
 @click.option(
     "--defer-engine",
     is_flag=True,
-    help="Leave what needs the device to the first load there.",
+    help="Defer the steps that need the device to the first load on it.",
 )
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click
-    """Compile SOURCE for each TARGET, and prove the result.
+    """Compile SOURCE for each TARGET, and verify the result.
 
     SOURCE is a Hugging Face folder, a .gguf, .onnx, .pt2 or .pt file, or module.py:factory, a
     function that returns an nn.Module.
@@ -103,7 +103,7 @@ def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa
     if as_json:
         echo_json({"schema": SCHEMA, "artifacts": [each.summary() for each in artifacts]})
     for artifact in artifacts:
-        _tell(artifact, as_json=as_json)
+        _report(artifact, as_json=as_json)
 
 
 def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[Artifact]:
@@ -113,19 +113,19 @@ def _compile(source: str, options: dict[str, Any], progress: Progress) -> list[A
     from llmopt.compiler import CompileOptions, compile_source
     from llmopt.frontend.base import SourceOptions
 
-    making = CompileOptions(**_chosen(CompileOptions, options) | {"quantize": scheme})
+    compiling = CompileOptions(**_chosen(CompileOptions, options) | {"quantize": scheme})
     reading = SourceOptions(**_chosen(SourceOptions, options))
     try:
-        return compile_source(source, targets, options["output"], making, reading, progress)
+        return compile_source(source, targets, options["output"], compiling, reading, progress)
     except KeyboardInterrupt as error:
         if len(targets) == 1:
             raise
-        message = "interrupted; artifacts that were complete are kept, the others were not written"
+        message = "interrupted; complete artifacts were kept, the others were not written"
         raise InterruptedByUser(message) from error
 
 
 def _chosen(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return those options that are fields of ``kind``."""
+    """Return the options that are fields of ``kind``."""
     return {f.name: options[f.name] for f in dataclasses.fields(kind) if f.name in options}
 
 
@@ -134,18 +134,20 @@ def _scheme(quantize: str | None, block: int | None) -> str | None:
     if block is None:
         return quantize
     if quantize is None:
-        raise UsageError("--block belongs to a scheme: give --quantize w4 or w8 too")
+        raise UsageError("--block needs --quantize, such as --quantize w4")
     if "{" in quantize:
-        raise UsageError(f"--block {block} and the options of {quantize!r}: give one of them")
+        raise UsageError(
+            f"--block {block} conflicts with the options in {quantize!r}; set the block there"
+        )
     return f"{quantize}{{block={block}}}"
 
 
-def _tell(artifact: Artifact, *, as_json: bool) -> None:
-    """Print what was made, and what a user does next."""
+def _report(artifact: Artifact, *, as_json: bool) -> None:
+    """Print the notes and the summary of an artifact, and the command to try next."""
     from llmopt.cli.summary import summary
 
-    found = [f"{ran.name}: {note}" for ran in artifact.passes for note in ran.notes]
-    for note in [*artifact.notes, *found]:
+    notes = [f"{ran.name}: {note}" for ran in artifact.passes for note in ran.notes]
+    for note in [*artifact.notes, *notes]:
         click.echo(f"Note: {note}", err=True)
     if not as_json:
         click.echo(summary(artifact))
@@ -153,7 +155,7 @@ def _tell(artifact: Artifact, *, as_json: bool) -> None:
 
 
 def _use(artifact: Artifact) -> str:
-    """Return the options of ``llmopt run`` that try it out."""
+    """Return the options of ``llmopt run`` that try an artifact out."""
     text = '--text "The sky is blue."'
     use = {"generate": '--prompt "The sky is"', "embed": text, "text-to-text": text}
     reads_text = (artifact.path / "tokenizer.json").is_file()

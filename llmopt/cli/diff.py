@@ -1,4 +1,4 @@
-"""``llmopt diff``: what changed from one model to another, and not what is called otherwise."""
+"""``llmopt diff``: what changed from one model to another, apart from names and order."""
 
 from __future__ import annotations
 
@@ -27,66 +27,71 @@ _SIGNS: Final = {"removed": "-", "added": "+", "changed": "~"}
 def diff_command(before: str, after: str, as_json: bool) -> int:  # noqa: FBT001 - click
     """Show what changed from BEFORE to AFTER.
 
-    Each is an artifact, an .onnx file, its text (.ir), or a source. Compared are operators by
-    module, attributes, shapes, inputs, outputs, and weights by digest; other names and another
-    order are no change. Exit codes: 0 nothing changed, and nothing is printed; 1 something did.
+    Each is an artifact, an .onnx file, its text (.ir), or a source. Operators are compared by
+    module, with attributes, shapes, inputs and outputs, and weights by digest; names and order
+    are ignored. Exit codes: 0 no difference, and no output; 1 there are differences.
     """
     from llmopt.comparison import compare
 
-    found = compare(before, after)
+    difference = compare(before, after)
     if as_json:
-        echo_json({"schema": SCHEMA, "before": before, "after": after} | _data(found))
-    elif not found.equal:
-        click.echo(told(found))
-    return 0 if found.equal else 1
+        echo_json({"schema": SCHEMA, "before": before, "after": after} | _data(difference))
+    elif not difference.equal:
+        click.echo(summary(difference))
+    return 0 if difference.equal else 1
 
 
-def _data(found: Difference) -> dict[str, object]:
+def _data(difference: Difference) -> dict[str, object]:
     return {
-        "equal": found.equal,
-        "edges": list(found.edges),
-        "operators": {name: list(counts) for name, counts in found.operators.items()},
-        "weights": dataclasses.asdict(found.weights),
-        "changes": [dataclasses.asdict(change) for change in found.changes],
+        "equal": difference.equal,
+        "edges": list(difference.edges),
+        "operators": {name: list(counts) for name, counts in difference.operators.items()},
+        "weights": dataclasses.asdict(difference.weights),
+        "changes": [dataclasses.asdict(change) for change in difference.changes],
     }
 
 
-def told(found: Difference) -> str:
-    """Return a difference as people read it, layers that changed alike told once."""
-    parts = ["\n".join(found.edges), _operators(found), _weights(found), *_modules(found.changes)]
+def summary(difference: Difference) -> str:
+    """Return a difference as text, layers that changed alike listed once."""
+    parts = [
+        "\n".join(difference.edges),
+        _operators(difference),
+        _weights(difference),
+        *_modules(difference.changes),
+    ]
     return "\n\n".join(filter(None, parts))
 
 
-def _operators(found: Difference) -> str:
-    changed = [(name, *pair) for name, pair in found.operators.items() if pair[0] != pair[1]]
+def _operators(difference: Difference) -> str:
+    changed = [(name, *pair) for name, pair in difference.operators.items() if pair[0] != pair[1]]
     if not changed:
         return ""
-    sums = [sum(pair[side] for pair in found.operators.values()) for side in (0, 1)]
-    changed.append(("in all", sums[0], sums[1]))
+    sums = [sum(pair[side] for pair in difference.operators.values()) for side in (0, 1)]
+    changed.append(("total", sums[0], sums[1]))
     rows = [[name, str(old), str(new)] for name, old, new in changed]
     return table(["operator", "before", "after"], rows)
 
 
-def _weights(found: Difference) -> str:
-    weights = found.weights
+def _weights(difference: Difference) -> str:
+    weights = difference.weights
     if weights.before == weights.after == weights.same:
         return ""
     return (
         f"weights: {weights.before} ({size(weights.before_bytes)}) before, "
-        f"{weights.after} ({size(weights.after_bytes)}) after, {weights.same} of them the same"
+        f"{weights.after} ({size(weights.after_bytes)}) after, {weights.same} unchanged"
     )
 
 
 def _modules(changes: Iterable[NodeChange]) -> Iterator[str]:
-    """Yield a paragraph for each module, or for the same one of several layers."""
+    """Yield a paragraph for each module; layers that changed alike share one."""
     by_module: dict[tuple[str, str], list[NodeChange]] = defaultdict(list)
     for change in changes:
         by_module[change.component, change.scope].append(change)
     alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for (component, scope), own in by_module.items():
-        alike[component, _NUMBER.sub("*", scope), tuple(_lines(own))].append(scope)
+    for (component, scope), edits in by_module.items():
+        alike[component, _NUMBER.sub("*", scope), tuple(_lines(edits))].append(scope)
     for (component, template, lines), scopes in alike.items():
-        title = _title(template, scopes) or "outside of modules"
+        title = _title(template, scopes) or "outside modules"
         yield "\n".join([f"{component}: {title}" if component else title, *lines])
 
 
@@ -106,7 +111,7 @@ def _order(item: tuple[tuple[str, str, tuple[str, ...]], int]) -> tuple[int, str
 
 
 def _title(template: str, scopes: Sequence[str]) -> str:
-    """Return the name of a module with the numbers that it stands for.
+    """Return the name of a module with the layer numbers that it covers.
 
     >>> _title("layers.*.mlp", ["layers.0.mlp", "layers.1.mlp", "layers.3.mlp"])
     'layers.0-1,3.mlp (3 x)'
@@ -121,7 +126,7 @@ def _title(template: str, scopes: Sequence[str]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers in short.
+    """Return sorted numbers as ranges.
 
     >>> _ranges([0, 1, 2, 4])
     '0-2,4'

@@ -1,4 +1,4 @@
-"""``llmopt doctor``: what this machine offers, and what each missing package costs."""
+"""``llmopt doctor``: this machine's hardware, and what each missing package disables."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "llmopt": ("", ""),
     "click": ("nothing works", "llmopt"),
     "numpy": ("nothing works", "llmopt"),
-    "tokenizers": ("no text in or out: run --prompt and --text", "llmopt"),
-    "onnxruntime": ("no artifact for onnxruntime runs or is verified", "llmopt[runtime]"),
+    "tokenizers": ("no text input or output: run --prompt and --text", "llmopt"),
+    "onnxruntime": ("onnxruntime artifacts neither run nor are verified", "llmopt[runtime]"),
     "torch": ("nothing compiles", "llmopt[compile]"),
     "onnx": ("nothing compiles", "llmopt[compile]"),
     "onnx-ir": ("nothing compiles", "llmopt[compile]"),
@@ -27,37 +27,40 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "ml-dtypes": ("nothing compiles", "llmopt[compile]"),
     "gguf": ("GGUF files are not read", "llmopt[compile]"),
     "jinja2": ("chat templates are not converted", "llmopt[compile]"),
-    "transformers": ("only known families of Hugging Face folders compile", "llmopt[transformers]"),
+    "transformers": (
+        "Hugging Face folders compile for built-in families only",
+        "llmopt[transformers]",
+    ),
 }
-"""What is lost without each package, and what to install for it."""
+"""What does not work without each package, and what to install for it."""
 
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def doctor_command(as_json: bool) -> None:  # noqa: FBT001 - click
-    """Show what this machine has, and what is missing."""
-    found = examine(Path.cwd())
+    """Show this machine's hardware and packages, and what is missing."""
+    report = examine(Path.cwd())
     if as_json:
-        echo_json({"schema": SCHEMA} | found)
+        echo_json({"schema": SCHEMA} | report)
         return
-    machine = found["machine"]
+    machine = report["machine"]
     memory = machine["memory_bytes"]
-    shown = [
+    pairs = [
         ("python", machine["versions"]["python"]),
         ("system", f"{machine['system']}, {machine['architecture']}"),
-        ("processor", machine["processor"]),
+        ("CPU", machine["processor"]),
         ("cores allowed", str(machine["cores"])),
-        ("features", " ".join(machine["features"]) or "none that matter"),
+        ("features", " ".join(machine["features"]) or "none that kernels use"),
         ("memory", "unknown" if memory is None else size(memory)),
-        ("disk", f"{size(found['disk_free_bytes'])} free in {found['folder']}"),
+        ("disk", f"{size(report['disk_free_bytes'])} free in {report['folder']}"),
     ]
-    click.echo(fields(shown))
-    rows = [[p["name"], p["version"] or "missing", _cost(p)] for p in found["packages"]]
+    click.echo(fields(pairs))
+    rows = [[p["name"], p["version"] or "missing", _cost(p)] for p in report["packages"]]
     click.echo("\n" + table(["package", "version", "without it"], rows))
 
 
 def examine(folder: Path) -> dict[str, Any]:
-    """Return what ``--json`` shows; ``folder`` is where disk space is asked for."""
+    """Return the ``--json`` report; free disk space is that of ``folder``."""
     from llmopt.benchmark.machine import this_machine
 
     return {

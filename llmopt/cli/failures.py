@@ -1,6 +1,6 @@
-"""Errors on the command line: one line, what to do next, the exit code; never a traceback.
+"""Errors on the command line: one line with the next step, and the exit code.
 
-The exception is an exception that is none of ours: then the traceback is what helps.
+Only an exception that llmopt does not define, a bug, prints its traceback.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 INTERRUPTED: Final = 130
-"""What shells report of a process that SIGINT ended."""
+"""The exit code that shells report for a process killed by SIGINT."""
 
 
 class InterruptedByUser(click.ClickException):
-    """Ctrl-C. Every command writes its output in one piece at the end, so none is there."""
+    """Ctrl-C. Commands write their output atomically at the end, so there is none."""
 
     exit_code = INTERRUPTED
 
@@ -37,14 +37,14 @@ class InterruptedByUser(click.ClickException):
 
 
 @contextlib.contextmanager
-def told(arguments: Sequence[str]) -> Iterator[None]:
-    """Print what ends the block early, and exit with its code.
+def reported(arguments: Sequence[str]) -> Iterator[None]:
+    """Report the exception that ends the block, and exit with its code.
 
     Args:
-        arguments: The command line, to be shown where it has to be run again.
+        arguments: Command line, quoted in bug reports.
     """
     try:
-        with _no_ctrl_c_is_lost():
+        with _no_lost_ctrl_c():
             yield
     except LlmoptError as error:
         _end(str(error), error.exit_code)
@@ -59,22 +59,22 @@ def told(arguments: Sequence[str]) -> Iterator[None]:
     except click.Abort:
         click.echo("interrupted; nothing was written", err=True)
         sys.exit(INTERRUPTED)
-    except Exception:  # noqa: BLE001 - the outermost frame: nobody else could say it
+    except Exception:  # noqa: BLE001 - the outermost frame
         _report_bug(arguments)
         sys.exit(1)
 
 
 @contextlib.contextmanager
-def _no_ctrl_c_is_lost() -> Iterator[None]:
-    """Interrupt again after a Ctrl-C that struck where Python can only print what is raised.
+def _no_lost_ctrl_c() -> Iterator[None]:
+    """Interrupt again after a Ctrl-C that struck where exceptions cannot propagate.
 
-    That is in finalizers and in callbacks of weak references, which run while modules are imported.
+    These are finalizers and callbacks of weak references, which run while modules are imported.
     """
     before, main = sys.unraisablehook, threading.get_ident()
 
     def again() -> None:
-        time.sleep(0.01)  # out of the callback
-        signal.pthread_kill(main, signal.SIGINT)  # wakes it, too
+        time.sleep(0.01)  # after the callback has returned
+        signal.pthread_kill(main, signal.SIGINT)  # wakes the main thread, too
 
     def hook(unraisable: UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
@@ -95,7 +95,7 @@ def _end(message: str, code: int) -> None:
 
 
 def _worded(error: click.ClickException) -> str:
-    """Return click's message and where the help is."""
+    """Return click's message and a pointer to the help."""
     message = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     if context is None:
@@ -107,8 +107,8 @@ def _report_bug(arguments: Sequence[str]) -> None:
     traceback.print_exc(file=sys.stderr)
     command = shlex.join(["llmopt", *arguments])
     click.echo(
-        "\nThis is a bug in llmopt, not in what you did. Please report it where you got llmopt "
-        "from, with the lines above, the output of `llmopt doctor` and the command:\n"
+        "\nThis is a bug in llmopt, not in your input. Please report it where you got "
+        "llmopt, with the lines above, the output of `llmopt doctor` and the command:\n"
         f"  cd {shlex.quote(str(Path.cwd()))} && {command}",
         err=True,
     )

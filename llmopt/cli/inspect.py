@@ -1,4 +1,4 @@
-"""``llmopt inspect``: what an artifact, an ONNX file or a checkpoint holds, weights unread."""
+"""``llmopt inspect``: the contents of an artifact, ONNX file or checkpoint, weights unread."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _KINDS = (
-    "give an artifact, a bundle, an .onnx file, a .gguf file, .safetensors, "
-    "or a Hugging Face folder"
+    "give an artifact, a bundle, an .onnx, .gguf or .safetensors file, or a Hugging Face folder"
 )
 
 
@@ -25,7 +24,7 @@ _KINDS = (
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def inspect_command(path: Path, as_json: bool) -> None:  # noqa: FBT001 - click
-    """Show what PATH holds, without reading its weights.
+    """Show the contents of PATH without reading its weights.
 
     PATH is an artifact, a bundle, an .onnx or .gguf file, or a Hugging Face folder.
     """
@@ -65,18 +64,18 @@ def _artifact(path: Path, *, as_json: bool) -> None:
         ("size", size(total) + precision(manifest.precision)),
         ("family", model.family),
         ("shape", _shape(vars(model))),
-        ("made with", ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items()))),
+        ("versions", ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items()))),
         ("pipeline", manifest.pipeline),
         ("verified", verification(manifest.verification)),
         ("quality", quality(manifest.quality) if manifest.quality else ""),
     ]
     click.echo(fields([pair for pair in pairs if pair[1]]))
     signature = manifest.signature
-    for further in manifest.components:
-        click.echo(f"\n{further.name} ({further.entry})\n" + _ports(further.signature))
+    for component in manifest.components:
+        click.echo(f"\n{component.name} ({component.entry})\n" + _ports(component.signature))
     click.echo("\n" + _ports(signature))
     if model.layers > 1 and signature.has_cache:
-        click.echo(f"(caches of layer 0 stand for those of all {model.layers} layers)")
+        click.echo(f"(the cache is listed for layer 0 of {model.layers}; the others are alike)")
     files = [[record.path, size(record.size_bytes)] for record in manifest.files]
     click.echo("\n" + table(["file", "size"], files))
 
@@ -106,44 +105,44 @@ def _shape(facts: dict[str, Any]) -> str:
 def _onnx(path: Path, *, as_json: bool) -> None:
     from llmopt.frontend.contents import onnx_contents
 
-    found = onnx_contents(path)
+    contents = onnx_contents(path)
     if as_json:
-        echo_json({"schema": SCHEMA} | found)
+        echo_json({"schema": SCHEMA} | contents)
         return
     pairs = [
         ("file", str(path)),
-        ("opsets", ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in found["opsets"].items())),
-        ("producer", found["producer"]),
-        ("nodes", str(sum(found["operators"].values()))),
-        ("weights", f"{found['weights']}, {_count(found['parameters'])}"),
-        ("inputs", "; ".join(found["inputs"])),
-        ("outputs", "; ".join(found["outputs"])),
+        ("opsets", ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in contents["opsets"].items())),
+        ("producer", contents["producer"]),
+        ("nodes", str(sum(contents["operators"].values()))),
+        ("weights", f"{contents['weights']}, {_count(contents['parameters'])}"),
+        ("inputs", "; ".join(contents["inputs"])),
+        ("outputs", "; ".join(contents["outputs"])),
     ]
     click.echo(fields([pair for pair in pairs if pair[1]]))
-    rows = [[name, str(count)] for name, count in found["operators"].items()]
+    rows = [[name, str(count)] for name, count in contents["operators"].items()]
     click.echo("\n" + table(["operator", "count"], rows))
-    click.echo("\n" + _types(found["types"]))
+    click.echo("\n" + _types(contents["types"]))
 
 
 def _checkpoint(path: Path, *, as_json: bool) -> None:
     from llmopt.frontend.contents import checkpoint_contents
 
     if path.is_file() and path.suffix not in {".gguf", ".safetensors", ".bin", ".json"}:
-        raise SourceError(path, "not a kind of file that can be inspected", _KINDS)
-    found = checkpoint_contents(path)
+        raise SourceError(path, "unsupported kind of file", _KINDS)
+    contents = checkpoint_contents(path)
     if as_json:
-        echo_json({"schema": SCHEMA} | found)
+        echo_json({"schema": SCHEMA} | contents)
         return
     pairs = [
         ("checkpoint", str(path)),
-        ("architecture", found["architecture"]),
-        ("shape", _shape(found)),
-        ("tensors", str(found["tensors"])),
-        ("parameters", _count(found["parameters"])),
-        ("compiles", found["compiles"]),
+        ("architecture", contents["architecture"]),
+        ("shape", _shape(contents)),
+        ("tensors", str(contents["tensors"])),
+        ("parameters", _count(contents["parameters"])),
+        ("compiles", contents["compiles"]),
     ]
     click.echo(fields([pair for pair in pairs if pair[1]]))
-    click.echo("\n" + _types(found["types"]))
+    click.echo("\n" + _types(contents["types"]))
 
 
 def _types(types: dict[str, dict[str, int]]) -> str:
@@ -152,7 +151,7 @@ def _types(types: dict[str, dict[str, int]]) -> str:
 
 
 def _count(number: int) -> str:
-    """Return a count as people say it.
+    """Return a count with a unit.
 
     >>> _count(134_515_008), _count(512)
     ('135 M', '512')

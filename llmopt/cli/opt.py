@@ -1,4 +1,4 @@
-"""``llmopt opt``: passes on one ONNX file or text, to see what each does."""
+"""``llmopt opt``: run passes on one ONNX file or its text, to see the effect of each."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from llmopt.passes.base import Pass
     from llmopt.passes.pipeline import Pipeline, Ran
 
-_SHOWN_ELEMENTS: Final = 16  # larger weights are named in the text, not spelled out
-_EMBEDDED_BYTES: Final = 1_000_000_000  # protobuf takes 2 GB: more goes into a file beside it
-_INLINE_BYTES: Final = 256  # of one weight: ir.save leaves no more than 256 in the model
+_PRINTED_ELEMENTS: Final = 16  # larger weights are elided in the text
+_EMBEDDED_BYTES: Final = 1_000_000_000  # protobuf stops at 2 GB: more goes into a data file
+_INLINE_BYTES: Final = 256  # per weight: ir.save keeps at most 256 in the model
 
 
 @click.command("opt")
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
 @click.option(
-    "--passes", required=True, metavar="TEXT", help="The pipeline, as in canonicalize,fuse-norms."
+    "--passes",
+    required=True,
+    metavar="TEXT",
+    help="Pass pipeline, such as canonicalize,fuse-norms.",
 )
 @plugin_option
 @click.option(
@@ -33,45 +36,45 @@ _INLINE_BYTES: Final = 256  # of one weight: ir.save leaves no more than 256 in 
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the result here, and no text to stdout: ONNX, or text where FILE ends in .ir.",
+    help="Write the result to FILE instead of stdout: ONNX, or text if FILE ends in .ir.",
 )
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option(
-    "--print-after", metavar="PASS|all", help="Print the text after this pass, or after each."
+    "--print-after", metavar="PASS|all", help="Print the IR after this pass, or after every pass."
 )
-@click.option("--timing", is_flag=True, help="Add to each pass the milliseconds it took.")
+@click.option("--timing", is_flag=True, help="Print the time of each pass in ms.")
 def opt_command(model: Path, passes: str, **options: Any) -> None:
-    """Run passes on an ONNX file or text; print the result.
+    """Run passes on an ONNX file or its text, and print the result.
 
-    Each pass gets a line on stderr: what it applied, and what it declined and why. Text (.ir) and
-    ONNX files that take a cache are read as they are; other ONNX files are raised to the dialect.
+    Each pass reports on stderr what it applied, and what it declined and why. Text (.ir) and ONNX
+    files with a KV cache are read as they are; other ONNX files are raised to the dialect.
     """
     from llmopt.artifact.writer import check_destination
     from llmopt.passes.pipeline import Pipeline
 
-    output, wanted = options["output"], options["print_after"]
+    output, print_after = options["output"], options["print_after"]
     if output is not None:
         check_destination(output, force=options["force"])
     pipeline = Pipeline.parse(passes, plugins=options["plugins"])
-    _check_wanted(wanted, pipeline)
+    _check_print_after(print_after, pipeline)
     program = _read(model)
 
     def after(item: Pass, edited: Program, ran: Ran) -> None:
         _report(ran, timed=options["timing"])
-        if wanted in {"all", item.name}:
+        if print_after in {"all", item.name}:
             click.echo(f"# after {item.name}\n{text(edited.model)}")
 
     pipeline.run(program, after)
     if output is not None:
         _save(program.model, output, force=options["force"])
-    elif wanted is None:
+    elif print_after is None:
         click.echo(text(program.model))
 
 
-def _check_wanted(wanted: str | None, pipeline: Pipeline) -> None:
+def _check_print_after(name: str | None, pipeline: Pipeline) -> None:
     names = [item.name for item in pipeline.passes]
-    if wanted not in {None, "all", *names}:
-        raise UnknownNameError("pass in this pipeline", str(wanted), [*names, "all"])
+    if name not in {None, "all", *names}:
+        raise UnknownNameError("pass in this pipeline", str(name), [*names, "all"])
 
 
 def _read(path: Path) -> Program:
@@ -79,11 +82,11 @@ def _read(path: Path) -> Program:
     from llmopt.frontend.onnx.program_file import TEXT, open_program, read_model
     from llmopt.frontend.source import open_source
 
-    hint = "opt takes an ONNX file or its text (.ir); `llmopt compile` takes every other source"
+    hint = "opt takes an ONNX file or its text (.ir); use `llmopt compile` for other sources"
     if not path.is_file():
         raise SourceNotFoundError(path, hint)
     if path.suffix not in {".onnx", *TEXT}:
-        raise SourceError(path, "neither an .onnx file nor text", hint)
+        raise SourceError(path, "neither .onnx nor .ir", hint)
     if path.suffix in TEXT or _takes_cache(read_model(path)):
         return open_program(path)
     return open_source(path, SourceOptions()).program
@@ -94,8 +97,8 @@ def _takes_cache(model: ir.Model) -> bool:
 
 
 def _report(ran: Ran, *, timed: bool) -> None:
-    spent = f", {ran.duration_s * 1e3:.1f} ms" if timed else ""
-    click.echo(f"{ran.name}: {ran.applied} applied, {len(ran.missed)} missed{spent}", err=True)
+    duration = f", {ran.duration_s * 1e3:.1f} ms" if timed else ""
+    click.echo(f"{ran.name}: {ran.applied} applied, {len(ran.missed)} missed{duration}", err=True)
     for miss in ran.missed:
         click.echo(f"  {miss.node}: {miss.reason}", err=True)
     for note in ran.notes:
@@ -103,17 +106,17 @@ def _report(ran: Ran, *, timed: bool) -> None:
 
 
 def text(model: ir.Model) -> str:
-    """Return the text of a model; of large weights only name, type and shape."""
+    """Return the text of a model, with large weights reduced to name, type and shape."""
     import onnx_ir as ir
 
-    shown = model.clone()
-    for name, value in shown.graph.initializers.items():
+    elided = model.clone()
+    for name, value in elided.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.size > _SHOWN_ELEMENTS:
+        if tensor is not None and tensor.size > _PRINTED_ELEMENTS:
             value.const_value = ir.ExternalTensor(
                 "elided", None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
-    return ir.to_onnx_text(shown).strip()
+    return ir.to_onnx_text(elided).strip()
 
 
 def _save(model: ir.Model, output: Path, *, force: bool) -> None:
@@ -151,7 +154,7 @@ def _save_with_data(model: ir.Model, output: Path, *, as_text: bool, force: bool
 
 
 def _renamed_data(file: Path, name: str) -> Any:
-    """Return a saved model that finds its weights under the name that they will have."""
+    """Return a saved model that refers to its weights by the data file's final name."""
     import onnx
 
     model = onnx.load(file, load_external_data=False, format="protobuf")

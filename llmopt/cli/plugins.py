@@ -1,4 +1,4 @@
-"""The option that adds passes, for every command that runs or lists them."""
+"""The ``--plugin`` option, for every command that runs or lists passes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ plugin_option: Final = click.option(
     "plugins",
     multiple=True,
     metavar="FILE",
-    help="A Python file or module that defines more passes. Repeatable.",
+    help="Python file or module that defines more passes. Repeatable.",
 )
-"""Gives a command the argument ``plugins``, which ``Pipeline.parse(..., plugins=)`` takes."""
+"""Adds the argument ``plugins``, for ``Pipeline.parse(..., plugins=)``."""

@@ -1,4 +1,4 @@
-"""Progress on stderr: one line a stage with its seconds, a spinner where someone watches."""
+"""Progress on stderr: one line per stage with its duration, and a spinner on a terminal."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import click
 
 
 class Progress:
-    """Call it with each stage as it begins; it ends the stage before.
+    """Callable that begins a stage, and ends the one before it.
 
-    On a terminal the running stage has a spinner; elsewhere its name stands alone until its
-    seconds are known.
+    On a terminal the running stage has a spinner; elsewhere its name is printed at once, and its
+    duration when it ends.
     """
 
     def __init__(self) -> None:
-        self._watched = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty()
         self._stage = ""
         self._start = 0.0
         self._spinner: Any = None
 
     def __enter__(self) -> Self:
-        """Return it, idle."""
+        """Return the progress itself, with no stage running."""
         return self
 
     def __call__(self, stage: str) -> None:
         """Begin ``stage``."""
-        self._end(f"{self._spent():.1f} s")
+        self._end(f"{self._duration():.1f} s")
         self._stage, self._start = stage, time.perf_counter()
-        if not self._watched:
+        if not self._is_terminal:
             click.echo(f"{stage} … ", nl=False, err=True)
             return
         from rich.console import Console
@@ -42,10 +42,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """End the stage that is running."""
-        self._end(f"{self._spent():.1f} s" if kind is None else "stopped")
+        """End the running stage."""
+        self._end(f"{self._duration():.1f} s" if kind is None else "stopped")
 
-    def _spent(self) -> float:
+    def _duration(self) -> float:
         return time.perf_counter() - self._start
 
     def _end(self, result: str) -> None:

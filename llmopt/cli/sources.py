@@ -1,4 +1,4 @@
-"""The options that say how a source is read, for every command that reads one."""
+"""The options for reading a source, for every command that reads one."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ _OPTIONS: Final = (
     click.option(
         "--model",
         metavar="FILE.py:FACTORY",
-        help="The function that makes the module a state_dict belongs to.",
+        help="Function that returns the module for a state_dict.",
     ),
     click.option(
         "--task",
         type=click.Choice(["generate", "embed", "encode", "raw"]),
-        help="What the model is for.  [default: found out]",
+        help="Task of the model.  [default: inferred]",
     ),
     click.option(
         "--example-inputs",
         type=click.Path(path_type=Path),
         metavar="FILE.npz",
-        help="What to call the module with while it is traced, one array per input.",
+        help="Example inputs for tracing the module, one array per input.",
     ),
     click.option(
         "--max-length",
         type=click.IntRange(min=1),
         metavar="N",
-        help="The most tokens of one sequence.  [default: the model's own limit]",
+        help="Longest sequence, in tokens.  [default: the model's limit]",
     ),
     click.option(
         "--trust-pickle",
         is_flag=True,
-        help="Execute the code that a pickled file carries. Only for files you made yourself.",
+        help="Allow a pickled file to execute code. Only for files you created yourself.",
     ),
     click.option(
         "--trust-remote-code",
         is_flag=True,
-        help="Execute Python code that lies in a Hugging Face folder. Only where you have read it.",
+        help="Execute the Python code in a Hugging Face folder. Only for code you have read.",
     ),
 )
 
 
 def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command an argument for each field of `llmopt.frontend.source.SourceOptions`.
+    """Add an option for each field of `llmopt.frontend.source.SourceOptions`.
 
-    The exception is ``dynamic_shapes``, which cannot be said in text.
+    The exception is ``dynamic_shapes``, which has no textual form.
     """
     for option in reversed(_OPTIONS):
         command = option(command)

@@ -1,4 +1,4 @@
-"""What ``llmopt compile`` says of an artifact, and ``llmopt inspect`` of its manifest."""
+"""Summaries of an artifact for ``llmopt compile``, and of its manifest for ``inspect``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from llmopt.passes.pipeline import Ran
     from llmopt.verification.each import Checked
 
-_SHOWN: Final = 5
+_LISTED_MISSES: Final = 5
 
 
 def summary(artifact: Artifact) -> str:
-    """Return where it is, how large, what was fused, and how far it is from its source."""
+    """Return the path, size, fusions and verification of an artifact as text."""
     manifest = artifact.manifest
     pairs = [
         ("artifact", str(artifact.path)),
@@ -32,67 +32,67 @@ def summary(artifact: Artifact) -> str:
 
 
 def precision(plan: Mapping[str, Any]) -> str:
-    """Return ", weights w8" for a quantized artifact, nothing for another."""
+    """Return ", weights w8" for a quantized artifact, else an empty text."""
     return "".join(f", {name} {scheme}" for name, scheme in sorted(plan.items()))
 
 
-def verification(found: Mapping[str, Any]) -> str:
-    """Return the worst error and where it was."""
-    if found.get("status") != "passed":
+def verification(record: Mapping[str, Any]) -> str:
+    """Return the tolerance, the worst error and its case as text."""
+    if record.get("status") != "passed":
         return "no (--verify final compares the artifact with its source)"
-    worst = found.get("worst_error_rel")
-    error = "" if worst is None else f"; worst relative error {worst:.2g} at {found['worst_case']}"
-    return f"{found.get('cases')} cases within {found.get('tolerance'):g} of the source{error}"
+    worst = record.get("worst_error_rel")
+    error = "" if worst is None else f"; worst relative error {worst:.2g} at {record['worst_case']}"
+    return f"{record.get('cases')} cases within {record.get('tolerance'):g} of the source{error}"
 
 
-def quality(found: Mapping[str, Any]) -> str:
-    """Return what quantization cost, with standard errors."""
-    if "kl_mean" not in found:
-        mean, least = found.get("cosine_mean"), found.get("cosine_min")
-        return f"cosine to the source {mean} on average, {least} at least, on {found.get('text')}"
-    parts = [f"KL {with_error(found['kl_mean'], found.get('kl_mean_error'))} nats"]
-    if found.get("kl_p99") is not None:
-        parts.append(f"99th percentile {digits(found['kl_p99'])}")
-    error = found.get("top1_error")
-    percent = with_error(found["top1"] * 100, None if error is None else error * 100)
+def quality(record: Mapping[str, Any]) -> str:
+    """Return the quality loss of quantization as text, with standard errors."""
+    if "kl_mean" not in record:
+        mean, least = record.get("cosine_mean"), record.get("cosine_min")
+        return f"cosine to the source: mean {mean}, lowest {least}, on {record.get('text')}"
+    parts = [f"KL {with_error(record['kl_mean'], record.get('kl_mean_error'))} nats"]
+    if record.get("kl_p99") is not None:
+        parts.append(f"99th percentile {digits(record['kl_p99'])}")
+    error = record.get("top1_error")
+    percent = with_error(record["top1"] * 100, None if error is None else error * 100)
     parts.append(f"top-1 agreement {percent} %")
-    return f"{', '.join(parts)}, on {found.get('text')}"
+    return f"{', '.join(parts)}, on {record.get('text')}"
 
 
 def with_error(value: float, error: float | None) -> str:
-    """Return a number and its standard error, to the same place.
+    """Return a number and its standard error, both to the same decimal.
 
     >>> with_error(97.43, 0.62), with_error(0.001732, 0.000121), with_error(1.0, None)
     ('97.4 ± 0.6', '0.0017 ± 0.0001', '1.00')
     """
     if not error:
         return digits(value)
-    shown = digits(error, 1)
-    places = len(shown.partition(".")[2])
-    return f"{value:.{places}f} ± {shown}"
+    rounded = digits(error, 1)
+    decimals = len(rounded.partition(".")[2])
+    return f"{value:.{decimals}f} ± {rounded}"
 
 
 def _checks(artifact: Artifact) -> str:
-    """Return how far the Program moved in each pass, where that was measured."""
+    """Return the error of the Program after each pass, if it was measured."""
     return checks_table(artifact.checks, artifact.passes) if artifact.checks else ""
 
 
 def checks_table(checks: Sequence[Checked], passes: Sequence[Ran]) -> str:
-    """Return a line for each pass: changes, seconds, worst errors; blank where nothing changed.
+    """Return a row for each pass: rewrites, seconds and worst errors, blank if none applied.
 
     Args:
-        checks: What was found before any pass, and after each.
-        passes: What each did; there may be fewer, if one could not finish.
+        checks: Comparisons before any pass, and after each.
+        passes: Reports of the passes; fewer than ``checks`` if one did not finish.
     """
     from llmopt.verification.each import ELSEWHERE
 
-    did = [("", ""), *((str(ran.applied), f"{ran.duration_s:.2f}") for ran in passes)]
+    reports = [("", ""), *((str(ran.applied), f"{ran.duration_s:.2f}") for ran in passes)]
     rows = []
-    for check, told in zip(checks, did, strict=False):
-        found = check.summary()
+    for check, report in zip(checks, reports, strict=False):
+        compared = check.summary()
         absent = "-" if check.note == ELSEWHERE else ""
-        errors = [_error(found[k]["error_rel"]) if k in found else absent for k in _AGAINST]
-        rows.append([check.name, *told, *errors, f"{check.duration_s:.2f}"])
+        errors = [_error(compared[k]["error_rel"]) if k in compared else absent for k in _AGAINST]
+        rows.append([check.name, *report, *errors, f"{check.duration_s:.2f}"])
     notes = [f"-: {ELSEWHERE}"] if any(check.note == ELSEWHERE for check in checks) else []
     return "\n".join([table(_CHECKS, rows), *notes])
 
@@ -104,7 +104,7 @@ def _error(error_rel: float | None) -> str:
 _AGAINST: Final = ("before", "source")
 _CHECKS: Final = (
     *("pass", "applied", "seconds"),
-    *("error to before", "error to source", "seconds to check"),
+    *("error vs before", "error vs source", "seconds to check"),
 )
 
 
@@ -118,7 +118,7 @@ def _fusion(report: Mapping[str, FusionCount]) -> str:
     lines = [table(["fusion", "expected", "fused"], rows)]
     for kind, fused in report.items():
         if fused.expected is None or fused.fused < fused.expected:
-            lines += [f"missed {kind}: {miss}" for miss in fused.misses[:_SHOWN]]
-            if (more := len(fused.misses) - _SHOWN) > 0:
-                lines.append(f"missed {kind}: {more} more; --json names them all")
+            lines += [f"missed {kind}: {miss}" for miss in fused.misses[:_LISTED_MISSES]]
+            if (more := len(fused.misses) - _LISTED_MISSES) > 0:
+                lines.append(f"missed {kind}: {more} more; --json lists them all")
     return "\n".join(lines)

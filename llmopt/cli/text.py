@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them."""
+"""Formatting of numbers, sizes and tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def echo_json(data: Mapping[str, Any]) -> None:
 
 
 def size(size_bytes: float) -> str:
-    """Return a size with three digits, in powers of ten.
+    """Return a size with three digits and a decimal unit.
 
     >>> size(143_213_345), size(999), size(2.5e9)
     ('143 MB', '999 bytes', '2.50 GB')
@@ -41,7 +41,7 @@ def digits(value: float, count: int = 3) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows in columns that line up; columns of numbers are set to the right.
+    """Return rows in aligned columns, numbers to the right.
 
     >>> print(table(["kind", "fused"], [["attention", "30"], ["norm", "61"]]))
     kind       fused
@@ -65,7 +65,7 @@ def _numeric(cell: str) -> bool:
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> str:
-    """Return ``name  value`` lines whose values line up.
+    """Return ``name  value`` lines with aligned values.
 
     >>> print(fields([("task", "embed"), ("target", "onnxruntime-cpu")]))
     task    embed

@@ -146,7 +146,7 @@ def _lowered(read: Callable[[], Program]) -> Program:
 
 
 def _compared(before: Path, after: Path) -> int:
-    from llmopt.cli.diff import told
+    from llmopt.cli.diff import summary
     from llmopt.comparison import compare
 
     old, new = (json.loads((side / INDEX).read_text("utf-8")) for side in (before, after))
@@ -159,7 +159,7 @@ def _compared(before: Path, after: Path) -> int:
         files = [side / name for side, name in sides if name.endswith(".onnx")]
         if len(files) == 2:
             found = compare(*files)
-            text = "" if found.equal else told(found)
+            text = "" if found.equal else summary(found)
         else:
             text = "" if was == now else f"{_outcome(was)} → {_outcome(now)}"
         if text:

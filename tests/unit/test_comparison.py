@@ -48,7 +48,7 @@ def between(before: str, after: str) -> Difference:
 
 
 def lines(found: Difference) -> list[str]:
-    return diff.told(found).splitlines()
+    return diff.summary(found).splitlines()
 
 
 SAME = f"""{PORTS} <float[4] w = {{1,2,3,4}}>
@@ -108,7 +108,7 @@ def test_what_changed_is_told(before: str, after: str, told: str) -> None:
     found = between(before, after)
 
     assert not found.equal
-    assert told in diff.told(found)
+    assert told in diff.summary(found)
     assert between(after, after).equal
 
 
@@ -119,7 +119,7 @@ def test_layers_that_changed_alike_are_told_once() -> None:
         "operator  before  after",
         "Abs            0      1",
         "Relu           3      2",
-        "in all         6      6",
+        "total          6      6",
         "",
         "layers.0-2.norm (3 x)",
         "  ~ RMSNormalization: epsilon default → 1e-06",
@@ -191,7 +191,7 @@ def test_components_are_told_apart() -> None:
 
     found = difference({"encoder": one, "decoder": one}, {"encoder": one, "decoder": two})
     assert {change.component for change in found.changes} == {"decoder"}
-    assert "decoder: outside of modules" in diff.told(found)
+    assert "decoder: outside modules" in diff.summary(found)
     lost = difference({"encoder": one, "decoder": one}, {"encoder": one})
     assert lost.edges == ("component decoder removed",)
 

@@ -163,7 +163,10 @@ def test_a_bad_source_is_one_line_with_the_next_step(
         ("--target cpu --quantize w5", ["unknown scheme 'w5'", "w4"]),
         ("--target cpu --quantize w4{width=3}", ["unknown option of scheme w4", "block"]),
         ("--target cpu --quantize w4 --block 33", ["block=33", "32"]),
-        ("--target cpu --quantize w4{block=64} --block 32", ["--block 32", "give one of them"]),
+        (
+            "--target cpu --quantize w4{block=64} --block 32",
+            ["--block 32 conflicts", "set the block there"],
+        ),
         ("--target cpu --block 32", ["--quantize"]),
         ("--target cpu --quantize w4+kv8", ["'+'"]),
         ("--target cpu --quantize fp16", ["scheme for onnxruntime-cpu", "w8"]),

@@ -1,7 +1,7 @@
-"""The gate: whether an artifact became slower, larger or worse than its baseline.
+"""The regression gate: an artifact against its baseline in speed, size and quality.
 
-Times are measured in turns, in fresh processes, and compared by `decisions`; what can be counted
-is counted, by `proxies`, and compared exactly.
+Latencies are measured interleaved, in fresh processes, and compared statistically by `decisions`;
+static counts are compared exactly by `proxies`.
 """
 
 from llmopt.benchmark.gate.budgets import Budget, read_budgets

@@ -1,4 +1,4 @@
-"""Shares, sizes and times as people write them: ``5%``, ``120MB``, ``15ms``."""
+"""Shares, sizes and durations as text: ``5%``, ``120MB``, ``15ms``."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _UNITS: Final = {
 _FORM: Final = re.compile(r"\s*(\d+(?:\.\d*)?(?:e-?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
 
 
-def amount(text: object, what: str) -> float:
-    """Return the number that ``text`` is, in seconds, bytes or as a share.
+def amount(text: object, option: str) -> float:
+    """Return the number that ``text`` spells, in seconds, bytes or as a share.
 
     Args:
-        text: A number, or a number and a unit.
-        what: What it is, for messages.
+        text: A number, or text of a number and a unit.
+        option: Name of the option, for messages.
 
     Raises:
-        UsageError: It is neither, or negative.
+        UsageError: The text is not an amount, or negative.
 
     >>> amount("5%", ""), amount("120 MB", ""), amount("15ms", ""), amount(0.25, "")
     (0.05, 120000000.0, 0.015, 0.25)
@@ -41,16 +41,16 @@ def amount(text: object, what: str) -> float:
         return float(text)
     match = _FORM.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _UNITS:
-        raise UsageError(f"{what}: {text!r} is no amount; write 5%, 15ms, 120MB or a number")
+        raise UsageError(f"{option}: {text!r} is not an amount; write 5%, 15ms, 120MB or a number")
     return float(match[1]) * _UNITS[match[2].lower()]
 
 
-def shown(metric: str, value: float | None) -> str:
-    """Return a value of a metric as people read it.
+def spell(metric: str, value: float | None) -> str:
+    """Return a value of a metric with its unit.
 
-    >>> shown("ttft_s", 0.1234), shown("size_bytes", 90_450_000), shown("operators", 326)
+    >>> spell("ttft_s", 0.1234), spell("size_bytes", 90_450_000), spell("operators", 326)
     ('123 ms', '90.5 MB', '326')
-    >>> shown("flops_per_token", 268_000_000), shown("kl_mean", 0.348), shown("x", None)
+    >>> spell("flops_per_token", 268_000_000), spell("kl_mean", 0.348), spell("x", None)
     ('268 M', '0.348', '-')
     """
     if value is None:
@@ -73,8 +73,8 @@ def percent(share: float, *, signed: bool = False) -> str:
     ('5 %', '+1.2 %', '-50 %')
     """
     value = share * 100
-    places = 0 if abs(value) >= 99.5 else 1
-    text = f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
+    decimals = 0 if abs(value) >= 99.5 else 1
+    text = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
     if float(text) == 0:
         return (
             "0 %" if value == 0 else f"{'<' if value > 0 else '>'} {'-' if value < 0 else ''}0.1 %"

@@ -1,4 +1,4 @@
-"""Baselines in files: what was measured before, and on which machine."""
+"""Baseline files: earlier measurements, and the machine that they were taken on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llmopt.errors import ArtifactError, LlmoptError, SourceError
 
 SCHEMA: Final = 1
 KIND: Final = "llmopt-baseline"
-_UPDATE: Final = "remove it, and write it anew with `llmopt check … --baseline FILE.json --update`"
-_MEMORY_STEP: Final = 2**28  # the same machine reports a few pages more or less after a start
+_UPDATE: Final = "remove it, and recreate it with `llmopt check … --baseline FILE.json --update`"
+_MEMORY_STEP: Final = 2**28  # a machine reports slightly different totals after each boot
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class BaselineArtifact:
     """An artifact as it was when the baseline was written.
 
     Args:
-        workload: What was measured, as text.
+        workload: Measured workload, as text.
         threads: Threads inside one operator.
-        manifest: The artifact's.
-        measured: What its processes measured; none where only counts were stored.
+        manifest: Manifest of the artifact.
+        measured: Measurements of its processes; empty if only counts were stored.
     """
 
     workload: str
@@ -40,11 +40,11 @@ class BaselineArtifact:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A file of what was measured before.
+    """The contents of a baseline file.
 
     Args:
-        machine: What has to be the same for times to be comparable.
-        artifacts: By name.
+        machine: Facts that must match for times to be comparable.
+        artifacts: Stored artifacts, by name.
     """
 
     machine: Mapping[str, Any]
@@ -70,10 +70,10 @@ class Baseline:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Return what a file holds.
+    """Return the baseline in a file.
 
     Raises:
-        SourceError: It is no baseline, damaged, or from a newer llmopt.
+        SourceError: The file is not a baseline, damaged, or from a newer llmopt.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -81,11 +81,11 @@ def read_baseline(path: Path) -> Baseline:
         if fields.text("kind", "") != KIND:
             raise SourceError(path, "not a baseline", _UPDATE)
         if fields.number("schema") != SCHEMA:
-            found = fields.number("schema")
-            raise SourceError(path, f"schema {found}, and this llmopt reads {SCHEMA}", _UPDATE)
+            schema = fields.number("schema")
+            raise SourceError(path, f"schema {schema}; this llmopt reads {SCHEMA}", _UPDATE)
         names = fields.mapping("artifacts")
         if not names:
-            raise SourceError(path, "it holds no artifact", _UPDATE)
+            raise SourceError(path, "the baseline has no artifacts", _UPDATE)
         artifacts = {name: _stored(Fields(names[name], path, name), path) for name in names}
         return Baseline(fields.mapping("machine"), artifacts)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -95,9 +95,9 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def comparable(machine: MachineFingerprint) -> dict[str, Any]:
-    """Return what has to be the same of two machines for times to be comparable.
+    """Return the facts of a machine that must match for times to be comparable.
 
-    The version of llmopt is left out: it is what is compared.
+    The version of llmopt is not one of them: it is what a check compares.
     """
     facts = json.loads(json.dumps(dataclasses.asdict(machine)))
     facts["versions"].pop("llmopt", None)
@@ -107,19 +107,19 @@ def comparable(machine: MachineFingerprint) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return in what a baseline's machine differs from this one; empty where it does not.
+    """Return the differences of a baseline's machine from this one, empty if there are none.
 
     >>> differences({"cores": 4, "processor": "A"}, {"cores": 2, "processor": "A"})
     'cores 4 there, 2 here'
     """
-    told = []
+    parts = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            told.append(differences(old, new))
+            parts.append(differences(old, new))
         elif old != new:
-            told.append(f"{key} {_listed(old)} there, {_listed(new)} here")
-    return "; ".join(filter(None, told))
+            parts.append(f"{key} {_listed(old)} there, {_listed(new)} here")
+    return "; ".join(filter(None, parts))
 
 
 def _listed(value: Any) -> str:
@@ -139,7 +139,7 @@ def _stored(fields: Fields, path: Path) -> BaselineArtifact:
 
 def _measured(fields: Fields) -> Measured:
     blocks = {
-        metric: tuple(tuple(float(sample) for sample in block) for block in found)
-        for metric, found in fields.mapping("blocks").items()
+        metric: tuple(tuple(float(sample) for sample in block) for block in samples)
+        for metric, samples in fields.mapping("blocks").items()
     }
     return Measured(BASELINE, fields.number("round"), fields.number("number"), blocks)

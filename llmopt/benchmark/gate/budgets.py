@@ -1,12 +1,12 @@
-"""``llmopt.toml``: what each artifact may take, in time, memory, size and quality.
+"""``llmopt.toml``: budgets of artifacts for time, memory, size and quality.
 
 ::
 
     [[budget]]
-    artifact = "smollm2-*"            # the name of its directory, * and ? stand for others
+    artifact = "smollm2-*"            # name of its directory; * and ? are wildcards
     metric = "time_per_output_token_s"
-    max = "12ms"                      # of the candidate itself; least = … for what may not fall
-    max_regression = "3%"             # against the baseline, instead of --max-regression
+    max = "12ms"                      # of the candidate itself; min = … for a lower limit
+    max_regression = "3%"             # against the baseline; overrides --max-regression
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ COUNTED: Final = (
 )
 QUALITY: Final = ("kl_mean", "kl_p99", "top1", "cosine_mean", "cosine_min")
 LOSSES: Final = frozenset({"kl_mean", "kl_p99"})
-"""Of quality, what is worse the larger it is."""
+"""Quality metrics for which larger is worse."""
 _KEYS: Final = {"artifact", "metric", "max", "min", "max_regression"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a metric of some artifacts may come to.
+    """Limits on a metric of some artifacts.
 
     Args:
-        artifact: Their names; ``*`` and ``?`` stand for others.
-        metric: Measured, counted, or of quality.
-        most: The largest value; None for any.
-        least: The smallest; None for any.
-        max_regression: How much larger than the baseline; None for what the command line says.
+        artifact: Pattern of their names; ``*`` and ``?`` are wildcards.
+        metric: Metric of latency, memory, a count, or quality.
+        most: Largest allowed value; None for no limit.
+        least: Smallest allowed value; None for no limit.
+        max_regression: Largest increase over the baseline; None for the command line's.
     """
 
     artifact: str
@@ -56,7 +56,7 @@ class Budget:
     max_regression: float | None = None
 
     def covers(self, name: str) -> bool:
-        """Whether it is about the artifact of this name."""
+        """Whether the budget applies to the artifact with this name."""
         return fnmatch.fnmatchcase(name, self.artifact)
 
 
@@ -64,10 +64,10 @@ def read_budgets(path: Path) -> tuple[Budget, ...]:
     """Return the budgets of a file.
 
     Raises:
-        SourceNotFoundError: There is no such file.
-        SourceError: It is not TOML.
-        UsageError: A budget lacks a key, has one that is unknown, or no amount.
-        UnknownNameError: There is no such metric.
+        SourceNotFoundError: The file does not exist.
+        SourceError: The file is not TOML.
+        UsageError: A budget lacks a key, or an amount is malformed.
+        UnknownNameError: A key or a metric is unknown.
     """
     hint = "write [[budget]] with artifact, metric, max and max_regression"
     try:
@@ -83,15 +83,15 @@ def read_budgets(path: Path) -> tuple[Budget, ...]:
 
 
 def budgets_for(budgets: Sequence[Budget], name: str) -> tuple[Budget, ...]:
-    """Return those that are about an artifact."""
+    """Return the budgets that apply to an artifact."""
     return tuple(budget for budget in budgets if budget.covers(name))
 
 
 def require_measured(metric: str, where: str) -> None:
-    """Raise unless the metric is one that is measured.
+    """Raise unless the metric is a measured one.
 
     Raises:
-        UnknownNameError: It is none.
+        UnknownNameError: The metric is not measured.
     """
     _require(metric, where, METRICS)
 
@@ -100,7 +100,7 @@ def require_comparable(metric: str, where: str) -> None:
     """Raise unless the metric is measured or counted.
 
     Raises:
-        UnknownNameError: It is neither.
+        UnknownNameError: The metric is neither measured nor counted.
     """
     _require(metric, where, (*METRICS, *COUNTED))
 
@@ -115,18 +115,18 @@ def _budget(where: str, data: dict[str, Any]) -> Budget:
         raise UnknownNameError(f"key of {where}", min(unknown), _KEYS)
     for key in ("artifact", "metric"):
         if not isinstance(data.get(key), str):
-            raise UsageError(f"{where}: {key} should be a string")
+            raise UsageError(f"{where}: {key} must be a string")
     _require(data["metric"], where, (*METRICS, *COUNTED, *QUALITY))
     limits = {
         key: None if key not in data else amount(data[key], f"{where}: {key}")
         for key in ("max", "min", "max_regression")
     }
     if not any(limit is not None for limit in limits.values()):
-        raise UsageError(f"{where}: it limits nothing; give max, min or max_regression")
+        raise UsageError(f"{where}: no limit; give max, min or max_regression")
     if limits["min"] is not None and data["metric"] in METRICS:
-        raise UsageError(f"{where}: {data['metric']} is measured, and may be limited by max alone")
+        raise UsageError(f"{where}: {data['metric']} is measured and takes only max, not min")
     if limits["max"] == 0 and data["metric"] in METRICS:
-        raise UsageError(f"{where}: max has to be more than 0")
+        raise UsageError(f"{where}: max must be above 0")
     return Budget(
         data["artifact"], data["metric"], limits["max"], limits["min"], limits["max_regression"]
     )

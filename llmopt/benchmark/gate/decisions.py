@@ -1,4 +1,4 @@
-"""From blocks to a verdict: what is compared with what, and when it is known."""
+"""From blocks to a verdict: the comparison of both sides, and when it is conclusive."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from llmopt.benchmark.gate.statistics import (
 
 Verdict = Literal["pass", "fail", "open", "refused"]
 PROCESSES: Final = 8
-"""Fresh processes of each side before anything is decided."""
+"""Fresh processes per side before a verdict."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Whether a metric of an artifact is within what is allowed.
+    """The question whether a metric of an artifact is within its allowance.
 
     Args:
-        artifact: Which one.
-        metric: What is measured.
-        allowance: How much larger than the baseline it may be: 0.05 is 5 %.
-        most: The largest value allowed, instead of a baseline: seconds or bytes.
+        artifact: Name of the artifact.
+        metric: Name of the metric.
+        allowance: Largest increase over the baseline: 0.05 is 5 %.
+        most: Largest allowed value in seconds or bytes, instead of a baseline.
     """
 
     artifact: str
@@ -45,26 +45,26 @@ class Question:
 
     @property
     def bound(self) -> float:
-        """The largest logarithm of the ratio that is allowed."""
+        """The largest allowed logarithm of the ratio."""
         return math.log1p(self.allowance)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a question.
+    """The evidence for the answer to a question.
 
     Args:
-        question: It.
-        found: The logarithm of the ratio, candidate over baseline (or over the limit).
-        control: The same of processes that run the same artifact; None where there are too few.
-        baseline: Median of the baseline (or the limit), seconds or bytes.
+        question: The question.
+        ratio: Log ratio of candidate over baseline (or over the limit).
+        control: Log ratio of processes of the same artifact; None if there are too few.
+        baseline: Median of the baseline (or the limit), in seconds or bytes.
         candidate: Median of the candidate.
-        verdict: ``"open"`` until it is known.
-        processes: Of each side, at least.
+        verdict: Verdict; ``"open"`` until it is conclusive.
+        processes: Number of processes per side, at least.
     """
 
     question: Question
-    found: LogRatio
+    ratio: LogRatio
     control: LogRatio | None
     baseline: float
     candidate: float
@@ -73,24 +73,24 @@ class Evidence:
 
     @classmethod
     def refused(cls, question: Question) -> Evidence:
-        """Return the answer where times cannot be compared."""
-        nothing = LogRatio(0.0, math.inf, 0)
-        return cls(question, nothing, None, math.nan, math.nan, verdict="refused")
+        """Return the answer for times that are not comparable."""
+        unknown = LogRatio(0.0, math.inf, 0)
+        return cls(question, unknown, None, math.nan, math.nan, verdict="refused")
 
     @property
     def change(self) -> float:
-        """How much larger the candidate is: 0.05 is 5 %."""
-        return math.expm1(self.found.value)
+        """The increase over the baseline: 0.05 is 5 %."""
+        return math.expm1(self.ratio.value)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where the change lies with 95 %; None where too few processes tell."""
-        low, high = self.found.interval()
+        """The 95 % interval of the change; None for too few processes."""
+        low, high = self.ratio.interval()
         return None if math.isinf(high) else (math.expm1(low), math.expm1(high))
 
     @property
     def detectable(self) -> float | None:
-        """The smallest change that the control could have told from none."""
+        """The smallest change that the control could have detected."""
         if self.control is None or math.isinf(self.control.detectable()):
             return None
         return math.expm1(self.control.detectable())
@@ -98,37 +98,37 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Look:
-    """A look at the data while it grows.
+    """An interim look at the data.
 
     Args:
-        before: Share of the time that had passed at the look before.
-        now: Share of it that has passed.
+        before: Elapsed share of the time at the previous look.
+        now: Elapsed share of the time.
     """
 
     before: float
     now: float
 
     def level(self, budget: float) -> float:
-        """Return what this look may spend of an error budget."""
+        """Return the part of an error budget that this look may spend."""
         return spent(budget, self.now) - spent(budget, self.before)
 
 
-def ask(question: Question, found: Sequence[Measured], stored: Matrix | None = None) -> Evidence:
-    """Return what the blocks say of a question, the verdict still open.
+def ask(question: Question, measured: Sequence[Measured], stored: Matrix | None = None) -> Evidence:
+    """Return the evidence for a question, the verdict still open.
 
     Args:
-        question: Which.
-        found: What was measured.
-        stored: Logarithms of blocks of a baseline from another time, where there is no other.
+        question: The question.
+        measured: Measurements of all processes.
+        stored: Logarithms of the blocks of a stored baseline, if there is no live one.
     """
-    candidate = logarithms(found, CANDIDATE, question.metric)
+    candidate = logarithms(measured, CANDIDATE, question.metric)
     if question.most is not None:
         limit = np.full((1, 1), math.log(question.most))
         ratio = estimate(candidate - limit)
     elif stored is not None:
         limit, ratio = stored, difference(candidate, stored)
     else:
-        limit = logarithms(found, BASELINE, question.metric)
+        limit = logarithms(measured, BASELINE, question.metric)
         ratio = estimate(candidate - limit, quietness(candidate, limit))
     paired = stored is None and question.most is None
     sides = [limit, candidate] if paired else [candidate]
@@ -137,12 +137,12 @@ def ask(question: Question, found: Sequence[Measured], stored: Matrix | None = N
 
 
 def control(sides: Sequence[Matrix]) -> LogRatio | None:
-    """Return how far processes of one side seem to be from each other, though nothing differs.
+    """Return the apparent log ratio between processes of the same side: an A/A control.
 
-    The two processes of a side that took turns in a round are compared as the sides are.
+    The two processes of a side that alternated in a round are compared as the sides are.
 
     Args:
-        sides: [processes, blocks] of each; every two rows are of one round.
+        sides: [processes, blocks] per side; consecutive pairs of rows are of one round.
     """
     one = np.concatenate([side[0::2] for side in sides])
     other = np.concatenate([side[1::2] for side in sides])
@@ -150,14 +150,14 @@ def control(sides: Sequence[Matrix]) -> LogRatio | None:
 
 
 def decide(answers: Sequence[Evidence], look: Look) -> list[Evidence]:
-    """Return the answers with what is known at this look.
+    """Return the answers with their verdicts at this look.
 
-    A question fails where its ratio is above what is allowed, with the level that this look may
-    spend, shared among all questions (Holm); and only where the control does not "fail" too. It
-    passes where the ratio is below, each at a level of its own, because all have to pass.
+    A question fails if its ratio is above the allowance, at the level that this look may spend,
+    shared among all questions (Holm), and only if the control does not "fail" too. It passes if
+    the ratio is below, each question at its own level, because all have to pass.
     """
     alarm, miss = look.level(FALSE_ALARMS), look.level(MISSES)
-    chances = [answer.found.above(answer.question.bound) for answer in answers]
+    chances = [answer.ratio.above(answer.question.bound) for answer in answers]
     failing = holm(chances, alarm)
     return [
         replace(answer, verdict=_verdict(answer, slower=slower, miss=miss))
@@ -170,11 +170,11 @@ def _verdict(answer: Evidence, *, slower: bool, miss: float) -> Verdict:
         return "open"
     if slower:
         return "open" if _unsteady(answer) else "fail"
-    return "pass" if answer.found.below(answer.question.bound) < miss else "open"
+    return "pass" if answer.ratio.below(answer.question.bound) < miss else "open"
 
 
 def _unsteady(answer: Evidence) -> bool:
-    """Whether processes of the same artifact differ by what is allowed."""
+    """Whether processes of the same artifact differ by more than the allowance."""
     if answer.control is None:
         return False
     away = replace(answer.control, value=abs(answer.control.value))

@@ -1,4 +1,4 @@
-"""What is compared with what: a candidate, and its baseline beside it or in a file."""
+"""Pairs to compare: a candidate, and its baseline artifact or stored baseline."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ from llmopt.runtime.opening import artifact_of, is_bundle
 
 ALLOWANCE: Final = 0.05
 ALLOWANCES: Final[Mapping[str, float]] = {MEMORY: 0.10, LOAD: 0.20}
-"""Of what varies more from process to process than latencies do."""
+"""Default allowances of metrics that vary more between processes than latencies do."""
 GATED: Final = (TTFT, STEP, ENCODE, RUN, MEMORY)
-"""What is gated where nothing is asked for; how long loading takes is up to the disk too."""
+"""Metrics gated by default; load time is not one, as it also depends on the disk."""
 _PREFILL: Final = 8
-_ROWS: Final = 1
-"""Tokens of a prompt, and rows of a batch: fewer than `bench` takes, because between two slices of
-a neighbour's time a short block fits."""
+_BATCH: Final = 1
+"""Prompt tokens and batch size: smaller than those of `bench`, because a short block fits between
+two time slices of other processes."""
 
 Proxies = Literal["gate", "report", "only"]
 
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """What to check.
+    """The parameters of a check.
 
     Args:
-        candidates: Artifacts.
-        baseline: An artifact, a folder of artifacts of the same names, or a baseline's file.
-        allowances: How much larger than the baseline each metric may be; ``""`` stands for
-            latencies that are not named.
-        metrics: What is gated; none for `GATED`.
-        workload: As text; None for one that fits.
+        candidates: Artifacts to check.
+        baseline: An artifact, a folder of artifacts with the same names, or a baseline file.
+        allowances: Largest increase over the baseline by metric; ``""`` stands for latencies that
+            are not named.
+        metrics: Metrics to gate; empty for `GATED`.
+        workload: Workload as text; None for the task's default.
         threads: Threads inside one operator; None for `gate_threads`.
-        max_time_s: How long each artifact may be measured before it stays inconclusive.
-        proxies: Whether counts are gated, only reported, or all that is gated.
-        budgets: From ``llmopt.toml``.
-        seed: Of the tokens.
-        commands: What starts the workers, by side.
-        trust: Whose signature each candidate has to have, and the baseline if it is a bundle.
+        max_time_s: Time budget per artifact; open questions are inconclusive after it.
+        proxies: Whether counts are gated, only reported, or gated alone.
+        budgets: Budgets from ``llmopt.toml``.
+        seed: Seed of the tokens.
+        commands: Commands that start the workers, by side.
+        trust: Signer required of each candidate, and of the baseline if it is a bundle.
     """
 
     candidates: tuple[Path, ...]
@@ -87,7 +87,7 @@ class CheckRequest:
     trust: Trust | None = None
 
     def allowed(self, name: str, metric: str) -> float:
-        """Return how much larger than the baseline a metric of an artifact may be."""
+        """Return the largest increase over the baseline that a metric of an artifact may have."""
         for budget in budgets_for(self.budgets, name):
             if budget.metric == metric and budget.max_regression is not None:
                 return budget.max_regression
@@ -99,12 +99,12 @@ class CheckRequest:
 
 
 class Pair:
-    """A candidate and what it is compared with.
+    """A candidate and its baseline.
 
     Args:
-        request: What to check.
-        candidate: Its directory, or a bundle.
-        baseline: The other artifact's, what was stored of it, or None where there is none yet.
+        request: Parameters of the check.
+        candidate: Directory of the candidate, or a bundle.
+        baseline: Path of the baseline, its stored measurements, or None if there is none yet.
     """
 
     def __init__(
@@ -117,148 +117,151 @@ class Pair:
         self.manifest.check_sizes(candidate)
         self.stored = baseline if isinstance(baseline, BaselineArtifact) else None
         self.before = self.stored.manifest if self.stored is not None else self.manifest
-        places = {CANDIDATE: candidate}
+        paths = {CANDIDATE: candidate}
         if isinstance(baseline, Path):
             baseline = artifact_of(baseline, request.trust if is_bundle(baseline) else None)
             self.before = Manifest.read(baseline)
             self.before.check_sizes(baseline)
-            places = {BASELINE: baseline, CANDIDATE: candidate}
-        self.workload, threads = self._how(request)
+            paths = {BASELINE: baseline, CANDIDATE: candidate}
+        self.workload, threads = self._setup(request)
         tasks = {
-            side: Task(place, str(self.workload), threads, request.commands.get(side, WORKER))
-            for side, place in places.items()
+            side: Task(path, str(self.workload), threads, request.commands.get(side, WORKER))
+            for side, path in paths.items()
         }
         self.rounds = Rounds(tasks, request.seed)
 
-    def _how(self, request: CheckRequest) -> tuple[Workload, int | None]:
-        """Return the workload and the threads: those of a stored baseline, if there is one."""
-        asked = None if request.workload is None else parse_workload(request.workload)
+    def _setup(self, request: CheckRequest) -> tuple[Workload, int | None]:
+        """Return the workload and the number of threads: those of a stored baseline, if any."""
+        requested = None if request.workload is None else parse_workload(request.workload)
         if self.stored is None:
             threads = request.threads or gate_threads()
-            return asked or gate_workload(self.manifest), threads
+            return requested or gate_workload(self.manifest), threads
         stored = parse_workload(self.stored.workload), self.stored.threads
-        for wish, has, what in (
-            (asked, stored[0], "workload"),
+        for value, recorded, option in (
+            (requested, stored[0], "workload"),
             (request.threads, stored[1], "threads"),
         ):
-            if wish is not None and wish != has:
+            if value is not None and value != recorded:
                 raise UsageError(
-                    f"--{what} {wish}: the baseline of {self.name} was measured with {has}; "
-                    "leave the option out, or write the baseline anew with --update"
+                    f"--{option} {value}: the baseline of {self.name} was measured with "
+                    f"{recorded}; omit the option, or recreate the baseline with --update"
                 )
         return stored
 
     def questions(self, request: CheckRequest) -> list[Question]:
-        """Return what is asked of its times and memory."""
+        """Return the questions about its latencies and memory."""
         budgets = [b for b in budgets_for(request.budgets, self.name) if b.metric in METRICS]
-        asked = {*(request.metrics or GATED)}
-        asked |= {b.metric for b in budgets if b.max_regression is not None}
-        here = measurable(self.workload)
+        gated = {*(request.metrics or GATED)}
+        gated |= {b.metric for b in budgets if b.max_regression is not None}
+        metrics = measurable(self.workload)
         compared = [
             Question(self.name, metric, request.allowed(self.name, metric))
-            for metric in here
-            if metric in asked
+            for metric in metrics
+            if metric in gated
         ]
         limited = [
             Question(self.name, b.metric, most=b.most)
             for b in budgets
-            if b.most is not None and b.metric in here
+            if b.most is not None and b.metric in metrics
         ]
         return compared + limited
 
     def ask(self, question: Question) -> Evidence:
-        """Return what is known of a question now."""
+        """Return the current evidence for a question."""
         stored = None
         if self.stored is not None and question.most is None:
             stored = logarithms(self.stored.measured, BASELINE, question.metric)
-        return ask(question, self.rounds.found, stored)
+        return ask(question, self.rounds.measured, stored)
 
     def has(self, metric: str) -> bool:
-        """Whether a metric was measured, of both sides."""
-        found = [*self.rounds.found, *(self.stored.measured if self.stored is not None else ())]
-        return metric in metrics_of(found)
+        """Whether a metric was measured on both sides."""
+        measured = [
+            *self.rounds.measured,
+            *(self.stored.measured if self.stored is not None else ()),
+        ]
+        return metric in metrics_of(measured)
 
     def inform(self, metric: str) -> Evidence:
-        """Return what is known of a metric that nothing is asked of."""
+        """Return the evidence for a metric that is not gated."""
         return self.ask(Question(self.name, metric))
 
     def changes(self, request: CheckRequest) -> list[proxies.ProxyChange]:
-        """Return the counts, and what budgets say of counts and of quality."""
+        """Return the changes of counts, and the limits of budgets on counts and quality."""
         allowed = {metric: request.allowed(self.name, metric) for metric in COUNTED}
-        found = proxies.compare(self.name, self.before, self.manifest, allowed)
+        changes = proxies.compare(self.name, self.before, self.manifest, allowed)
         for budget in budgets_for(request.budgets, self.name):
             if budget.metric in (*COUNTED, *QUALITY):
-                found += proxies.limits(self.name, budget, self.before, self.manifest)
-        return found
+                changes += proxies.limits(self.name, budget, self.before, self.manifest)
+        return changes
 
 
 def name_of(artifact: Path) -> str:
-    """Return what an artifact is called: the name of its directory."""
+    """Return the name of an artifact, which is that of its directory."""
     return artifact.resolve().name
 
 
 def gate_workload(manifest: Manifest) -> Workload:
-    """Return what a check measures when nothing is asked for."""
-    found = default_workload(manifest.task, manifest.model.max_length)
-    if isinstance(found, Generate):
-        return replace(found, prefill=min(_PREFILL, found.prefill))
-    if isinstance(found, Encode):
-        return replace(found, batch=_ROWS)
-    return found
+    """Return the default workload of a check."""
+    workload = default_workload(manifest.task, manifest.model.max_length)
+    if isinstance(workload, Generate):
+        return replace(workload, prefill=min(_PREFILL, workload.prefill))
+    if isinstance(workload, Encode):
+        return replace(workload, batch=_BATCH)
+    return workload
 
 
 def gate_threads() -> int:
-    """Return how many threads a check measures with when nothing is asked for: all cores but one.
+    """Return the default number of threads of a check: all usable cores but one.
 
-    A pool of threads waits for its slowest one. With a thread on every core, whatever else runs on
-    the machine stops the whole pool; with a core left over it has one to run on.
+    A thread pool waits for its slowest thread. With a thread on every core, any other load stalls
+    the pool; a spare core absorbs it.
     """
     return max(1, usable_cores() - 1)
 
 
 def stored_of(baseline: Baseline, candidate: Path, path: Path) -> BaselineArtifact:
-    """Return what a baseline's file holds of an artifact.
+    """Return the stored baseline of an artifact.
 
     Raises:
-        UsageError: It holds others.
+        UsageError: The file has no artifact of that name.
     """
     name = name_of(candidate)
     if name in baseline.artifacts:
         return baseline.artifacts[name]
-    held = ", ".join(baseline.artifacts)
+    names = ", ".join(baseline.artifacts)
     raise UsageError(
-        f"{path}: it holds {held}, and not {name}; give the artifact that name, "
+        f"{path}: no baseline of {name}, only of {names}; rename the artifact, "
         "or add it with --update"
     )
 
 
-def _is_one(path: Path) -> bool:
+def _is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file() or is_bundle(path)
 
 
-def beside(baseline: Path, candidate: Path, *, alone: bool) -> Path:
+def baseline_artifact(baseline: Path, candidate: Path, *, alone: bool) -> Path:
     """Return the artifact that a candidate is compared with.
 
     Args:
-        baseline: It, or a folder that holds one of the same name.
-        candidate: The other.
-        alone: Whether there is no other candidate.
+        baseline: Path of an artifact, or of a folder with one of the same name.
+        candidate: Path of the candidate.
+        alone: Whether there is only one candidate.
 
     Raises:
-        SourceNotFoundError: There is none.
+        SourceNotFoundError: The baseline does not exist.
         UsageError: One baseline is given for several candidates.
     """
-    if _is_one(baseline):
+    if _is_artifact(baseline):
         if alone:
             return baseline
         raise UsageError(
-            f"{baseline}: one artifact cannot be the baseline of several; "
-            "give the folder that holds one of the same name for each"
+            f"{baseline}: a single artifact cannot be the baseline of several; "
+            "give a folder with one of the same name for each"
         )
-    found = baseline / name_of(candidate)
-    if _is_one(found):
-        return found
+    artifact = baseline / name_of(candidate)
+    if _is_artifact(artifact):
+        return artifact
     raise SourceNotFoundError(
-        found if baseline.exists() else baseline,
-        "--baseline takes an artifact, a folder of artifacts of the same names, or a .json file",
+        artifact if baseline.exists() else baseline,
+        "--baseline takes an artifact, a folder of artifacts with the same names, or a .json file",
     )

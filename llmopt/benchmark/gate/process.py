@@ -1,7 +1,7 @@
-"""The other end of a worker: a process that is frozen whenever it is not its turn.
+"""The parent's end of a worker: a process that is stopped while it is idle.
 
-Threads of a pool spin for a while after their last task. Those of the worker that has just had
-its turn would take a core from the next one, so each is stopped (SIGSTOP) between its turns.
+The threads of a pool spin for a while after their last task. Those of one worker would take a core
+from the next, so each process is stopped (SIGSTOP) between its blocks.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import IO, Any, Final, Self
 from llmopt.errors import LlmoptError
 
 WORKER: Final = (sys.executable, "-m", "llmopt.benchmark.gate.worker")
-_PATIENCE_S: Final = 900.0
-"""How long a worker may take to answer: loading a large model from a slow disk takes minutes."""
+_TIMEOUT_S: Final = 900.0
+"""Time for a worker to answer: loading a large model from a slow disk takes minutes."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is started for.
+    """The task of a worker.
 
     Args:
-        artifact: Its directory.
-        workload: As text.
-        threads: Threads inside one operator; None for as many as the process may use.
-        command: What starts the worker; the request is one argument more.
+        artifact: Directory of the artifact.
+        workload: Workload as text.
+        threads: Threads inside one operator; None for all usable cores.
+        command: Command that starts the worker; the request is appended.
     """
 
     artifact: Path
@@ -44,10 +44,10 @@ class Task:
 
 
 class WorkerProcess:
-    """A fresh process, on its way: see `ready`, then `begin_to_load`.
+    """A fresh process that is starting: call `ready`, then `begin_to_load`.
 
     Args:
-        task: What it is for.
+        task: Task of the worker.
     """
 
     load_s: float
@@ -69,7 +69,7 @@ class WorkerProcess:
         )
 
     def __enter__(self) -> Self:
-        """Return it."""
+        """Return the process."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,22 +77,22 @@ class WorkerProcess:
         self.end()
 
     def ready(self) -> None:
-        """Wait until it has imported what it needs, and freeze it."""
+        """Wait until the worker has done its imports, and stop it."""
         self._answer()
-        self._freeze()
+        self._stop()
 
     def begin_to_load(self) -> None:
-        """Let it load its artifact."""
-        self._tell({"do": "load"})
+        """Tell the worker to load its artifact."""
+        self._send({"do": "load"})
 
     def loaded(self) -> None:
-        """Wait until it has loaded, freeze it, and keep how long that took.
+        """Wait until the worker has loaded, stop it, and record its load time.
 
         Raises:
-            LlmoptError: It could not, or the artifact does not fit the workload.
+            LlmoptError: The artifact cannot be loaded, or cannot run the workload.
         """
         answer = self._answer()
-        self._freeze()
+        self._stop()
         self.load_s, self.threads = answer["load_s"], answer["threads"]
 
     def block(self, metric: str, count: int, seed: int) -> list[float]:
@@ -102,12 +102,12 @@ class WorkerProcess:
         return samples
 
     def peak_rss_bytes(self) -> int | None:
-        """Return the most memory it had resident at once; None where nothing says so."""
+        """Return the peak resident memory; None if the system does not report it."""
         peak: int | None = self._ask({"do": "peak"})["peak_rss_bytes"]
         return peak
 
     def end(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
@@ -116,12 +116,12 @@ class WorkerProcess:
                     pipe.close()
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        self._tell(command)
+        self._send(command)
         answer = self._answer()
-        self._freeze()
+        self._stop()
         return answer
 
-    def _tell(self, command: dict[str, Any]) -> None:
+    def _send(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(command).encode() + b"\n")
@@ -134,24 +134,24 @@ class WorkerProcess:
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(_PATIENCE_S):
-                raise LlmoptError(f"{self._name}: no answer within {_PATIENCE_S:.0f} s")
+            if not selector.select(_TIMEOUT_S):
+                raise LlmoptError(f"{self._name} did not answer within {_TIMEOUT_S:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise self._ended()
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _freeze(self) -> None:
+    def _stop(self) -> None:
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # the next answer tells that it ended
+        with contextlib.suppress(ProcessLookupError):  # the next answer reports the end
             os.kill(self._process.pid, number)
 
     @property
     def _name(self) -> str:
-        return f"{self._task.artifact}: the process that measures {self._task.workload}"
+        return f"{self._task.artifact}: the process measuring {self._task.workload}"
 
     def _ended(self) -> LlmoptError:
         self._process.kill()
@@ -159,7 +159,7 @@ class WorkerProcess:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         if code < 0 and not lines:
-            why = f"it was ended by {_signal_name(-code)}"
+            why = f"killed by {_signal_name(-code)}"
         else:
             why = lines[-1] if lines else f"exit code {code}"
         return LlmoptError(f"{self._name} ended: {why}")
@@ -169,19 +169,19 @@ class WorkerProcess:
 def started(tasks: Sequence[Task], order: Sequence[int]) -> Iterator[list[WorkerProcess]]:
     """Yield a fresh worker for each task.
 
-    They start at the same time, and then load in this order, one of each side at a time.
+    All start at the same time, and then load in ``order``, one of each side at a time.
     """
     with contextlib.ExitStack() as stack:
-        found = {index: stack.enter_context(WorkerProcess(tasks[index])) for index in order}
-        for worker in found.values():
+        workers = {index: stack.enter_context(WorkerProcess(tasks[index])) for index in order}
+        for worker in workers.values():
             worker.ready()
-        ordered = list(found.values())
+        ordered = list(workers.values())
         for pair in (ordered[:2], ordered[2:]):
             for worker in pair:
                 worker.begin_to_load()
             for worker in pair:
                 worker.loaded()
-        yield [found[index] for index in range(len(tasks))]
+        yield [workers[index] for index in range(len(tasks))]
 
 
 def _signal_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Exact gates: what an artifact has to do is counted when it is compiled, so nothing is timed.
+"""Exact gates on static counts, which are taken at compile time without timing anything.
 
 A count is the same in every build; a larger one is a regression, however small, and needs no
 statistics.
@@ -22,17 +22,17 @@ _LAYER: Final = re.compile(r"(.*?\.\d+)(?:\.|\Z)")
 
 @dataclass(frozen=True)
 class ProxyChange:
-    """A count of two artifacts.
+    """A count of both artifacts.
 
     Args:
-        artifact: The candidate.
-        metric: What is counted: ``"weight_bytes_per_token"``, ``"operators layers.0"``.
-        baseline: Of the baseline; None where it has none.
-        candidate: Of the candidate; None where it has none.
-        allowance: How much larger than the baseline it may be.
-        detail: Where the difference lies.
-        falls: Whether it is worse where it is smaller.
-        limited: Whether ``baseline`` is a limit that was set, and no artifact's.
+        artifact: Name of the candidate.
+        metric: Name of the count: ``"weight_bytes_per_token"``, ``"operators layers.0"``.
+        baseline: Count of the baseline; None if it has none.
+        candidate: Count of the candidate; None if it has none.
+        allowance: Largest increase over the baseline.
+        detail: Location of the difference.
+        falls: Whether smaller is worse.
+        limited: Whether ``baseline`` is a limit from a budget, not the baseline's count.
     """
 
     artifact: str
@@ -46,34 +46,34 @@ class ProxyChange:
 
     @property
     def failed(self) -> bool:
-        """Whether the candidate is worse by more than what is allowed."""
+        """Whether the candidate is worse by more than the allowance."""
         if self.baseline is None or self.candidate is None:
-            return self.limited  # a limit on what is not known is not kept
+            return self.limited  # a limit on an unknown value fails
         if self.falls:
             return self.candidate < self.baseline * (1 - self.allowance)
         return self.candidate > self.baseline * (1 + self.allowance)
 
 
 def totals(manifest: Manifest) -> dict[str, float]:
-    """Return what is counted of a whole artifact, by metric; what it does not say is left out."""
-    found: dict[str, float] = {"size_bytes": sum(record.size_bytes for record in manifest.files)}
+    """Return the total counts that an artifact records, by metric."""
+    counts: dict[str, float] = {"size_bytes": sum(record.size_bytes for record in manifest.files)}
     work = manifest.work
     if not work:
-        return found
+        return counts
     products: Mapping[str, Any] = work.get("products", {})
     read = sum(often["weight_bytes"] for often in products.values())
     macs = {often: sum(each["macs"].values()) for often, each in products.items()}
-    found["weight_bytes_per_token"] = read + work.get("lookup_bytes", 0) + work["other_bytes"]
-    found["flops_per_token"] = 2 * sum(macs.values())
-    found["attention_flops_per_pair"] = 2 * work.get("attention_macs", 0)
-    found["cache_bytes_per_token"] = work.get("cache_bytes", 0)
+    counts["weight_bytes_per_token"] = read + work.get("lookup_bytes", 0) + work["other_bytes"]
+    counts["flops_per_token"] = 2 * sum(macs.values())
+    counts["attention_flops_per_pair"] = 2 * work.get("attention_macs", 0)
+    counts["cache_bytes_per_token"] = work.get("cache_bytes", 0)
     if "activation_bytes" in work:
-        found["activation_bytes"] = work["activation_bytes"]
-    return found
+        counts["activation_bytes"] = work["activation_bytes"]
+    return counts
 
 
 def quality(manifest: Manifest) -> dict[str, float]:
-    """Return what was measured of an artifact's quality when it was compiled."""
+    """Return the quality metrics that were measured when an artifact was compiled."""
     return {
         name: float(value)
         for name, value in manifest.quality.items()
@@ -84,13 +84,13 @@ def quality(manifest: Manifest) -> dict[str, float]:
 def compare(
     artifact: str, baseline: Manifest, candidate: Manifest, allowances: Mapping[str, float]
 ) -> list[ProxyChange]:
-    """Return every count of both artifacts that is gated.
+    """Return every gated count of both artifacts.
 
     Args:
-        artifact: The candidate's name.
-        baseline: One manifest.
-        candidate: The other.
-        allowances: By metric, where it may grow.
+        artifact: Name of the candidate.
+        baseline: Manifest of the baseline.
+        candidate: Manifest of the candidate.
+        allowances: Largest increase by metric; 0 for others.
     """
     before, after = totals(baseline), totals(candidate)
     changes = [
@@ -106,30 +106,31 @@ def compare(
 def limits(
     artifact: str, budget: Budget, baseline: Manifest, candidate: Manifest
 ) -> list[ProxyChange]:
-    """Return what a budget says of what is counted, or of quality.
+    """Return the limits of a budget on counts or quality.
 
     Args:
-        artifact: The candidate's name.
-        budget: It; how much a count may grow is in `compare`.
-        baseline: What quality is compared with.
-        candidate: What is limited.
+        artifact: Name of the candidate.
+        budget: Budget to apply; `compare` applies the increase of counts.
+        baseline: Manifest that quality is compared with.
+        candidate: Manifest to limit.
     """
-    metric, kept = budget.metric, totals(candidate) | quality(candidate)
-    found = []
+    metric, values = budget.metric, totals(candidate) | quality(candidate)
+    changes = []
     for limit, falls in ((budget.most, False), (budget.least, True)):
         if limit is not None:
-            found.append(_limit(artifact, metric, (limit, kept.get(metric)), falls=falls))
+            changes.append(_limit(artifact, metric, (limit, values.get(metric)), falls=falls))
     if budget.max_regression is not None and metric in QUALITY:
         before, falls = quality(baseline).get(metric), metric not in LOSSES
         allowed = budget.max_regression
-        found.append(ProxyChange(artifact, metric, before, kept.get(metric), allowed, falls=falls))
-    return found
+        change = ProxyChange(artifact, metric, before, values.get(metric), allowed, falls=falls)
+        changes.append(change)
+    return changes
 
 
 def _limit(
     artifact: str, metric: str, both: tuple[float, float | None], *, falls: bool
 ) -> ProxyChange:
-    detail = "" if both[1] is not None else "the artifact does not say"
+    detail = "" if both[1] is not None else "not recorded in the artifact"
     return ProxyChange(artifact, metric, *both, detail=detail, falls=falls, limited=True)
 
 
@@ -150,12 +151,12 @@ def _fused(artifact: str, baseline: Manifest, candidate: Manifest) -> list[Proxy
 def _operators(
     artifact: str, baseline: Manifest, candidate: Manifest, allowance: float
 ) -> list[ProxyChange]:
-    """Return how many operators run, in all and of each layer that runs others than before."""
+    """Return the operator counts, in total and for each layer whose operators changed."""
     before, after = _layers(baseline), _layers(candidate)
-    whole = _added(before.values()), _added(after.values())
-    changes = [_change(artifact, OPERATORS, whole, allowance, _kinds(*whole))]
+    total = _summed(before.values()), _summed(after.values())
+    changes = [_change(artifact, OPERATORS, total, allowance, _kinds(*total))]
     for layer in sorted(before.keys() & after.keys(), key=_natural):
-        both = _added([before[layer]]), _added([after[layer]])
+        both = _summed([before[layer]]), _summed([after[layer]])
         if both[0] != both[1]:
             where = _where(layer, before[layer], after[layer])
             changes.append(_change(artifact, f"{OPERATORS} {layer or '-'}", both, allowance, where))
@@ -173,7 +174,7 @@ def _change(
 
 
 Modules = dict[str, Counter[str]]
-"""Operators by the module of the source that they came from."""
+"""Operator counts by module of the source."""
 
 
 def _layers(manifest: Manifest) -> dict[str, Modules]:
@@ -181,15 +182,15 @@ def _layers(manifest: Manifest) -> dict[str, Modules]:
 
     A pass may move an operator from a module to its neighbour; a layer keeps its operators.
     """
-    found: dict[str, Modules] = {}
+    layers: dict[str, Modules] = {}
     for module, counts in manifest.work["operators"].items():
         layer = _LAYER.match(module)
         name = layer[1] if layer else module.partition(".")[0]
-        found.setdefault(name, {})[module] = Counter(counts)
-    return found
+        layers.setdefault(name, {})[module] = Counter(counts)
+    return layers
 
 
-def _added(layers: Iterable[Modules]) -> Counter[str]:
+def _summed(layers: Iterable[Modules]) -> Counter[str]:
     total: Counter[str] = Counter()
     for modules in layers:
         for counts in modules.values():
@@ -198,23 +199,23 @@ def _added(layers: Iterable[Modules]) -> Counter[str]:
 
 
 def _where(layer: str, before: Modules, after: Modules) -> str:
-    """Return what is other in each module of a layer."""
-    told = []
+    """Return the differences in each module of a layer."""
+    parts = []
     for module in sorted(before.keys() | after.keys()):
         if kinds := _kinds(before.get(module, Counter()), after.get(module, Counter())):
             inner = module.removeprefix(layer).lstrip(".")
-            told.append(f"{inner}: {kinds}" if inner else kinds)
-    return "; ".join(told)
+            parts.append(f"{inner}: {kinds}" if inner else kinds)
+    return "; ".join(parts)
 
 
 def _kinds(before: Counter[str], after: Counter[str]) -> str:
-    """Return the operators whose number is another.
+    """Return the operators whose count changed.
 
     >>> _kinds(Counter(Add=1, SkipLayerNormalization=2), Counter(Add=3))
     'SkipLayerNormalization 2 → 0, Add 1 → 3'
     """
     names = [name for name in before.keys() | after.keys() if before[name] != after[name]]
-    names.sort(key=lambda name: (after[name] - before[name], name))  # what was lost comes first
+    names.sort(key=lambda name: (after[name] - before[name], name))  # decreases first
     return ", ".join(f"{name} {before[name]} → {after[name]}" for name in names)
 
 

@@ -1,4 +1,4 @@
-"""What a check found, for people and for CI: rows of tables, Markdown, JUnit's XML."""
+"""Reports of a check: table rows, Markdown and JUnit XML."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from llmopt.benchmark.gate.amounts import percent, shown
+from llmopt.benchmark.gate.amounts import percent, spell
 from llmopt.benchmark.gate.decisions import PROCESSES, Evidence
 from llmopt.benchmark.gate.proxies import ProxyChange
 from llmopt.benchmark.gate.results import CheckResult, verdict_of
 
 MARKER: Final = "<!-- llmopt check -->"
-"""The first line of the comment, by which it is found when it is to be replaced."""
+"""The first line of a comment, by which CI finds the one to replace."""
 NAMES: Final = {
     "ttft_s": "first token",
-    "time_per_output_token_s": "each token after it",
-    "encode_latency_s": "encoding a batch",
+    "time_per_output_token_s": "each further token",
+    "encode_latency_s": "batch encoding",
     "run_latency_s": "one run",
     "load_s": "loading",
     "peak_rss_bytes": "peak memory",
     "size_bytes": "size of the artifact",
-    "weight_bytes_per_token": "weights read for a token",
-    "flops_per_token": "operations for a token",
-    "attention_flops_per_pair": "operations of attention for a pair of tokens",
-    "cache_bytes_per_token": "cache of a token",
-    "activation_bytes": "planned memory of activations",
+    "weight_bytes_per_token": "weights read per token",
+    "flops_per_token": "operations per token",
+    "attention_flops_per_pair": "attention operations per token pair",
+    "cache_bytes_per_token": "cache per token",
+    "activation_bytes": "planned activation memory",
 }
 HEADER: Final = ("metric", "baseline", "candidate", "change", "95 % interval", "allowed", "verdict")
 _MARKS: Final = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "refused": "⛔", "reported": "·"}
 _WORDS: Final = {
     "pass": "no regression",
     "fail": "regression",
-    "inconclusive": "inconclusive: the machine was too noisy for the time there was",
-    "refused": "times could not be compared",
+    "inconclusive": "inconclusive: the machine was too noisy for the time budget",
+    "refused": "times are not comparable",
 }
-_MOST: Final = 3
-"""Lines of counts that a table shows; the JSON has all."""
+_MAX_ALIKE: Final = 3
+"""Rows of like counts in a table; the JSON has all."""
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A line of the table.
+    """A row of the table.
 
     Args:
-        artifact: The candidate.
-        cells: As in `HEADER`.
-        verdict: The last of them.
-        detail: More of it, in words.
+        artifact: Name of the candidate.
+        cells: Cells under `HEADER`.
+        verdict: Verdict, the last cell.
+        detail: Explanation in words.
     """
 
     artifact: str
@@ -60,30 +60,30 @@ class MetricRow:
 
 
 def rows(result: CheckResult) -> list[MetricRow]:
-    """Return the table: what is gated, what is not, then counts that differ or are limited."""
+    """Return the table: gated metrics, others, then counts that differ or are limited."""
     lines = [_measured(answer, verdict_of(answer)) for answer in result.answers]
     lines += [_measured(answer, "reported") for answer in result.informed]
-    return lines + [_counted(change, result) for change in told(result)]
+    return lines + [_counted(change, result) for change in notable(result)]
 
 
-def told(result: CheckResult) -> list[ProxyChange]:
-    """Return the counts worth telling: limits, and those that are others than before."""
+def notable(result: CheckResult) -> list[ProxyChange]:
+    """Return the counts worth reporting: limits, and those that changed."""
     return [c for c in result.changes if c.limited or result.fails(c) or c.baseline != c.candidate]
 
 
 def shortened(result: CheckResult) -> list[MetricRow]:
-    """Return the table, of many layers that changed alike the first few."""
+    """Return the table with only the first few of many layers that changed alike."""
     every = rows(result)
-    many = Counter(map(_likeness, every))
+    counts = Counter(map(_likeness, every))
     kept: list[MetricRow] = []
     seen: Counter[tuple[str, ...]] = Counter()
     for row in every:
         like = _likeness(row)
         seen[like] += 1
-        if seen[like] <= _MOST:
+        if seen[like] <= _MAX_ALIKE:
             kept.append(row)
-        elif seen[like] == _MOST + 1:
-            cells = (f"… and {many[like] - _MOST} more like it", *[""] * (len(HEADER) - 2))
+        elif seen[like] == _MAX_ALIKE + 1:
+            cells = (f"… and {counts[like] - _MAX_ALIKE} more like it", *[""] * (len(HEADER) - 2))
             kept.append(MetricRow(row.artifact, (*cells, row.verdict), row.verdict))
     return kept
 
@@ -94,38 +94,38 @@ def _likeness(row: MetricRow) -> tuple[str, ...]:
 
 def summary(result: CheckResult) -> str:
     """Return the verdict in one line."""
-    same = len(result.changes) - len(told(result))
-    counted = f"; {same} counts are the same" if same else ""
+    unchanged = len(result.changes) - len(notable(result))
+    counted = f"; {unchanged} counts are unchanged" if unchanged else ""
     few = [a for a in result.answers if a.verdict == "open" and a.processes < PROCESSES]
     if result.verdict == "inconclusive" and few:
         return (
-            f"inconclusive: there was time for {few[0].processes} processes of each side, and "
-            f"{PROCESSES} are needed; give more with --max-time{counted}"
+            f"inconclusive: the time budget allowed {few[0].processes} processes per side and "
+            f"{PROCESSES} are needed; raise --max-time{counted}"
         )
     return f"{_WORDS[result.verdict]}{counted}"
 
 
 def notes(result: CheckResult) -> list[str]:
-    """Return what a reader has to know to trust the table."""
-    found = []
+    """Return the notes that qualify the table."""
+    lines = []
     if result.refusal:
-        found.append(
-            f"Times are not compared: the baseline is of another machine ({result.refusal}). "
-            "Compare with an artifact instead of a file, or write the file anew here with --update."
+        lines.append(
+            f"Times are not compared: the baseline is from another machine ({result.refusal}). "
+            "Compare with an artifact instead of a file, or recreate the file here with --update."
         )
     elif result.later and result.answers:
-        found.append(
-            "The baseline was measured at another time: what changed on the machine since then "
-            "looks like a change of the artifact. Compare with an artifact for the stronger test."
+        lines.append(
+            "The baseline was measured earlier: anything that changed on the machine since then "
+            "looks like a change of the artifact. Compare with an artifact for a stronger test."
         )
-    found += [_control(answer) for answer in result.answers if answer.detectable is not None]
-    found += [
+    lines += [_control(answer) for answer in result.answers if answer.detectable is not None]
+    lines += [
         f"{each.name}: {each.workload}, {each.threads} threads, {len(each.rounds_s)} rounds of "
         f"fresh processes in {sum(each.rounds_s):.0f} s"
         for each in result.recorded
         if each.rounds_s
     ]
-    return found
+    return lines
 
 
 def markdown(result: CheckResult) -> str:
@@ -140,7 +140,7 @@ def markdown(result: CheckResult) -> str:
 
 
 def junit(result: CheckResult) -> str:
-    """Return JUnit's XML: a suite for each artifact, a case for each metric and count."""
+    """Return JUnit XML: a suite per artifact, a case per metric and count."""
     root = ET.Element("testsuites", name="llmopt check")
     for each in result.recorded:
         cases = [_case(r) for r in rows(result) if r.artifact == each.name]
@@ -156,7 +156,7 @@ def junit(result: CheckResult) -> str:
 
 
 def junit_error(message: str) -> str:
-    """Return JUnit's XML of a check that could not be made."""
+    """Return the JUnit XML of a check that failed to run."""
     root = ET.Element("testsuites", name="llmopt check")
     suite = ET.SubElement(root, "testsuite", name="llmopt check", tests="1", errors="1")
     case = ET.SubElement(suite, "testcase", name="check", classname="llmopt")
@@ -166,19 +166,19 @@ def junit_error(message: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return text without what XML cannot hold."""
+    """Return text without characters that XML does not allow."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _measured(answer: Evidence, verdict: str) -> MetricRow:
     question, metric = answer.question, answer.question.metric
-    known = answer.interval
+    interval = answer.interval
     cells = (
         NAMES.get(metric, metric) + (" (limit)" if question.most is not None else ""),
-        shown(metric, answer.baseline) if answer.processes else "-",
-        shown(metric, answer.candidate) if answer.processes else "-",
+        spell(metric, answer.baseline) if answer.processes else "-",
+        spell(metric, answer.candidate) if answer.processes else "-",
         percent(answer.change, signed=True) if answer.processes else "-",
-        "-" if known is None else " … ".join(percent(x, signed=True) for x in known),
+        "-" if interval is None else " … ".join(percent(x, signed=True) for x in interval),
         "-" if verdict == "reported" else _allowed(question.allowance, question.most, metric),
         verdict,
     )
@@ -186,19 +186,19 @@ def _measured(answer: Evidence, verdict: str) -> MetricRow:
 
 
 def _counted(change: ProxyChange, result: CheckResult) -> MetricRow:
-    name, _, where = change.metric.partition(" ")
-    title = NAMES.get(name, name) + (f" of {where}" if where else "")
+    name, _, module = change.metric.partition(" ")
+    title = NAMES.get(name, name) + (f" of {module}" if module else "")
     verdict = (
         "fail" if result.fails(change) else "reported" if result.proxies == "report" else "pass"
     )
     share = None
     if change.baseline and change.candidate is not None:
         share = change.candidate / change.baseline - 1
-    limit = ("at least " if change.falls else "at most ") + shown(name, change.baseline)
+    limit = ("at least " if change.falls else "at most ") + spell(name, change.baseline)
     cells = (
         title + (" (limit)" if change.limited else ""),
-        shown(name, None if change.limited else change.baseline),
-        shown(name, change.candidate),
+        spell(name, None if change.limited else change.baseline),
+        spell(name, change.candidate),
         "-" if share is None or change.limited else percent(share, signed=True),
         "exact",
         limit if change.limited else percent(change.allowance),
@@ -208,7 +208,7 @@ def _counted(change: ProxyChange, result: CheckResult) -> MetricRow:
 
 
 def _allowed(allowance: float, most: float | None, metric: str) -> str:
-    return percent(allowance) if most is None else f"at most {shown(metric, most)}"
+    return percent(allowance) if most is None else f"at most {spell(metric, most)}"
 
 
 def _control(answer: Evidence) -> str:
@@ -219,7 +219,7 @@ def _control(answer: Evidence) -> str:
     return (
         f"Control, {name} of {answer.question.artifact}: processes of the same artifact differ "
         f"by {low:+.1f} … {high:+.1f} %; a change of {percent(answer.detectable)} would have been "
-        "found 19 times in 20"
+        "detected 19 times in 20"
     )
 
 
@@ -242,10 +242,10 @@ def _escaped(text: str) -> str:
 
 def _case(row: MetricRow) -> ET.Element:
     case = ET.Element("testcase", name=row.cells[0], classname=_printable(row.artifact))
-    said = ", ".join(f"{k} {v}" for k, v in zip(HEADER[1:-1], row.cells[1:-1], strict=True) if v)
-    text = _printable(f"{said}; {row.detail}" if row.detail else said)
+    numbers = ", ".join(f"{k} {v}" for k, v in zip(HEADER[1:-1], row.cells[1:-1], strict=True) if v)
+    text = _printable(f"{numbers}; {row.detail}" if row.detail else numbers)
     if row.verdict == "fail":
-        ET.SubElement(case, "failure", message=said).text = text
+        ET.SubElement(case, "failure", message=numbers).text = text
     elif row.verdict in {"inconclusive", "refused"}:
-        ET.SubElement(case, "skipped", message=f"{row.verdict}: {said}")
+        ET.SubElement(case, "skipped", message=f"{row.verdict}: {numbers}")
     return case

@@ -1,4 +1,4 @@
-"""What a check found, as data: the form of its JSON."""
+"""The result of a check, and its JSON."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ EXIT_CODES: Final = {"pass": 0, "fail": 1, "refused": 3, "inconclusive": 4}
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was measured of one candidate.
+    """The measurements of one candidate.
 
     Args:
-        name: What it is called.
-        path: Where it is.
-        target: What it is built for.
-        workload: As text.
+        name: Name of the candidate.
+        path: Path of the candidate.
+        target: Target that it is compiled for.
+        workload: Workload as text.
         threads: Threads inside one operator.
-        rounds_s: How long each took.
-        measured: Of every process, both sides.
+        rounds_s: Duration of each round.
+        measured: Measurements of every process of both sides.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Recorded:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found.
+    """The result of a check.
 
     Args:
-        baseline: What was compared with, as it was given.
-        machine: Where it ran.
-        recorded: What was measured, of each candidate.
-        answers: What is gated and needs statistics.
-        informed: What was measured, and is not gated.
-        changes: What is counted.
-        proxies: Whether counts are gated, only reported, or all that is gated.
-        refusal: Why times could not be compared; empty if they could.
-        later: Whether the baseline was measured at another time: the weaker test.
+        baseline: Baseline as the user spelled it.
+        machine: Machine that it ran on.
+        recorded: Measurements of each candidate.
+        answers: Evidence and verdicts of gated metrics.
+        informed: Evidence for metrics that are not gated.
+        changes: Changes of counts.
+        proxies: Whether counts are gated, only reported, or gated alone.
+        refusal: Reason why times are not comparable; empty if they are.
+        later: Whether the baseline was measured earlier, which makes the test weaker.
     """
 
     baseline: str
@@ -79,15 +79,15 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with."""
+        """The exit code of the command."""
         return EXIT_CODES[self.verdict]
 
     def fails(self, change: ProxyChange) -> bool:
-        """Whether a count fails the check: a limit that was set always may."""
+        """Whether a count fails the check; a limit from a budget always can."""
         return change.failed and (change.limited or self.proxies != "report")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the result for JSON."""
         return {
             "schema": SCHEMA,
             "verdict": self.verdict,
@@ -105,7 +105,7 @@ class CheckResult:
         }
 
     def to_json(self) -> str:
-        """Return the text of it."""
+        """Return the JSON text of the result."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
     def _worded(self, change: ProxyChange) -> str:
@@ -115,13 +115,13 @@ class CheckResult:
 
 
 def failure(error: LlmoptError) -> dict[str, Any]:
-    """Return, for JSON, what is said where there is no verdict."""
+    """Return the JSON of a check that ended in an error."""
     code = error.exit_code
     return {"schema": SCHEMA, "verdict": "error", "exit_code": code, "error": str(error)}
 
 
 def verdict_of(answer: Evidence) -> str:
-    """Return the verdict on one question, in the words of the whole."""
+    """Return the verdict on one question, worded as that of a check."""
     return "inconclusive" if answer.verdict == "open" else answer.verdict
 
 
@@ -158,5 +158,5 @@ def _numbers(values: Sequence[float] | None) -> list[float | None] | None:
 
 
 def _number(value: float | None) -> float | None:
-    """Return a number that JSON has."""
+    """Return a finite number, else None, which JSON can hold."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,8 +1,7 @@
-"""Statistics of the gate: how much slower, how sure that is, and what looking again costs.
+"""Statistics of the gate: log ratios, their standard errors, and the cost of interim looks.
 
-Blocks of one process are alike (where its memory lies, which core it got), so that a process is
-what is drawn, not a block. Everything is on logarithms: a ratio of 1.05 one way is 1 / 1.05 the
-other.
+Blocks of one process are correlated (by its memory layout, its cores), so the sampling unit is the
+process, not the block. Everything is on logarithms: a ratio of 1.05 one way is 1 / 1.05 the other.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
-"""One row a process (or a pair of them), one column a block; NaN fills up short rows."""
+"""One row per process (or pair), one column per block; NaN pads short rows."""
 
 FALSE_ALARMS: Final = 0.005
-"""How often one check may fail for nothing, over all its looks and comparisons."""
+"""The false positive rate of a check, over all its looks and comparisons."""
 MISSES: Final = 0.05
-"""How often one comparison may pass although it is slower than allowed, over all its looks."""
+"""The false negative rate of a comparison, over all its looks."""
 _RESAMPLES: Final = 1000
 _LARGEST: Final = 1 << 21
-"""Numbers that are resampled at once: sixteen megabytes of each kind."""
-_LIKES: Final = 41
-"""Pairs of blocks that took about as long, and show how exact one of them is."""
-_LEAST: Final = 0.003
-"""What is added to it, lest a few that are equal by chance outweigh all others."""
+"""Numbers resampled at once: sixteen megabytes of each kind."""
+_NEIGHBOURS: Final = 41
+"""Pairs of blocks of similar duration, from which the precision of one is estimated."""
+_FLOOR: Final = 0.003
+"""Floor of that deviation, lest a few pairs equal by chance outweigh all others."""
 
 
 @dataclass(frozen=True)
 class LogRatio:
-    """A logarithm, and how sure it is.
+    """A log ratio and its standard error.
 
     Args:
-        value: The median.
-        error: Its standard error; infinite where one process says nothing of others.
+        value: Median.
+        error: Standard error; infinite for a single process.
         freedom: Degrees of freedom: processes less one.
     """
 
@@ -59,11 +58,11 @@ class LogRatio:
         return self.value - half, self.value + half
 
     def half_width(self, tail: float) -> float:
-        """Return how far a bound lies from the value, with ``tail`` beyond it."""
+        """Return the distance of the bound with probability ``tail`` beyond it."""
         return student_quantile(tail, self.freedom) * self.error if self.freedom else math.inf
 
     def detectable(self) -> float:
-        """Return the smallest change that a check this sure finds 19 times in 20."""
+        """Return the smallest change that a check of this precision detects 19 times in 20."""
         return self.half_width(FALSE_ALARMS) + self.half_width(MISSES)
 
     def _distance(self, bound: float) -> float:
@@ -76,20 +75,20 @@ class LogRatio:
 
 
 def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> LogRatio:
-    """Return the median of all blocks, its error found by drawing processes, then their blocks.
+    """Return the median of all blocks, with its error from a hierarchical bootstrap.
 
-    Drawing on both levels counts what blocks of one process differ by twice: it is in what
-    processes differ by, too. The variance of drawing blocks alone is what is too much.
+    Resampling processes and then their blocks counts the variance within processes twice, because
+    it is part of the variance between processes too; that of resampling blocks alone is subtracted.
     The bootstrap gives the standard error, and Student's t with one degree of freedom fewer than
-    there are processes the bounds: percentiles of a bootstrap of eight processes are too narrow.
+    processes the bounds: percentiles of a bootstrap of eight processes are too narrow.
     Source: A. C. Davison, D. V. Hinkley, Bootstrap Methods and their Application, 1997, section
     3.8 (hierarchical data); T. C. Hesterberg, What Teachers Should Know About the Bootstrap, The
     American Statistician 69 (2015), section 5 (how narrow percentiles are).
 
     Args:
         blocks: [processes, blocks] logarithms.
-        weights: [processes, blocks], how much each counts, > 0; None for all the same.
-        seed: Of the draws.
+        weights: [processes, blocks] > 0; None for equal weights.
+        seed: Seed of the resampling.
 
     >>> estimate(np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]))
     LogRatio(value=1.0, error=0.0, freedom=2)
@@ -104,40 +103,39 @@ def estimate(blocks: Matrix, weights: Matrix | None = None, seed: int = 0) -> Lo
 
 
 def difference(left: Matrix, right: Matrix, seed: int = 0) -> LogRatio:
-    """Return how far the median of ``left`` is above that of ``right``; they are not paired."""
+    """Return the difference of the medians of ``left`` and ``right``, unpaired."""
     one, other = estimate(left, seed=seed), estimate(right, seed=seed + 1)
     error, freedom = math.hypot(one.error, other.error), min(one.freedom, other.freedom)
     return LogRatio(one.value - other.value, error, freedom)
 
 
 def quietness(left: Matrix, right: Matrix) -> Matrix:
-    """Return how much each pair of blocks should count: the more, the quieter the machine was.
+    """Return the weight of each pair of blocks: the larger, the quieter the machine was.
 
-    A neighbour slows down both blocks of a pair, and then their ratio tells little. Pairs are
-    sorted by how long both took together, and the weight of each is one over how far ratios of
-    its likes lie from their median: what a weighted median is most exact with. How long both took
-    says nothing of which is the slower one, nor does a distance, so that if nothing differs the
-    ratio stays as likely above 1 as below.
+    Other load slows both blocks of a pair and makes their ratio noisy. Pairs are sorted by their
+    total duration, and each is weighted by the inverse of the median absolute deviation of ratios
+    among its neighbours, which minimizes the error of a weighted median. Neither the duration nor
+    the deviation depends on which side is slower, so without a difference the ratio stays as likely
+    above 1 as below.
 
     Args:
         left: [processes, blocks] logarithms of one side.
-        right: The same of the other.
+        right: [processes, blocks] logarithms of the other.
     """
     ratios = left - right
     known = np.isfinite(ratios)
     order = np.argsort((left + right)[known])
-    away = np.abs(ratios[known] - np.median(ratios[known]))[order]
-    likes = min(_LIKES, len(away)) | 1  # odd
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(away, likes // 2, "reflect"), likes)
-    found = np.empty(len(away))
-    found[order] = 1 / (_LEAST + np.median(around, axis=-1))
+    deviations = np.abs(ratios[known] - np.median(ratios[known]))[order]
+    width = min(_NEIGHBOURS, len(deviations)) | 1  # odd
+    padded = np.pad(deviations, width // 2, "reflect")
+    around = np.lib.stride_tricks.sliding_window_view(padded, width)
     weights = np.ones_like(left)
-    weights[known] = found
+    weights[known] = (1 / (_FLOOR + np.median(around, axis=-1)))[np.argsort(order)]
     return weights
 
 
 def weighted_median(values: Matrix, weights: Matrix) -> float:
-    """Return the value with half of the weight on either side, or the middle of two such.
+    """Return the value with half of the weight on either side, or the mean of two such.
 
     >>> weighted_median(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 3.0]))
     2.0
@@ -146,21 +144,21 @@ def weighted_median(values: Matrix, weights: Matrix) -> float:
     """
     known = np.isfinite(values)
     order = np.argsort(values[known])
-    heaps = weights[known][order].cumsum()[None]
-    return float(_halves(values[known][order], heaps)[0])
+    sums = weights[known][order].cumsum()[None]
+    return float(_halves(values[known][order], sums)[0])
 
 
 def resampled(blocks: Matrix, weights: Matrix, seed: int, *, processes: bool = True) -> Matrix:
-    """Return weighted medians of draws of processes, or each once, and of blocks within each."""
+    """Return weighted medians of bootstrap samples of blocks, and of processes if asked."""
     random = np.random.default_rng(seed)
     rows, columns = blocks.shape
     lengths = np.isfinite(blocks).sum(axis=1)
     order = np.argsort(blocks, axis=None)  # NaN comes last
     total = int(lengths.sum())
     ordered, weight = blocks.ravel()[order][:total], weights.ravel()[order][:total]
-    place = np.argsort(order)  # where each block stands among the ordered ones
+    rank = np.argsort(order)  # of each block
     at_once = max(1, _LARGEST // blocks.size)
-    found = []
+    medians = []
     for start in range(0, _RESAMPLES, at_once):
         count = min(at_once, _RESAMPLES - start)
         process = np.arange(rows)[None, :, None]
@@ -168,30 +166,30 @@ def resampled(blocks: Matrix, weights: Matrix, seed: int, *, processes: bool = T
             process = random.integers(rows, size=(count, rows, 1))
         length = lengths[process]
         block = (random.random((count, rows, columns), np.float32) * length).astype(np.int64)
-        # A process gives as many blocks as it has; what is drawn beyond them goes nowhere.
-        drawn = np.where(np.arange(columns) < length, place[process * columns + block], total)
+        # A process has `length` blocks; draws beyond them go to a bin that is dropped.
+        drawn = np.where(np.arange(columns) < length, rank[process * columns + block], total)
         first = np.arange(count)[:, None] * (total + 1)
         flat = (drawn.reshape(count, -1) + first).ravel()
         times = np.bincount(flat, minlength=count * (total + 1)).reshape(count, -1)[:, :total]
-        found.append(_halves(ordered, (times * weight).cumsum(axis=1)))
-    return np.concatenate(found)
+        medians.append(_halves(ordered, (times * weight).cumsum(axis=1)))
+    return np.concatenate(medians)
 
 
-def _halves(ordered: Matrix, heaps: Matrix) -> Matrix:
-    """Return where each row of running sums of weights comes to half of its last."""
-    half = heaps[:, -1:] / 2
+def _halves(ordered: Matrix, sums: Matrix) -> Matrix:
+    """Return the value at which each row of cumulative weights reaches half of its total."""
+    half = sums[:, -1:] / 2
     slack = 1e-9 * half
-    low = (heaps >= half - slack).argmax(axis=1)
-    high = (heaps > half + slack).argmax(axis=1)
+    low = (sums >= half - slack).argmax(axis=1)
+    high = (sums > half + slack).argmax(axis=1)
     middles: Matrix = (ordered[low] + ordered[high]) / 2
     return middles
 
 
 def spent(budget: float, fraction: float) -> float:
-    """Return how much of an error budget may be spent after a fraction of the time.
+    """Return the part of an error budget that may be spent after a fraction of the time.
 
-    What a look adds to it is the level of that look: the chances of being wrong at any look add
-    up to the budget at most, whatever the looks have in common.
+    Its increase since the last look is the level of a look: the error rates of all looks add up to
+    at most the budget, however correlated the looks are.
     Source: K. K. G. Lan, D. L. DeMets, Discrete sequential boundaries for clinical trials,
     Biometrika 70 (1983), 659-663: the spending function of Pocock's type.
 
@@ -202,7 +200,7 @@ def spent(budget: float, fraction: float) -> float:
 
 
 def holm(chances: Sequence[float], level: float) -> list[bool]:
-    """Return which of several hypotheses are rejected, so that any is wrongly with ``level``.
+    """Return which hypotheses are rejected at family-wise error rate ``level``.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian
     Journal of Statistics 6 (1979), 65-70.
@@ -220,7 +218,7 @@ def holm(chances: Sequence[float], level: float) -> list[bool]:
 
 
 def student_tail(distance: float, freedom: int) -> float:
-    """Return the chance that Student's t is above ``distance``.
+    """Return the probability that Student's t exceeds ``distance``.
 
     Source: M. Abramowitz, I. A. Stegun, Handbook of Mathematical Functions, 1964, 26.7.3-4.
 
@@ -231,7 +229,7 @@ def student_tail(distance: float, freedom: int) -> float:
         return 0.5
     if math.isinf(distance):
         return 0.0 if distance > 0 else 1.0
-    # Far out, 1 - (almost 1) would lose every digit, but not one that a level depends on.
+    # Far out, 1 - (almost 1) loses digits, but none that a level depends on.
     angle = math.atan(distance / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
@@ -244,7 +242,7 @@ def student_tail(distance: float, freedom: int) -> float:
 
 
 def student_quantile(tail: float, freedom: int) -> float:
-    """Return the distance that Student's t is above with chance ``tail``, at most one half.
+    """Return the distance that Student's t exceeds with probability ``tail``, at most one half.
 
     >>> round(student_quantile(0.025, 7), 3), round(student_quantile(0.005, 15), 3)
     (2.365, 2.947)

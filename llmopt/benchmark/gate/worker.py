@@ -1,8 +1,8 @@
-"""A fresh process that runs blocks of a workload when it is told to: ``python -m`` this module.
+"""A fresh process that runs blocks of a workload on request: ``python -m`` this module.
 
-It says on stdout when it is ready, and answers each line on stdin with another, JSON objects all
-of them: first it loads, then it runs blocks as `Worker.block` says or tells its memory. It ends
-when stdin does.
+It reports on stdout that it is ready, then answers each line on stdin with one on stdout, all JSON
+objects: the first loads the artifact, others run a block (`Worker.block`) or report peak memory. It
+ends with stdin.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG, see prctl(2)
 
 
 class Worker:
-    """A loaded artifact, in the middle of a workload.
+    """A loaded artifact that is running a workload.
 
     Args:
-        runner: The artifact.
-        workload: What to run.
+        runner: Loaded artifact.
+        workload: Workload to run.
     """
 
     def __init__(self, runner: Runner, workload: Workload) -> None:
@@ -43,23 +43,23 @@ class Worker:
         self._workload = workload
         self._sequences: Sequences | None = None
         self._chosen: Any = None
-        self._given = read_npz(Path(workload.path)) if isinstance(workload, Inputs) else {}
+        self._feeds = read_npz(Path(workload.path)) if isinstance(workload, Inputs) else {}
 
     def block(self, metric: str, count: int, seed: int) -> list[float]:
-        """Return the seconds of ``count`` repetitions of what ``metric`` measures.
+        """Return the durations of ``count`` repetitions of what ``metric`` measures.
 
         Args:
-            metric: ``"ttft_s"`` begins a sequence, and again for each repetition;
+            metric: ``"ttft_s"`` begins a sequence for each repetition;
                 ``"time_per_output_token_s"`` continues the last; ``"encode_latency_s"``;
                 ``"run_latency_s"``.
-            count: How many.
-            seed: Of the tokens.
+            count: Number of repetitions.
+            seed: Seed of the tokens.
         """
         random = np.random.default_rng(seed)
         if metric == "time_per_output_token_s":
             return [self._step() for _ in range(count)]
         if metric == "run_latency_s":
-            return [self._run(self._given) for _ in range(count)]
+            return [self._run(self._feeds) for _ in range(count)]
         once = self._begin if metric == "ttft_s" else self._encode
         return [once(random) for _ in range(count)]
 
@@ -67,8 +67,8 @@ class Worker:
         workload = self._workload
         assert isinstance(workload, Generate)
         tokens = random_tokens(self._runner, (workload.batch, workload.prefill), random)
-        most = workload.prefill + workload.decode
-        capacity = capacity_for(most, self._runner.manifest.model.max_length)
+        total = workload.prefill + workload.decode
+        capacity = capacity_for(total, self._runner.manifest.model.max_length)
         start = time.perf_counter()
         self._sequences = Sequences(self._runner.session, workload.batch, capacity)
         self._chosen = self._sequences.extend(tokens)[:, -1].argmax(axis=-1)
@@ -93,21 +93,21 @@ class Worker:
         return time.perf_counter() - start
 
 
-def main(request: str, asked: TextIO = sys.stdin, answers: TextIO = sys.stdout) -> None:
-    """Load what ``request`` names and answer until there is nothing more to answer."""
+def main(request: str, commands: TextIO = sys.stdin, answers: TextIO = sys.stdout) -> None:
+    """Load the artifact of ``request``, and answer commands until there are no more."""
     _end_with_parent()
-    wanted = json.loads(request)
+    task = json.loads(request)
     _answer(answers, {"ready": True})
-    if not asked.readline():
+    if not commands.readline():
         return
     start = time.perf_counter()
-    runner = load(wanted["artifact"], threads=wanted["threads"])
-    taken = time.perf_counter() - start
-    workload = parse_workload(wanted["workload"])
+    runner = load(task["artifact"], threads=task["threads"])
+    load_s = time.perf_counter() - start
+    workload = parse_workload(task["workload"])
     check_fits(runner, workload)
     worker = Worker(runner, workload)
-    _answer(answers, {"load_s": taken, "threads": runner.session.threads})
-    for line in asked:
+    _answer(answers, {"load_s": load_s, "threads": runner.session.threads})
+    for line in commands:
         command = json.loads(line)
         if command["do"] == "peak":
             _answer(answers, {"peak_rss_bytes": peak_rss_bytes()})
@@ -117,9 +117,9 @@ def main(request: str, asked: TextIO = sys.stdin, answers: TextIO = sys.stdout) 
 
 
 def _end_with_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it does: a stopped process would stay for ever."""
+    """Leave Ctrl-C to the parent, and die with it: a stopped process would live for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone has it
+    with contextlib.suppress(AttributeError, OSError):  # Linux only
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 

@@ -127,7 +127,7 @@ def test_kernels_are_timed_by_the_modules_that_they_came_from(llama: llmopt.Arti
     prefill, decode = profile(llama.path, Generate(6, 3))
 
     for phase in (prefill, decode):
-        modules = {each.module for each in phase.spent}
+        modules = {each.module for each in phase.operators}
         assert {"embed_tokens", "layers.0.attention.qkv", "lm_head"} <= modules
         assert phase.attributed > 0.5  # of a model so small, the most is the machine's own
     assert (prefill.runs, decode.runs) == (3, 6)

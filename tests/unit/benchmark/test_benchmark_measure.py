@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused_before_measuring(artifacts: Path) -> None:
     for name, workload in (("encoder", Generate(2, 2)), ("shared", Encode(2, 2))):
         with pytest.raises(UsageError, match=rf"cannot run {workload}"):
             measure([artifacts / name], MeasurePlan(workload, threads=1))
-    with pytest.raises(UsageError, match="takes 48 tokens, prefill=40,decode=9 needs 49"):
+    with pytest.raises(UsageError, match="takes at most 48 tokens; prefill=40,decode=9 needs 49"):
         measure([artifacts / "shared"], MeasurePlan(Generate(40, 9), threads=1))
     with pytest.raises(UsageError, match="no artifact"):
         measure([], MeasurePlan(Generate(2, 2)))

@@ -92,7 +92,7 @@ def test_the_model_of_a_product_is_what_onnx_would_write(op: str, x: str, w: str
 
 def test_ceilings_are_measured_for_what_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "_SIZE", 64)
-    monkeypatch.setattr(ceilings, "_LEAST", 1 << 16)
+    monkeypatch.setattr(ceilings, "_MIN_BYTES", 1 << 16)
     monkeypatch.setattr(ceilings, "cache_bytes", lambda: 1 << 10)
     found = ceilings.measure_ceilings(1, frozenset({"float32", "int8", "bfloat16"}))
 

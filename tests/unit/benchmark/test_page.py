@@ -110,7 +110,7 @@ def test_what_makes_numbers_doubtful_is_said() -> None:
 def test_what_was_not_measured_has_no_section() -> None:
     text = page(result(ceilings={}).to_dict())
     assert "roofline" not in text.partition("<body>")[2].partition("<script")[0].replace("t's", "")
-    assert figure(None) == "not known"
+    assert figure(None) == "unknown"
 
 
 @pytest.mark.parametrize(

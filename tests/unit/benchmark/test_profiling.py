@@ -69,9 +69,9 @@ def test_a_decoder_on_onnxruntime_is_profiled_by_phase(artifacts: Path) -> None:
     assert (prefill.phase, decode.phase) == ("prefill", "decode")
     assert (prefill.runs, decode.runs) == (3, 9)
     for phase in (prefill, decode):
-        inside = sum(each.seconds for each in phase.spent)
+        inside = sum(each.seconds for each in phase.operators)
         assert 0 < inside <= phase.seconds
-        attention = [each for each in phase.spent if each.op == "GroupQueryAttention"]
+        attention = [each for each in phase.operators if each.op == "GroupQueryAttention"]
         assert [each.calls for each in attention] == [2]
 
 

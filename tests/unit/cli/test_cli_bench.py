@@ -65,8 +65,8 @@ def test_the_workload_follows_the_task(llmopt: Any, made: Path) -> None:
     [
         ("--workload fast", "prefill=128,decode=64"),
         ("--workload encode=2x2", "encode=… for embed"),
-        ("--workload prefill=900,decode=9", "takes 48 tokens"),
-        ("--repetitions 0", "1 or more"),
+        ("--workload prefill=900,decode=9", "takes at most 48 tokens"),
+        ("--repetitions 0", "repetitions must be at least 1"),
     ],
 )
 def test_a_workload_that_does_not_fit_is_refused(

@@ -53,7 +53,7 @@ def test_create_tells_what_it_made(llmopt: Any, pair: list[Path], tmp_path: Path
 
     assert "variants  onnxruntime-cpu, onnxruntime-arm64" in shown.stdout
     assert " shared" in shown.stdout
-    assert "it names no licence of the model" in shown.stderr
+    assert "no licence is named for the model" in shown.stderr
     assert "Next: llmopt bundle sign" in shown.stderr
     assert [each["name"] for each in data["variants"]] == ["onnxruntime-cpu", "onnxruntime-arm64"]
     assert data["size_bytes"] == (tmp_path / "x.llmopt").stat().st_size
@@ -83,8 +83,8 @@ def test_inspect_shows_needs_and_what_suits_this_machine(llmopt: Any, bundle: Pa
     data = json.loads(llmopt("bundle", "inspect", bundle, "--json").stdout)
 
     lines = [line.split() for line in shown.splitlines()]
-    assert lines.count(["here", "suits", "this", "machine,", "and", "is", "taken"]) == 1
-    assert lines.count(["here", "suits", "this", "machine"]) == 1
+    assert lines.count(["here", "fits", "this", "machine,", "chosen"]) == 1
+    assert lines.count(["here", "fits", "this", "machine"]) == 1
     assert ["licence", "MIT"] in lines
     assert data["kind"] == "bundle"
     assert data["obstacles"] == {"onnxruntime-cpu": None, "onnxruntime-arm64": None}
@@ -160,7 +160,7 @@ def test_what_is_measured_is_what_was_signed(llmopt: Any, bundle: Path, alice: S
         assert "other.llmopt: not signed" in refused.stderr
     one = llmopt("bench", bundle, other, *key, "--signature", f"{bundle}.sig")
     assert one.exit_code == 2
-    assert "that of one bundle" in one.stderr
+    assert "applies to a single bundle" in one.stderr
 
 
 def test_unpack_takes_what_suits_or_is_named_or_all(
@@ -190,9 +190,9 @@ def test_what_cannot_be_done_is_said(llmopt: Any, bundle: Path, tmp_path: Path) 
         (
             ["sign", bundle, "--private-key", bundle, "--certificate-chain", bundle],
             2,
-            "give --certificate too",
+            "needs --certificate, the signer's own",
         ),
-        (["unpack", bundle, "-o", out, "--all", "--variant", "x"], 2, "exclude each other"),
+        (["unpack", bundle, "-o", out, "--all", "--variant", "x"], 2, "mutually exclusive"),
         (["unpack", bundle, "-o", out, "--variant", "onnxruntime-cpv"], 2, "did you mean"),
         (["unpack", bundle, "-o", tmp_path], 2, "exists already"),
     ):

@@ -26,7 +26,7 @@ def test_an_artifact_shows_what_it_is_and_takes(llmopt: Any, made: Path) -> None
     assert ["in", "input_ids", "int64", "[B,", "S]", "tokens"] in lines
     assert "past_key_values.0.key" in result.stdout
     assert "past_key_values.1.key" not in result.stdout
-    assert "caches of layer 0 stand for those of all 2 layers" in result.stdout
+    assert "the cache is listed for layer 0 of 2; the others are alike" in result.stdout
     assert ["verified", "no", "(--verify"] in [line[:3] for line in lines]
     assert "model.onnx" in result.stdout
 
@@ -115,7 +115,7 @@ def test_a_broken_config_is_told(llmopt: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "code", "says"),
     [
-        ("notes.txt", b"hello", 1, "not a kind of file"),
+        ("notes.txt", b"hello", 1, "unsupported kind of file"),
         ("model.onnx", b"\xff\xff\xff", 1, "not an ONNX model"),
         ("model.onnx", b"", 1, "without nodes"),
         ("model.gguf", b"GGUF", 1, "truncated"),

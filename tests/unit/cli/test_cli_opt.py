@@ -165,7 +165,7 @@ def test_misses_are_told_with_reasons(llmopt: Any, written_out: Path, tmp_path: 
         ("nothing.onnx --passes canonicalize", 2, "not found"),
         ("{} --passes bogus", 2, "unknown pass 'bogus'"),
         ("{} --passes canonicalize --print-after fuse-norms", 2, "pass in this pipeline"),
-        ("{}.txt --passes canonicalize", 1, "neither an .onnx file nor text"),
+        ("{}.txt --passes canonicalize", 1, "neither .onnx nor .ir"),
         ("{}", 2, "Missing option '--passes'"),
         ("open.ir --passes canonicalize", 1, "line: 2 column: "),
         ("odd.ir --passes canonicalize", 1, "No Op registered for Odd"),
