@@ -1,10 +1,9 @@
-"""Replay what the gate would have decided: ``decide.py`` prints how often it was right.
+"""Replay decisions of the gate on recorded sessions: ``decide.py`` prints its error rates.
 
-A decision draws one recorded session, whole, and lets the gate look at its rounds as they came,
-with the time they took. Which process of a round stands for which is drawn anew each time: of its
-side, and of sessions that nothing slowed of both. A decision that wants more rounds than were
-recorded is inconclusive. Decisions on one session are alike, so the bounds are of the share of
-sessions, too.
+A decision draws one recorded session and presents its rounds to the gate in order, with their
+durations. The processes of a round are permuted each time: within a side, and across sides in
+sessions without a slowdown. A decision that needs more rounds than were recorded is inconclusive.
+Decisions on one session are correlated, so bounds are also given over sessions.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ Session = dict[str, Any]
 
 @dataclass(frozen=True)
 class Goal:
-    """A question to the gate, and how often it has to answer right.
+    """A required accuracy of the gate.
 
     Args:
-        name: What it is about.
-        spin: The share that the candidate was slowed by.
-        allowance: What ``--max-regression`` said.
-        right: Verdicts that are right.
-        least: The share of decisions that have to be.
+        name: Description.
+        spin: Share by which the candidate was slowed.
+        allowance: Value of ``--max-regression``.
+        right: Correct verdicts.
+        least: Required share of correct decisions.
     """
 
     name: str
@@ -62,12 +61,12 @@ GOALS: Final = (
 
 @dataclass(frozen=True)
 class Decision:
-    """What one replay came to.
+    """The outcome of one replay.
 
     Args:
-        session: Which session it was.
+        session: Number of the session.
         verdict: ``"pass"``, ``"fail"`` or ``"open"``.
-        time_s: How long it took.
+        time_s: Duration until the verdict.
     """
 
     session: int
@@ -76,86 +75,86 @@ class Decision:
 
 
 class NoMoreRoundsError(Exception):
-    """The session ended here."""
+    """The session has no further rounds."""
 
 
 class Replayed:
-    """Rounds that were recorded, in the place of those that are measured.
+    """Recorded rounds, presented to the gate as if measured now.
 
     Args:
-        found: What each process measured.
-        took_s: How long each round took.
+        measured: Measurements of each process.
+        durations_s: Duration of each round.
     """
 
-    def __init__(self, found: Sequence[Measured], took_s: Sequence[float]) -> None:
-        self._every = found
-        self._took = took_s
-        self.took_s: list[float] = []
+    def __init__(self, measured: Sequence[Measured], durations_s: Sequence[float]) -> None:
+        self._every = measured
+        self._durations_s = durations_s
+        self.durations_s: list[float] = []
 
     @property
     def count(self) -> int:
-        """How many rounds have been looked at."""
-        return len(self.took_s)
+        """The number of presented rounds."""
+        return len(self.durations_s)
 
     @property
-    def found(self) -> list[Measured]:
-        """What was measured in them."""
+    def measured(self) -> list[Measured]:
+        """The measurements of the presented rounds."""
         return [each for each in self._every if each.round < self.count]
 
     def measure(self) -> None:
-        """Look at one round more.
+        """Present the next round.
 
         Raises:
-            NoMoreRoundsError: There is none.
+            NoMoreRoundsError: The session has ended.
         """
-        if self.count == len(self._took):
+        if self.count == len(self._durations_s):
             raise NoMoreRoundsError
-        self.took_s.append(self._took[self.count])
+        self.durations_s.append(self._durations_s[self.count])
 
 
 class Replay:
-    """A pair of artifacts as the gate sees it, made of what was recorded.
+    """A pair of artifacts as the gate sees it, replayed from a session.
 
     Args:
-        session: The record.
-        rng: Draws which process stands for which.
+        session: Recorded session.
+        rng: Source of the permutations.
     """
 
     def __init__(self, session: Session, rng: random.Random) -> None:
-        found = [Measured(**each) for each in session["measured"]]
-        found = shuffled(found, rng, sides=not session["spin"])
+        measured = [Measured(**each) for each in session["measured"]]
+        measured = shuffled(measured, rng, sides=not session["spin"])
         self.name = "recorded"
-        self.rounds = Replayed(found, session["rounds_s"])
-        self._metrics = [metric for metric in GATED if metric in metrics_of(found)]
+        self.rounds = Replayed(measured, session["rounds_s"])
+        self._metrics = [metric for metric in GATED if metric in metrics_of(measured)]
 
     def questions(self, request: CheckRequest) -> list[Question]:
-        """Return the questions that a check asks where nothing is asked for."""
+        """Return the default questions of a check."""
         return [Question(self.name, m, request.allowed(self.name, m)) for m in self._metrics]
 
     def ask(self, question: Question) -> Evidence:
-        """Return what is known of one."""
-        return ask(question, self.rounds.found)
+        """Return the current evidence for a question."""
+        return ask(question, self.rounds.measured)
 
 
-def shuffled(found: Sequence[Measured], rng: random.Random, *, sides: bool) -> list[Measured]:
-    """Return the records, those of each round standing for others of it: of both sides, too."""
-    kept = []
-    for number in range(found[-1].round + 1):
+def shuffled(measured: Sequence[Measured], rng: random.Random, *, sides: bool) -> list[Measured]:
+    """Return the measurements with the processes of each round permuted, across sides if asked."""
+    permuted = []
+    for number in range(measured[-1].round + 1):
         rows = [
-            [m for m in found if m.round == number and m.side == side]
+            [m for m in measured if m.round == number and m.side == side]
             for side in (BASELINE, CANDIDATE)
         ]
         for row in rows:
             rng.shuffle(row)
-        for place, pair in enumerate(zip(*rows, strict=True)):
+        for index, pair in enumerate(zip(*rows, strict=True)):
             ordered = rng.sample(pair, 2) if sides else pair
-            kept.append(replace(ordered[0], side=BASELINE, number=place))
-            kept.append(replace(ordered[1], side=CANDIDATE, number=place))
-    return kept
+            permuted.append(replace(ordered[0], side=BASELINE, number=index))
+            permuted.append(replace(ordered[1], side=CANDIDATE, number=index))
+    return permuted
 
 
 def decide(goal: Goal, sessions: Sequence[Session], seed: int) -> Decision:
-    """Return one decision on a session that is drawn."""
+    """Return the decision on a random session."""
     rng = random.Random(seed)  # noqa: S311 - a simulation
     number = rng.choice([n for n, s in enumerate(sessions) if s["spin"] == goal.spin])
     replay = Replay(sessions[number], rng)
@@ -163,18 +162,18 @@ def decide(goal: Goal, sessions: Sequence[Session], seed: int) -> Decision:
     request = CheckRequest(
         candidates=(), baseline=Path(), allowances={"": goal.allowance}, max_time_s=seconds
     )
-    asking = GateSession([replay], request)  # type: ignore[list-item] # as a Pair is asked
+    gate = GateSession([replay], request)  # type: ignore[list-item] # as a Pair is asked
     try:
-        asking.measure(lambda _: None)
+        gate.measure(lambda _: None)
     except NoMoreRoundsError:
         return Decision(number, "open", seconds)
-    verdicts = {answer.verdict for answer in asking.answers}
+    verdicts = {answer.verdict for answer in gate.answers}
     verdict = next(v for v in ("fail", "open", "pass") if v in verdicts)
-    return Decision(number, verdict, sum(replay.rounds.took_s))
+    return Decision(number, verdict, sum(replay.rounds.durations_s))
 
 
 def upper(wrong: int, count: int, tail: float = 0.05) -> float:
-    """Return the share that is not exceeded with 95 %, after ``wrong`` of ``count`` were.
+    """Return the upper 95 % confidence bound of a share, given ``wrong`` of ``count``.
 
     Source: C. J. Clopper, E. S. Pearson, Biometrika 26 (1934), 404-413.
     """
@@ -194,10 +193,10 @@ def upper(wrong: int, count: int, tail: float = 0.05) -> float:
 
 
 def of_sessions(wrong: Sequence[Decision], every: Sequence[Decision]) -> float:
-    """Return the same bound where sessions, not decisions, are what is drawn.
+    """Return the same bound with sessions, not decisions, as the sampling unit.
 
-    The shares of wrong decisions of each session are resampled; where no session has any, the
-    bound is that of none wrong among as many as there are sessions.
+    The error rates of sessions are resampled; if all are zero, the bound is that of no error among
+    as many trials as there are sessions.
     """
     numbers = sorted({each.session for each in every})
     shares = np.array(
@@ -209,62 +208,62 @@ def of_sessions(wrong: Sequence[Decision], every: Sequence[Decision]) -> float:
     return float(np.quantile(drawn, 0.95))
 
 
-def row(goal: Goal, made: Sequence[Decision]) -> dict[str, Any]:
-    """Return a line of the table."""
-    wrong = [each for each in made if each.verdict not in goal.right]
-    count = len(made)
+def row(goal: Goal, decisions: Sequence[Decision]) -> dict[str, Any]:
+    """Return a row of the table."""
+    wrong = [each for each in decisions if each.verdict not in goal.right]
+    count = len(decisions)
     return {
         "goal": goal.name,
-        "sessions": len({each.session for each in made}),
+        "sessions": len({each.session for each in decisions}),
         "decisions": count,
         "right": 1 - len(wrong) / count,
         "wanted": goal.least,
         "wrong_at_most": upper(len(wrong), count),
-        "wrong_at_most_by_sessions": of_sessions(wrong, made),
-        "inconclusive": sum(each.verdict == "open" for each in made) / count,
-        "median_time_s": statistics.median(each.time_s for each in made),
+        "wrong_at_most_by_sessions": of_sessions(wrong, decisions),
+        "inconclusive": sum(each.verdict == "open" for each in decisions) / count,
+        "median_time_s": statistics.median(each.time_s for each in decisions),
     }
 
 
 def read(folder: Path) -> list[Session]:
     """Return the recorded sessions."""
-    found = []
-    for place in sorted(folder.glob("*.json.gz")):
-        with gzip.open(place, "rt") as file:
-            found.append(json.load(file))
-    return found
+    sessions = []
+    for path in sorted(folder.glob("*.json.gz")):
+        with gzip.open(path, "rt") as file:
+            sessions.append(json.load(file))
+    return sessions
 
 
 def main() -> None:
-    """Print how often the gate was right, and write it as JSON if asked."""
+    """Print the accuracy of the gate, and write it as JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=HERE / "sessions")
     parser.add_argument("--decisions", type=int, default=2000, help="for each goal")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sessions = read(options.folder)
-    found = []
+    rows = []
     with ProcessPoolExecutor() as pool:
         for goal in GOALS:
             if all(session["spin"] != goal.spin for session in sessions):
                 continue
             one: Callable[[int], Decision] = partial(decide, goal, sessions)
-            found.append(row(goal, list(pool.map(one, range(options.decisions), chunksize=20))))
-            print(told(found[-1]), flush=True)
+            rows.append(row(goal, list(pool.map(one, range(options.decisions), chunksize=20))))
+            print(text(rows[-1]), flush=True)
     if options.json is not None:
         machines = sorted({session["machine"]["processor"] for session in sessions})
-        data = {"schema": 1, "sessions": len(sessions), "machines": machines, "goals": found}
+        data = {"schema": 1, "sessions": len(sessions), "machines": machines, "goals": rows}
         options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def told(found: dict[str, Any]) -> str:
-    """Return a line of the table as text."""
+def text(row: dict[str, Any]) -> str:
+    """Return a row of the table as text."""
     return (
-        f"{found['goal']} ({found['sessions']} sessions, "
-        f"{found['decisions']} decisions): right {found['right']:.2%} (wanted "
-        f"{found['wanted']:.0%}), wrong at most {found['wrong_at_most']:.2%}, by sessions "
-        f"{found['wrong_at_most_by_sessions']:.2%}; inconclusive {found['inconclusive']:.2%}; "
-        f"median {found['median_time_s']:.0f} s"
+        f"{row['goal']} ({row['sessions']} sessions, "
+        f"{row['decisions']} decisions): right {row['right']:.2%} (wanted "
+        f"{row['wanted']:.0%}), wrong at most {row['wrong_at_most']:.2%}, by sessions "
+        f"{row['wrong_at_most_by_sessions']:.2%}; inconclusive {row['inconclusive']:.2%}; "
+        f"median {row['median_time_s']:.0f} s"
     )
 
 

@@ -29,13 +29,13 @@ _MEAN_S: Final = 5.0
 
 @contextlib.contextmanager
 def noisy_neighbour(seed: int, cores: int = 1) -> Iterator[list[tuple[float, int]]]:
-    """Let a neighbour work half of the time, for some 5 s each time.
+    """Run a noisy neighbour half of the time, for some 5 s each time.
 
-    Yields what it did so far: when, and on how many cores from then on.
+    Yields its log: times, and the number of loaded cores from then on.
 
     Args:
-        seed: Of when it works.
-        cores: The most it works on: with 2, on two every third time.
+        seed: Seed of the schedule.
+        cores: Largest number of loaded cores: with 2, two every third time.
     """
     log: list[tuple[float, int]] = []
     stop = threading.Event()

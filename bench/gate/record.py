@@ -1,9 +1,9 @@
-"""Record sessions of the gate's measuring beside a noisy neighbour: ``record.py ARTIFACT``.
+"""Record sessions of the gate next to a noisy neighbour: ``record.py ARTIFACT``.
 
-Each session measures an artifact against itself, the candidate not slowed or by 2, 5 or 10 % by
-turns, for as long as a check may take, or until errors are so small that any check would have
-known before. A session is one file; those that are there are not recorded again, so it may be
-stopped and started at will. ``decide.py`` replays them.
+Each session measures an artifact against itself, the candidate slowed by 0, 2, 5 or 10 % in
+rotation, for the time budget of a check, or until errors are so small that any check would have
+been decided. A session is one file; existing ones are kept, so recording can be interrupted and
+resumed. ``decide.py`` replays them.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ HERE: Final = Path(__file__).parent
 SESSIONS: Final = HERE / "sessions"
 SPINS: Final = (0.0, 0.02, 0.0, 0.05, 0.0, 0.10)
 _ENOUGH: Final = 0.003
-"""The error of a comparison that any check is sure with."""
+"""The standard error at which any check is conclusive."""
 
 
 def command(spin: float) -> list[str]:
-    """Return what starts a worker that is slower by ``spin``."""
+    """Return the command of a worker that is slower by ``spin``."""
     return list(WORKER) if not spin else [sys.executable, str(HERE / "slow_worker.py"), str(spin)]
 
 
 def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str, Any]:
-    """Return a session: as many rounds as there is time for, beside a neighbour on some cores."""
+    """Return a session: as many rounds as fit in the time, with a noisy neighbour on some cores."""
     spin, workload = SPINS[number % len(SPINS)], str(gate_workload(Manifest.read(artifact)))
     tasks = {
         BASELINE: Task(artifact, workload, gate_threads()),
@@ -73,42 +73,42 @@ def record(artifact: Path, number: int, seconds: float, cores: int) -> dict[str,
     }
 
 
-def largest_error(found: Sequence[Measured]) -> float:
+def largest_error(measured: Sequence[Measured]) -> float:
     """Return the largest error of the comparisons of latencies."""
-    metrics = [metric for metric in metrics_of(found) if metric in GATED and metric != MEMORY]
-    return max(ask(Question("recorded", metric), found).ratio.error for metric in metrics)
+    metrics = [metric for metric in metrics_of(measured) if metric in GATED and metric != MEMORY]
+    return max(ask(Question("recorded", metric), measured).ratio.error for metric in metrics)
 
 
 def main() -> None:
     """Record the sessions that are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--sessions", type=int, default=60, help="how many there are to be")
-    parser.add_argument("--most", type=int, default=10_000, help="how many to record now")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each, at most")
-    parser.add_argument("--cores", type=int, default=1, help="the most the neighbour works on")
-    parser.add_argument("--quiet", action="store_true", help="without the neighbour")
+    parser.add_argument("--sessions", type=int, default=60, help="total number of sessions")
+    parser.add_argument("--most", type=int, default=10_000, help="number of sessions to record now")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time limit of a session")
+    parser.add_argument("--cores", type=int, default=1, help="cores that the neighbour may load")
+    parser.add_argument("--quiet", action="store_true", help="record without the neighbour")
     parser.add_argument("--folder", type=Path, default=SESSIONS)
     options = parser.parse_args()
     cores = 0 if options.quiet else options.cores
     options.folder.mkdir(parents=True, exist_ok=True)
-    places = [options.folder / f"{number:03}.json.gz" for number in range(options.sessions)]
-    missing = [number for number, place in enumerate(places) if not place.exists()]
+    paths = [options.folder / f"{number:03}.json.gz" for number in range(options.sessions)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
     for number in missing[: options.most]:
         session = record(options.artifact, number, options.seconds, cores)
-        partial = places[number].with_suffix(".partial")
+        partial = paths[number].with_suffix(".partial")
         with gzip.GzipFile(partial, "wb", mtime=0) as file:
             file.write(json.dumps(session).encode())
-        partial.rename(places[number])
+        partial.rename(paths[number])
         took = sum(session["rounds_s"])
-        print(f"{places[number].name}: {session['spin']:.0%}, {took:.0f} s", flush=True)
+        print(f"{paths[number].name}: {session['spin']:.0%}, {took:.0f} s", flush=True)
 
 
 def _rounded(measured: dict[str, Any]) -> dict[str, Any]:
-    """Keep a hundredth of a microsecond: the rest is noise, and takes half of the file."""
+    """Return measurements rounded to 10 ns: the rest is noise, and half of the file."""
     blocks = {
-        metric: [[round(sample, 8) for sample in block] for block in found]
-        for metric, found in measured["blocks"].items()
+        metric: [[round(sample, 8) for sample in block] for block in samples]
+        for metric, samples in measured["blocks"].items()
     }
     return measured | {"blocks": blocks}
 

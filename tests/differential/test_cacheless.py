@@ -106,7 +106,7 @@ def test_a_refusal_names_the_node_and_the_model_stays_as_it_is(tmp_path: Path) -
 def test_a_backend_with_caches_of_its_own_leaves_out_what_it_cannot_keep(tmp_path: Path) -> None:
     artifact = compiled_without_a_cache(tmp_path, passes="default")
 
-    assert "no cache on tvm-cpu" in artifact.notes[-1]
+    assert "no KV cache on tvm-cpu" in artifact.notes[-1]
     assert "'present.0.key' is not an output of Attention" in artifact.notes[-1]
     assert artifact.manifest.pipeline.count("add-kv-cache") == 0
     assert artifact.manifest.verification["status"] == "passed"
@@ -143,7 +143,7 @@ def compiled_without_a_cache(folder: Path, **options: Any) -> llmopt.Artifact:
     artifact = llmopt.compile(
         path, target="tvm-cpu", output=folder / "out", max_length=16, **options
     )
-    assert "no cache on tvm-cpu" in artifact.notes[-1]
+    assert "no KV cache on tvm-cpu" in artifact.notes[-1]
     assert artifact.manifest.pipeline.count("add-kv-cache") == 0
     assert not artifact.manifest.signature.has_cache
     return artifact

@@ -309,7 +309,7 @@ def test_what_cannot_be_is_refused(compiled: Compiled) -> None:
     runner = load(artifact)
     with pytest.raises(UsageError, match="below 1"):
         compiled.written(artifact, max_new_tokens=0)
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="beams and temperature conflict"):
         compiled.written(artifact, beams=2, temperature=0.5)
     with pytest.raises(UsageError, match="has no effect without beams"):
         compiled.written(artifact, beams=1, length_penalty=2.0)

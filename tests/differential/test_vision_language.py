@@ -275,7 +275,7 @@ def test_the_command_line_sees_images(
     assert "vision (vision.onnx)" in shown
     without = CliRunner().invoke(app, ["run", *line])
     assert without.exit_code == 2
-    assert "no image is given" in without.output
+    assert "images is empty" in without.output
     np.savez(tmp_path / "other.npz", first=pictures(1), second=pictures(1))
     with pytest.raises(SourceError, match="holds first, second, and no pixel_values"):
         read_images(tmp_path / "other.npz")

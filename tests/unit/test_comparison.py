@@ -120,7 +120,7 @@ def test_layers_that_changed_alike_are_told_once() -> None:
         "operator  before  after",
         "Abs            0      1",
         "Relu           3      2",
-        "in all         6      6",
+        "total          6      6",
         "",
         "layers.0-2.norm (3 x)",
         "  ~ RMSNormalization: epsilon default → 1e-06",
@@ -229,7 +229,7 @@ def test_components_are_told_apart() -> None:
 
     found = difference({"encoder": one, "decoder": one}, {"encoder": one, "decoder": two})
     assert {change.component for change in found.changes} == {"decoder"}
-    assert "decoder: outside of modules" in diff.summary(found)
+    assert "decoder: outside modules" in diff.summary(found)
     lost = difference({"encoder": one, "decoder": one}, {"encoder": one})
     assert lost.edges == ("component decoder removed",)
 

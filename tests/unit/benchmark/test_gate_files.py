@@ -72,9 +72,9 @@ def test_another_machine_is_told_apart_and_said_how() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "schema 2, and this llmopt reads 1"),
+        ({"schema": 2}, "schema 2; this llmopt reads 1"),
         ({"kind": "other"}, "not a baseline"),
-        ({"artifacts": {}}, "it holds no artifact"),
+        ({"artifacts": {}}, "the baseline has no artifacts"),
         ({"artifacts": {"model": {}}}, "damaged"),
         ({"artifacts": {"model": 3}}, "damaged"),
         ({"artifacts": [1]}, "damaged"),
@@ -123,13 +123,21 @@ def test_budgets_are_read_with_their_units(tmp_path: Path) -> None:
     [
         ("budget = 3", UsageError, "write"),
         ("[[budget", SourceError, "cannot be read"),
-        ('[[budget]]\nmetric = "ttft_s"\nmax = 1', UsageError, "artifact should be a string"),
+        ('[[budget]]\nmetric = "ttft_s"\nmax = 1', UsageError, "artifact must be a string"),
         ('[[budget]]\nartifact = "a"\nmetric = "speed"\nmax = 1', UnknownNameError, "ttft_s"),
         ('[[budget]]\nartifact = "a"\nmetric = "ttft_s"\nmx = 1', UnknownNameError, "did you mean"),
-        ('[[budget]]\nartifact = "a"\nmetric = "ttft_s"', UsageError, "limits nothing"),
-        ('[[budget]]\nartifact = "a"\nmetric = "ttft_s"\nmax = "fast"', UsageError, "no amount"),
-        ('[[budget]]\nartifact = "a"\nmetric = "ttft_s"\nmin = 1', UsageError, "max alone"),
-        ('[[budget]]\nartifact = "a"\nmetric = "ttft_s"\nmax = 0', UsageError, "more than 0"),
+        ('[[budget]]\nartifact = "a"\nmetric = "ttft_s"', UsageError, "no limit"),
+        (
+            '[[budget]]\nartifact = "a"\nmetric = "ttft_s"\nmax = "fast"',
+            UsageError,
+            "not an amount",
+        ),
+        ('[[budget]]\nartifact = "a"\nmetric = "ttft_s"\nmin = 1', UsageError, "takes only max"),
+        (
+            '[[budget]]\nartifact = "a"\nmetric = "ttft_s"\nmax = 0',
+            UsageError,
+            "max must be above 0",
+        ),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(

@@ -122,7 +122,7 @@ def test_a_worker_that_is_killed_is_told_by_name() -> None:
     with started([echo()], [0]) as (one,):
         os.kill(one._process.pid, signal.SIGKILL)
         time.sleep(0.05)
-        with pytest.raises(LlmoptError, match=r"made-up: the process .* ended by SIGKILL"):
+        with pytest.raises(LlmoptError, match=r"made-up: the process .* ended: killed by SIGKILL"):
             one.block("ttft_s", 1, 0)
 
 
@@ -141,9 +141,9 @@ def test_a_worker_that_fails_says_why() -> None:
 
 
 def test_a_worker_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmopt.benchmark.gate.process._PATIENCE_S", 0.05)
+    monkeypatch.setattr("llmopt.benchmark.gate.process._TIMEOUT_S", 0.05)
     with (
-        pytest.raises(LlmoptError, match="no answer within 0 s"),
+        pytest.raises(LlmoptError, match="did not answer within 0 s"),
         started([echo(code="import time; time.sleep(60)")], [0]),
     ):
         pass
@@ -163,7 +163,7 @@ def test_an_artifact_that_does_not_load_is_an_error(artifacts: Path, tmp_path: P
 
 
 def test_rounds_give_every_process_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmopt.benchmark.gate.rounds._TURN_S", 0.02)
+    monkeypatch.setattr("llmopt.benchmark.gate.rounds._WORKER_S", 0.02)
     rounds = Rounds({BASELINE: echo(), CANDIDATE: echo(2.0)})
     for _ in range(2):
         rounds.measure()

@@ -60,7 +60,7 @@ def test_the_same_passes_and_says_what_could_have_been_found(
     assert header.split()[:3] == ["metric", "baseline", "candidate"]
     assert first.startswith("first token")
     assert first.endswith("pass")
-    assert "would have been found 19 times in 20" in " ".join(result.stdout.split())
+    assert "would have been detected 19 times in 20" in " ".join(result.stdout.split())
     assert result.stdout.splitlines()[-1].startswith("no regression")
 
 
@@ -92,7 +92,7 @@ def test_noise_ends_inconclusive_at_the_bound(
     assert len(data["artifacts"][0]["rounds_s"]) == 5
     short = llmopt("check", candidate, *arguments[:-3], "--max-time", "10")
     assert short.exit_code == 4
-    assert "2 processes of each side, and 8 are needed" in short.stdout
+    assert "2 processes per side and 8 are needed" in short.stdout
 
 
 def test_only_what_is_asked_for_is_gated(
@@ -156,7 +156,7 @@ def test_a_baseline_is_written_and_compared_with_later(
     assert "baseline.json with shared" in written.stdout
     result = llmopt("check", candidate, "--baseline", file)
     assert result.exit_code == 0, result.stdout
-    assert "measured at another time" in result.stdout
+    assert "measured earlier" in result.stdout
     both = llmopt("check", made / "concat", "--baseline", file, "--update", *QUICK)
     assert "shared, concat" in both.stdout
     other = llmopt("check", candidate, "--baseline", file, "--workload", "prefill=2,decode=2")
@@ -194,7 +194,7 @@ def test_a_baseline_of_counts_alone_compares_counts_alone(
     assert llmopt("check", candidate, "--baseline", file, *only).exit_code == 0
     result = llmopt("check", candidate, "--baseline", file)
     assert result.exit_code == 3
-    assert "the baseline holds counts alone" in result.stdout
+    assert "the baseline has counts only" in result.stdout
 
 
 def test_budgets_limit_what_an_artifact_takes(
@@ -224,7 +224,7 @@ def test_several_artifacts_are_told_apart(llmopt: Any, made: Path, measuring: Me
     assert {line.split()[0] for line in result.stdout.splitlines()[1:9]} == {"shared", "concat"}
     refused = llmopt(*several, "--baseline", made / "shared")
     assert refused.exit_code == 2
-    assert "one artifact cannot be the baseline of several" in refused.stderr
+    assert "a single artifact cannot be the baseline of several" in refused.stderr
 
 
 def test_the_step_summary_gets_the_comment(
@@ -266,7 +266,7 @@ def test_a_process_that_ends_is_an_error_in_every_form(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-regression", "fast"], "no amount"),
+        (["--max-regression", "fast"], "not an amount"),
         (["--max-regression", "speed=5%"], "unknown metric of --max-regression"),
         (["--metric", "size_bytes"], "unknown metric of --metric"),
         (["--max-time", "0"], "above 0"),
@@ -274,7 +274,7 @@ def test_a_process_that_ends_is_an_error_in_every_form(
         (["--workload", "prefill=x"], "workload"),
         (["--config", "nowhere.toml"], "not found"),
         (["--update"], "--update writes a .json file"),
-        (["--proxies", "report", "--metric", "encode_latency_s"], "nothing is gated"),
+        (["--proxies", "report", "--metric", "encode_latency_s"], "nothing to gate"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(
@@ -302,7 +302,7 @@ def test_twice_as_slow_is_found_in_fresh_processes(
     """Nothing is made up here: sixteen processes of each, one side's steps slowed to a third."""
     from llmopt.benchmark.gate import CheckRequest, check
 
-    monkeypatch.setattr("llmopt.benchmark.gate.rounds._TURN_S", 0.1)
+    monkeypatch.setattr("llmopt.benchmark.gate.rounds._WORKER_S", 0.1)
     slow = [
         sys.executable,
         str(Path(__file__).parents[3] / "bench" / "gate" / "slow_worker.py"),

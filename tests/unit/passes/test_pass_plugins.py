@@ -321,11 +321,11 @@ def test_one_pass_is_described_with_its_options(tmp_path: Path) -> None:
 
     assert shown.splitlines()[2] == "Do nothing."
     assert "limit   int         2  The most." in shown
-    assert shown.splitlines()[-1] == "written as mine{limit=2}"
+    assert shown.splitlines()[-1] == "spelled mine{limit=2}"
     assert unknown.exit_code == 2
     assert "did you mean 'mine'?" in unknown.stderr
     assert '"type": "true or false"' in llmopt("passes", "quantize-weights", "--json").stdout
-    assert llmopt("passes", "remove-dead").stdout.endswith("written as remove-dead\n")
+    assert llmopt("passes", "remove-dead").stdout.endswith("spelled remove-dead\n")
 
 
 def test_what_a_pass_without_a_file_is_called() -> None:

@@ -198,7 +198,7 @@ def test_a_model_with_its_last_logits_only_generates(tmp_path: Path, cache: str)
     runner = load(folder, threads=1)
     assert runner.generate_ids([1, 2, 3], max_new_tokens=5) == REFERENCE.greedy([1, 2, 3], 5)
     assert relative(runner.logits([[1, 2, 3]], 1), REFERENCE.logits(np.array([[1, 2, 3]]))) < 1e-5
-    with pytest.raises(UsageError, match="logits of its last token only"):
+    with pytest.raises(UsageError, match="logits of the last token only"):
         runner.logits([[1, 2, 3]])
 
 

@@ -352,7 +352,7 @@ def test_what_cannot_continue_text_says_so(
     encoder = TinyEncoder().write(tmp_path / "encoder")
 
     assert main([str(encoder), "--prompt", "a"]) == 2
-    assert "does not continue text" in capsys.readouterr().err
+    assert "needs a text-generation artifact" in capsys.readouterr().err
     assert main([str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert "not found" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:

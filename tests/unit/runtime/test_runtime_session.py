@@ -99,7 +99,7 @@ def test_a_file_of_another_size_is_an_artifact_error(artifact: Path) -> None:
 def test_names_that_the_model_lacks_are_an_artifact_error(artifact: Path) -> None:
     text = (artifact / "manifest.json").read_text()
     (artifact / "manifest.json").write_text(text.replace('"position_ids"', '"place_ids"'))
-    with pytest.raises(ArtifactError, match="the manifest names 'place_ids'"):
+    with pytest.raises(ArtifactError, match="the manifest lists 'place_ids'"):
         load(artifact)
 
 

@@ -184,7 +184,7 @@ def test_compile_checks_each_pass_and_tells_how_far_it_moved(tmp_path: Path) -> 
     assert shown["traced"]["source"]["error_rel"] <= 1e-5
     checks = {each["name"]: each["verification"] for each in shown["passes"]}
     assert checks["quantize-weights"]["source"]["error_rel"] <= 1e-5
-    assert "error to before" in summary(artifact)
+    assert "error vs before" in summary(artifact)
     lowered = {check.name: check for check in artifact.checks}["lower-weights"]
     assert lowered.worst(SOURCE) is not None  # onnxruntime runs what is lowered in part
 
