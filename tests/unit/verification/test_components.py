@@ -148,7 +148,7 @@ def test_where_it_cannot_be_told_which_component_that_is_said(
 
     assert result.exit_code == 1
     assert "pass    rounds-tables" in result.stdout
-    assert "not told: the pass changed several components" in result.stdout
+    assert "unknown: the pass changed several components" in result.stdout
     assert not list(tmp_path.iterdir())
 
 
