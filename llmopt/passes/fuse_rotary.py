@@ -66,7 +66,7 @@ _APART: Final = op(
 
 
 @dataclass(frozen=True)
-class Rotation:
+class RotaryMatch:
     """A rotation that is written out.
 
     Args:
@@ -119,7 +119,7 @@ class FuseRotary(Pass):
     def _fuse(
         program: Program,
         node: ir.Node,
-        rotation: Rotation,
+        rotation: RotaryMatch,
         tables: dict[tuple[ir.Value, Layout, Pairing], ir.Value | str],
     ) -> str | None:
         looked_up = []
@@ -134,7 +134,7 @@ class FuseRotary(Pass):
         return None
 
 
-def _rotate(build: g.Builder, old: ir.Value, rotation: Rotation, rest: list[ir.Value]) -> None:
+def _rotate(build: g.Builder, old: ir.Value, rotation: RotaryMatch, rest: list[ir.Value]) -> None:
     """Put the operator in the place of ``old``."""
     x, heads_first = rotation.x, rotation.layout is Layout.HEADS_FIRST
     if rotation.apart is not None:
@@ -165,17 +165,17 @@ def _rotate(build: g.Builder, old: ir.Value, rotation: Rotation, rest: list[ir.V
 _TWINS: Final = Pairing.TWINS
 
 
-def _find(value: ir.Value) -> Rotation | str | None:
+def _find(value: ir.Value) -> RotaryMatch | str | None:
     """Return the rotation that ``value`` is, the reason why it is not the operator, or None."""
     reason: str | None = None
     for found in _ways(value):
-        if isinstance(found, Rotation):
+        if isinstance(found, RotaryMatch):
             return found
         reason = reason or found
     return reason
 
 
-def _ways(value: ir.Value) -> Iterator[Rotation | str]:
+def _ways(value: ir.Value) -> Iterator[RotaryMatch | str]:
     for bound in matches(_HALVES, value):
         yield _checked(bound, bound["x"], Pairing.HALVES)
     for bound in matches(_PAIRS, value):
@@ -186,7 +186,7 @@ def _ways(value: ir.Value) -> Iterator[Rotation | str]:
             yield _checked(bound, source[0], Pairing.APART)
 
 
-def _checked(bound: Bound, x: ir.Value, pairing: Pairing) -> Rotation | str:
+def _checked(bound: Bound, x: ir.Value, pairing: Pairing) -> RotaryMatch | str:
     """Return the rotation, or why this is not one of the two parts of x."""
     width, layout = g.static(x, -1), _layout(x)
     if layout is None or width is None:
@@ -196,12 +196,12 @@ def _checked(bound: Bound, x: ir.Value, pairing: Pairing) -> Rotation | str:
     twins = ((x, 0, width, 2), (x, 1, width, 2))
     apart = (bound["lower"], bound["upper"])
     if pairing is Pairing.APART and (lower, upper) == twins:  # they leave as halves
-        return Rotation(x, bound["cos"], bound[_SIN], layout, pairing, apart)
+        return RotaryMatch(x, bound["cos"], bound[_SIN], layout, pairing, apart)
     if (lower, upper) != (twins if pairing is Pairing.TWINS else halves):
         return "what it turns are not the halves of x, nor every other number"
     if pairing is Pairing.TWINS and g.shape(bound["root"].outputs[0]) != g.shape(x):
         return "the turned numbers are not put back in pairs"
-    return Rotation(x, bound["cos"], bound[_SIN], layout, pairing)
+    return RotaryMatch(x, bound["cos"], bound[_SIN], layout, pairing)
 
 
 def _layout(x: ir.Value) -> Layout | None:

@@ -45,7 +45,7 @@ class Subject:
 
 
 @dataclass(frozen=True, eq=False)
-class Baseline:
+class TrialBaseline:
     """The state that the Program after the next pass is compared with.
 
     Args:
@@ -83,7 +83,7 @@ class Baseline:
         """The rounding of the source's weights."""
         return rounding_of(self.rounding, self.unrounded) if self.unrounded else None
 
-    def after(self, item: Pass, program: Program) -> Baseline:
+    def after(self, item: Pass, program: Program) -> TrialBaseline:
         """Return the state before the comparison with a Program that ``item`` changed.
 
         The source's weights are rounded as a pass that declares it rounded those of the Program.
@@ -98,15 +98,15 @@ class Baseline:
         return replace(state, rounding=(*self.rounding, item), unrounded=unrounded)
 
 
-def traced(subject: Subject, program: Program) -> tuple[tuple[Finding, ...], Baseline]:
+def traced(subject: Subject, program: Program) -> tuple[tuple[Finding, ...], TrialBaseline]:
     """Return how far a Program is from its source before any pass, and the first baseline."""
-    state = Baseline(fingerprint(program), subject.source, program)
+    state = TrialBaseline(fingerprint(program), subject.source, program)
     return _settled(subject, state, program, evaluated(program, exact=False))
 
 
 def compared(
-    subject: Subject, state: Baseline, item: Pass, program: Program
-) -> tuple[tuple[Finding, ...] | None, Baseline]:
+    subject: Subject, state: TrialBaseline, item: Pass, program: Program
+) -> tuple[tuple[Finding, ...] | None, TrialBaseline]:
     """Return how far a Program moved in ``item``, and the baseline of the next pass.
 
     There are no findings, None, where nothing here can run the Program.
@@ -142,8 +142,8 @@ def _partially_lowered(subject: Subject, program: Program) -> Run | None:
 
 
 def _settled(
-    subject: Subject, state: Baseline, program: Program, run: Run
-) -> tuple[tuple[Finding, ...], Baseline]:
+    subject: Subject, state: TrialBaseline, program: Program, run: Run
+) -> tuple[tuple[Finding, ...], TrialBaseline]:
     """Compare with the source alone; what is computed from now on is compared with this."""
     findings = _from_source(subject, state, program, run)
     every = trials(program) if subject.inputs is None else subject.inputs
@@ -159,7 +159,7 @@ def _settled(
 
 
 def _from_source(
-    subject: Subject, state: Baseline, program: Program, run: Run
+    subject: Subject, state: TrialBaseline, program: Program, run: Run
 ) -> tuple[Finding, ...]:
     """Compare on the matrix, through the cache too; not on inputs of the user's."""
     if subject.inputs is not None:
@@ -168,7 +168,9 @@ def _from_source(
     return tuple(Finding(SOURCE, each, state.tolerance) for each in cases)
 
 
-def _moved(state: Baseline, program: Program, run: Run) -> tuple[tuple[Finding, ...], Baseline]:
+def _moved(
+    state: TrialBaseline, program: Program, run: Run
+) -> tuple[tuple[Finding, ...], TrialBaseline]:
     """Compare with the Program before, and with the source, on the same inputs."""
     outputs = {trial: run(trial.feeds) for trial in state.trials}
     before = [(trial, outputs[trial], state.outputs[trial]) for trial in state.trials]

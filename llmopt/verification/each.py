@@ -12,7 +12,7 @@ from llmopt.frontend.reference import Reference
 from llmopt.ir.program import Program
 from llmopt.passes.base import Pass
 from llmopt.passes.pipeline import Ran
-from llmopt.verification.baseline import Baseline, Subject, compared, traced
+from llmopt.verification.baseline import Subject, TrialBaseline, compared, traced
 from llmopt.verification.checks import ELSEWHERE, TRACE, Checked
 from llmopt.verification.trials import Trial
 
@@ -35,7 +35,9 @@ class Watch:
         checks: The checks, pass by pass.
     """
 
-    def __init__(self, subject: Subject, baseline: Baseline, checks: Iterable[Checked]) -> None:
+    def __init__(
+        self, subject: Subject, baseline: TrialBaseline, checks: Iterable[Checked]
+    ) -> None:
         self.checks = [*checks]
         self._subject = subject
         self._baseline = baseline

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,26 @@ def test_arm64_is_compiled_and_linked_on_any_machine(tmp_path: Path) -> None:
     assert lowered.requires["machine"] == "aarch64"
     assert "asimddp" in lowered.requires["cpu_features"]
     assert backend.processor().features == Features(neon=True, dotprod=True)
+
+
+def test_threads_that_share_an_artifact_get_what_each_gets_alone(llama: llmopt.Artifact) -> None:
+    runner = llmopt.load(llama, threads=1)
+    prompts = [[5 + i] * (4 + 3 * i) for i in range(3)]
+
+    def generated(prompt: list[int]) -> list[int]:
+        return runner.generate_ids(prompt, max_new_tokens=12, stop_tokens=[])
+
+    alone = [generated(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            assert list(pool.map(generated, prompts)) == alone
+
+
+def test_a_forked_child_is_refused_and_does_not_hang(
+    llama: llmopt.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = llmopt.load(llama, threads=1)
+    monkeypatch.setattr("os.getpid", lambda: -1)  # as in a child
+
+    with pytest.raises(BackendUnavailableError, match="before this process was forked"):
+        runner.generate_ids(PROMPTS[0], max_new_tokens=2)
