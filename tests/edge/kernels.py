@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llmopt.runtime.engines import tvm
+from llmopt.runtime.engines.tvm_runtime import load_runtime
 
 
 def main() -> None:
     """Run every kernel, and print what machine this is."""
     library, folder = sys.argv[1:]
-    ffi = tvm._runtime(threads=1)
+    ffi = load_runtime(threads=1)
     module = ffi.load_module(library)
     for file in sorted(Path(folder).glob("*.npz")):
         with np.load(file) as arrays:

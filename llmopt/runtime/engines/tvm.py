@@ -1,23 +1,12 @@
-"""The one place that touches TVM's runtime: opening a library, mapping its weights, calling it.
-
-Only ``tvm_ffi`` is imported, and TVM's runtime library loaded: not its compiler, which is eighty
-times as large, and nothing of the ``tvm`` module itself.
-"""
+"""An artifact for TVM: opening a library, mapping its weights, calling its functions."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import functools
 import json
-import os
 import platform
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,13 +21,13 @@ from llmopt.interface.arrays import Array
 from llmopt.interface.signature import Role
 from llmopt.interface.stepping import Step, Stepper
 from llmopt.runtime.cores import usable_cores
-from llmopt.runtime.cpu_features import processor_features, tiles_allowed
+from llmopt.runtime.cpu_features import processor_features
 from llmopt.runtime.engines.tvm_profile import Stopwatch
+from llmopt.runtime.engines.tvm_runtime import another_path, check_process, last_line, load_runtime
 from llmopt.runtime.session import Session, TimedRun, aligned_zeros, zeros_together
 
 INDEX: Final = "model.json"
 WEIGHTS: Final = "weights.bin"
-_INSTALL: Final = "it is not installed; pip install 'llmopt[runtime-tvm]'"
 _CPU: Final = 1  # DLPack's number of the device
 _POOLED: Final = 2  # memory that a call gives back is kept for the next
 _FAILURES: Final = (RuntimeError, ValueError, TypeError, AttributeError)
@@ -70,7 +59,7 @@ class TvmLibrary:
     """
 
     def __init__(self, entry: Path, threads: int | None = None) -> None:
-        self._ffi = _runtime(threads or usable_cores())
+        self._ffi = load_runtime(threads or usable_cores())
         index = _read_index(entry.parent / INDEX)
         self.signature = read_signature(index)
         self.limits = Limits(index.number("batch"), index.number("tokens"))
@@ -88,12 +77,12 @@ class TvmLibrary:
             LlmoptError: The function failed.
             BackendUnavailableError: The process is a fork of the one that loaded TVM.
         """
-        _check_process()
+        check_process()
         try:
             with self._lock:
                 return self._machine[name](*arguments, self._weights)
         except _FAILURES as error:
-            raise LlmoptError(f"tvm could not run {name!r}: {_last_line(error)}") from error
+            raise LlmoptError(f"tvm could not run {name!r}: {last_line(error)}") from error
 
     def profiled(self, work: Callable[[], None]) -> list[TimedRun]:
         """Return every call of a function that ``work`` makes, kernel by kernel."""
@@ -128,7 +117,7 @@ class TvmLibrary:
             data = np.memmap(path, np.uint8, mode="c")  # private and writable, as DLPack asks
             return [self.tensor(_part(data, entry)) for entry in index.items("weights")]
         except (OSError, ValueError) as error:
-            raise ArtifactError(path, f"cannot be mapped ({_last_line(error)})") from error
+            raise ArtifactError(path, f"cannot be mapped ({last_line(error)})") from error
 
     def _opened(self, entry: Path) -> Any:
         try:
@@ -136,21 +125,8 @@ class TvmLibrary:
                 machine = self._ffi.load_module(str(path))["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
         except (*_FAILURES, OSError) as error:
-            raise ArtifactError(entry, f"tvm cannot open it: {_last_line(error)}") from error
+            raise ArtifactError(entry, f"tvm cannot open it: {last_line(error)}") from error
         return machine
-
-
-@contextlib.contextmanager
-def another_path(library: Path) -> Iterator[Path]:
-    """Yield another path of ``library`` that no library was opened by before.
-
-    The dynamic linker gives back what it once opened by a path, whatever lies there now; by a new
-    path it looks at the file.
-    """
-    with tempfile.TemporaryDirectory(prefix="llmopt-") as place:
-        alias = Path(place) / library.name
-        alias.symlink_to(library.absolute())
-        yield alias
 
 
 def _part(data: Array, entry: Fields) -> Array:
@@ -164,7 +140,7 @@ def _read_index(path: Path) -> Fields:
     try:
         return Fields(json.loads(path.read_text(encoding="utf-8")), path)
     except (OSError, ValueError) as error:
-        raise ArtifactError(path, f"cannot be read ({_last_line(error)})") from error
+        raise ArtifactError(path, f"cannot be read ({last_line(error)})") from error
 
 
 def run_once(library: TvmLibrary, feeds: Mapping[str, Array], prefix: str = "") -> dict[str, Array]:
@@ -353,66 +329,3 @@ def _aligned(array: Array, dtype: str) -> Array:
     result = aligned_zeros(array.shape, dtype)
     result[...] = array
     return result
-
-
-def _runtime(threads: int) -> Any:
-    """Return ``tvm_ffi`` with TVM's runtime loaded, its pool set to ``threads``.
-
-    Raises:
-        BackendUnavailableError: It is not installed, or was loaded before this process was forked.
-    """
-    _check_process()
-    tiles_allowed()  # before there are threads; whether they are needed is checked elsewhere
-    # Read once, when the first kernel runs in parallel. TVM would halve the cores, as if each were
-    # two, and tie threads to cores that others may be using.
-    os.environ["TVM_NUM_THREADS"] = str(threads)
-    os.environ["TVM_BIND_THREADS"] = "0"
-    found = find_spec("tvm")
-    if found is None or not found.submodule_search_locations:
-        raise BackendUnavailableError("tvm", _INSTALL)
-    try:
-        with _torch_hidden():
-            import tvm_ffi
-        library = Path(found.submodule_search_locations[0]) / "lib" / "libtvm_runtime.so"
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    except (ImportError, OSError) as error:
-        raise BackendUnavailableError("tvm", f"{_last_line(error)}; {_INSTALL}") from error
-    tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
-    return tvm_ffi
-
-
-def _check_process() -> None:
-    """Refuse a child that was forked after TVM was loaded: it has none of TVM's worker threads.
-
-    Raises:
-        BackendUnavailableError: A call would wait for them for ever.
-    """
-    if os.getpid() != _loading_process():
-        problem = "TVM was loaded before this process was forked, and its threads are not in it"
-        hint = "load artifacts after the fork, or start processes by 'spawn'"
-        raise BackendUnavailableError("tvm", f"{problem}; {hint}")
-
-
-@functools.cache
-def _loading_process() -> int:
-    """Return the number of the process that loaded TVM's runtime."""
-    return os.getpid()
-
-
-@contextlib.contextmanager
-def _torch_hidden() -> Iterator[None]:
-    """Keep ``tvm_ffi`` from importing torch, which costs seconds and serves nothing here."""
-    if "torch" in sys.modules:
-        yield
-        return
-    hidden: Any = None  # how Python spells "cannot be imported"
-    sys.modules["torch"] = hidden
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

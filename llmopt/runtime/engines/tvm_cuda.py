@@ -28,7 +28,8 @@ from llmopt.errors import ArtifactError, BackendUnavailableError, LlmoptError
 from llmopt.interface.arrays import Array
 from llmopt.interface.signature import Role
 from llmopt.interface.stepping import Step, Stepper
-from llmopt.runtime.engines.tvm import INDEX, WEIGHTS, another_path
+from llmopt.runtime.engines.tvm import INDEX, WEIGHTS
+from llmopt.runtime.engines.tvm_runtime import another_path
 from llmopt.runtime.session import Session
 
 KERNELS: Final = "kernels.fatbin"

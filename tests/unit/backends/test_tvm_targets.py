@@ -35,6 +35,7 @@ from llmopt.errors import (
 )
 from llmopt.runtime.cpu_features import processor_features
 from llmopt.runtime.engines import tvm as engine
+from llmopt.runtime.engines import tvm_runtime
 
 pytestmark = pytest.mark.xdist_group("traced")  # once in one process
 
@@ -205,7 +206,7 @@ def test_a_processor_without_a_feature_is_refused(copy: Path) -> None:
 def test_a_missing_runtime_is_an_error_with_the_line_to_install_it(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    monkeypatch.setattr(tvm_runtime, "find_spec", lambda _: None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'llmopt\[runtime-tvm\]'"):
         llmopt.load(copy)
 
@@ -297,11 +298,26 @@ def test_threads_that_share_an_artifact_get_what_each_gets_alone(llama: llmopt.A
             assert list(pool.map(generated, prompts)) == alone
 
 
-def test_a_forked_child_is_refused_and_does_not_hang(
-    llama: llmopt.Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = llmopt.load(llama, threads=1)
-    monkeypatch.setattr("os.getpid", lambda: -1)  # as in a child
+FORKS = """
+import os, sys
+import llmopt
+runner = llmopt.load(sys.argv[1], threads=2)
+runner.generate_ids([5, 6, 7], max_new_tokens=2)
+child = os.fork()
+if child == 0:
+    try:
+        runner.generate_ids([5, 6, 7], max_new_tokens=2)
+    except llmopt.LlmoptError as error:
+        print(error, flush=True)
+        os._exit(3)
+    os._exit(0)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
-    with pytest.raises(BackendUnavailableError, match="before this process was forked"):
-        runner.generate_ids(PROMPTS[0], max_new_tokens=2)
+
+def test_a_forked_child_is_refused_and_does_not_hang(llama: llmopt.Artifact) -> None:
+    line = [sys.executable, "-W", "ignore", "-c", FORKS, str(llama.path)]
+    child = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+
+    assert child.returncode == 3, child.stderr
+    assert "loaded before this process was forked" in child.stdout
