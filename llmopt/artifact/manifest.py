@@ -1,7 +1,7 @@
-"""``manifest.json``: what an artifact is, what it takes and gives, and a digest of every file.
+"""``manifest.json``: the facts of an artifact, its signature, and a digest of every file.
 
-Readers ignore keys they do not know and refuse a schema they do not know. The same manifest is
-always the same bytes: keys are sorted and nothing in it depends on the time or the machine.
+Readers ignore unknown keys and refuse an unknown schema. The same manifest gives the same bytes:
+keys are sorted and nothing in it depends on the time or the machine.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from llmopt.interface.signature import Signature
 SCHEMA: Final = 1
 MANIFEST: Final = "manifest.json"
 REPORT: Final = "build-report.json"
-"""Times and the machine: the one file that no digest covers."""
+"""Build times and machine: the one file without a digest."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """A further model of an artifact, whose outputs the next one takes, or the main one.
+    """A further model of an artifact, which runs before the main one.
 
     Args:
         name: ``"encoder"``; ``"vision"`` or ``"embedding"``.
-        entry: File of the component.
-        signature: Signature of the component.
+        entry: Model file.
+        signature: Inputs and outputs.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Component:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of the artifact.
+    """The record of one file of an artifact.
 
     Args:
-        path: Relative to the artifact, with forward slashes.
-        size_bytes: Length of the file.
+        path: Path relative to the artifact, with forward slashes.
+        size_bytes: Size of the file.
         sha256: Digest of the file, in hex.
     """
 
@@ -64,7 +64,7 @@ class FileRecord:
 
     @classmethod
     def read(cls, data: Fields) -> Self:
-        """Return the record written as ``data``; a path that leaves the artifact is refused."""
+        """Return the record written as ``data``; a path outside the artifact is refused."""
         return cls(inside(data, "path"), data.number("size_bytes"), data.text("sha256"))
 
 
@@ -72,7 +72,7 @@ def inside(data: Fields, key: str) -> str:
     """Return the path at ``key``.
 
     Raises:
-        ArtifactError: It leaves the folder that it is relative to, or no file can have it.
+        ArtifactError: The path leaves its folder, or is not valid.
     """
     path = PurePosixPath(data.text(key))
     leaves = path.is_absolute() or ".." in path.parts or "\\" in str(path)
@@ -83,27 +83,27 @@ def inside(data: Fields, key: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is known about an artifact.
+    """The manifest of an artifact.
 
     Args:
-        target: The target as text, options included.
-        entry: The model file that a runner opens.
+        target: Target with its options.
+        entry: Model file that a runner opens.
         task: ``"generate"``, ``"text-to-text"``, ``"speech-to-text"``, ``"embed"``, ``"encode"``
             or ``"raw"``.
-        versions: Versions of llmopt, the backend and the opset that made it.
-        source: Record of the source.
-        pipeline: The passes as text.
-        recipe: The command that makes it again, paths left out; empty where none is known.
-        precision: The precision plan.
+        versions: Versions of llmopt, the backend and the opset.
+        source: Source that it was compiled from.
+        pipeline: Passes, as text.
+        recipe: Command that builds it again, without paths; empty if unknown.
+        precision: Precision plan.
         signature: Inputs and outputs of the model.
-        components: Further models, which run before it, in their order.
-        model: Facts of the model that a runner needs.
-        files: Every file but the manifest and the build report.
-        verification: Result of verification: cases and the worst error.
-        quality: Measured cost of quantization.
-        requires: Requirements on the machine, and the bounds that it was built for.
+        components: Further models in the order in which they run, before the main one.
+        model: Facts that a runner needs.
+        files: Every file except the manifest and the build report.
+        verification: Checks and their errors.
+        quality: Measured loss of quantization.
+        requires: Requirements on the machine, and bounds that it was built for.
         work: Work of a run: operators by module, multiply-adds, bytes of weights.
-        compiled: Result of each pass, and the fusion report.
+        compiled: Report of each pass, and fusion counts.
         schema: Version of this format.
     """
 
@@ -128,19 +128,19 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Self:
-        """Return the manifest that ``text`` holds.
+        """Return the manifest in ``text``.
 
         Args:
-            text: The contents of a ``manifest.json``.
-            where: The file it came from, for messages.
+            text: Contents of a ``manifest.json``.
+            where: Path of the file, for messages.
 
         Raises:
-            ArtifactError: It is not JSON, lacks a key, or has a schema we do not know.
+            ArtifactError: The text is not JSON, lacks a key, or has an unknown schema.
         """
         data = Fields(parsed(text, where), where)
         schema = data.number("schema")
         if schema != SCHEMA:
-            raise ArtifactError(where, f"schema {schema}, and this llmopt reads {SCHEMA}")
+            raise ArtifactError(where, f"schema {schema} is unknown; this llmopt reads {SCHEMA}")
         return cls(
             target=data.text("target"),
             entry=inside(data, "entry"),
@@ -167,7 +167,7 @@ class Manifest:
         """Return the manifest of the artifact ``folder``.
 
         Raises:
-            ArtifactError: There is none, or it cannot be read.
+            ArtifactError: The manifest is missing or cannot be read.
         """
         path = folder / MANIFEST
         try:
@@ -190,41 +190,41 @@ class Manifest:
         (folder / MANIFEST).write_text(self.to_json(), encoding="utf-8")
 
     def component(self, name: str) -> Self | None:
-        """Return the manifest of one component alone; None if there is no such component."""
-        found = next((each for each in self.components if each.name == name), None)
-        if found is None:
+        """Return the manifest of one component alone; None if there is none of this name."""
+        part = next((each for each in self.components if each.name == name), None)
+        if part is None:
             return None
         model = dataclasses.replace(self.model, cache="none")
         return dataclasses.replace(
-            self, entry=found.entry, signature=found.signature, components=(), model=model
+            self, entry=part.entry, signature=part.signature, components=(), model=model
         )
 
     def with_files(self, folder: Path) -> Self:
-        """Return this manifest listing the files that ``folder`` holds now."""
+        """Return this manifest with records of the files in ``folder``."""
         return dataclasses.replace(self, files=record_files(folder))
 
     def check_sizes(self, folder: Path) -> None:
-        """Raise unless every listed file is there with its size. Reads no file.
+        """Raise unless every listed file exists and has its size; no file is read.
 
         Raises:
-            ArtifactError: A file is missing or has another length.
+            ArtifactError: A file is missing or has another size.
         """
         _raise_first(folder, (_size_problem(folder, record) for record in self.files))
 
     def verify_files(self, folder: Path) -> None:
-        """Raise unless every listed file is there, byte for byte.
+        """Raise unless every listed file exists and matches its digest.
 
         Raises:
-            ArtifactError: A file is missing, or has another length or digest.
+            ArtifactError: A file is missing, or has another size or digest.
         """
         _raise_first(folder, (_problem(folder, record) for record in self.files))
 
 
 def parsed(text: str, where: Path) -> Any:
-    """Return what JSON says.
+    """Return the value of JSON text.
 
     Raises:
-        ArtifactError: It is none, or one that is made to be hard to read.
+        ArtifactError: The text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -233,7 +233,7 @@ def parsed(text: str, where: Path) -> Any:
 
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Return a record of every file below ``folder``, by path; see ``MANIFEST``, ``REPORT``."""
+    """Return records of the files below ``folder``, without ``MANIFEST`` and ``REPORT``."""
     paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return tuple(
         FileRecord(path, (folder / path).stat().st_size, sha256(folder / path))
@@ -251,10 +251,10 @@ def sha256(path: Path) -> str:
 def _problem(folder: Path, record: FileRecord) -> str | None:
     if problem := _size_problem(folder, record):
         return problem
-    found = sha256(folder / record.path)
-    if found == record.sha256:
+    actual = sha256(folder / record.path)
+    if actual == record.sha256:
         return None
-    return f"{record.path} has sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…"
+    return f"{record.path} has sha256 {actual[:12]}…, not {record.sha256[:12]}… as in the manifest"
 
 
 def _size_problem(folder: Path, record: FileRecord) -> str | None:
@@ -264,7 +264,7 @@ def _size_problem(folder: Path, record: FileRecord) -> str | None:
     size = path.stat().st_size
     if size == record.size_bytes:
         return None
-    return f"{record.path} has {size} bytes, the manifest says {record.size_bytes}"
+    return f"{record.path} has {size} bytes, not {record.size_bytes} as in the manifest"
 
 
 def _raise_first(folder: Path, problems: Iterable[str | None]) -> None:
@@ -278,7 +278,4 @@ def _why_not_an_artifact(folder: Path) -> str:
         return "not found"
     if folder.is_dir():
         return f"not an artifact: it has no {MANIFEST}"
-    return (
-        "not an artifact, a directory that `llmopt compile` wrote, nor a bundle, a file that ends "
-        "in .llmopt"
-    )
+    return "neither an artifact, a directory from `llmopt compile`, nor a bundle, a .llmopt file"

@@ -1,4 +1,4 @@
-"""``build-report.json``: times, memory and the machine; the one file that no digest covers."""
+"""``build-report.json``: times, memory and the machine; the one file without a digest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmopt.artifact.manifest import REPORT
 
 
 def write_report(folder: Path, stages: Mapping[str, float], peak_mb: float) -> None:
-    """Write how long each stage took, the peak resident memory and where it was."""
+    """Write the time of each stage, the peak resident memory and the machine."""
     report = {
         "stages_s": {name: round(spent, 3) for name, spent in stages.items()},
         "peak_memory_mb": round(peak_mb, 1),

@@ -1,4 +1,4 @@
-"""What a model takes and gives, as the manifest spells it."""
+"""Signatures and facts of models, read from manifests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def read_signature(data: Fields) -> Signature:
     """Return the signature written as ``data``.
 
     Raises:
-        ArtifactError: a key is missing or of another type, or a role is unknown.
+        ArtifactError: A key is missing or of another type, or a role is unknown.
     """
     ports = {key: tuple(map(_port, data.items(key))) for key in ("inputs", "outputs")}
     return Signature(ports["inputs"], ports["outputs"])
@@ -59,7 +59,7 @@ def _port(data: Fields) -> Port:
 def _role(data: Fields) -> Role:
     text = data.text("role")
     if text not in set(Role):
-        raise data.bad("role", f"a role that this llmopt knows, not {text!r}; a newer one wrote it")
+        raise data.bad("role", f"a known role, not {text!r}; a newer llmopt wrote it")
     return Role(text)
 
 

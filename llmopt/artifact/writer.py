@@ -1,4 +1,4 @@
-"""Writing a file or folder in one piece: it appears complete, or not at all."""
+"""Atomic writes of files and folders: they appear complete, or not at all."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _REFUSED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 @contextlib.contextmanager
 def staged_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a hidden, empty folder beside ``destination`` that becomes it when the block ends.
+    """Yield a hidden, empty folder next to ``destination`` that is renamed to it at the end.
 
-    Whatever ends the block early (an error, Ctrl-C, SIGTERM) removes the folder and leaves
-    what was at ``destination`` as it was; with ``force`` the old one is replaced only then.
+    If the block ends early (an error, Ctrl-C, SIGTERM), the folder is removed and ``destination``
+    stays as it was; with ``force`` an existing one is replaced only at the end.
 
     Args:
         destination: Path of the finished folder.
-        force: Replace what is there.
+        force: Whether to replace an existing folder.
 
     Raises:
-        OutputExistsError: Something is there, and ``force`` is off.
-        UsageError: What is there is a folder that replacing would be a disaster.
-        StorageError: The disk is full, or the place may not be written to.
+        OutputExistsError: ``destination`` exists, and ``force`` is off.
+        UsageError: ``destination`` is the working or home folder, or contains it.
+        StorageError: The disk is full, or the folder is not writable.
     """
     with _staged(destination, force=force) as staging:
         staging.mkdir()
@@ -42,18 +42,18 @@ def staged_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_file(destination: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield the hidden path beside ``destination`` to write to; otherwise as `staged_folder`."""
+    """Yield a hidden path next to ``destination`` to write to, like `staged_folder`."""
     with _staged(destination, force=force) as staging:
         yield staging
 
 
 def check_destination(destination: Path, *, force: bool = False) -> None:
-    """Raise now what `staged_folder` would, so that no work is done for nothing.
+    """Raise early what `staged_folder` would raise, before any work is done.
 
     Raises:
-        OutputExistsError: Something is there, and ``force`` is off.
-        UsageError: It is the working folder, or one that holds it, or the home folder.
-        StorageError: Its folder, or the one that would hold that, takes no files.
+        OutputExistsError: ``destination`` exists, and ``force`` is off.
+        UsageError: ``destination`` is the working or home folder, or contains it.
+        StorageError: The folder of ``destination`` is not writable.
     """
     with _refusals(destination):
         _check_free(destination, force=force)
@@ -61,7 +61,7 @@ def check_destination(destination: Path, *, force: bool = False) -> None:
 
 
 def _try(hidden: Path) -> None:
-    """Make a file where there will be one, or in the folder that is to hold it, and remove it.
+    """Create a file in the nearest existing folder, and remove it.
 
     Permissions alone do not tell: /proc grants them and refuses.
     """
@@ -73,11 +73,11 @@ def _try(hidden: Path) -> None:
 
 @contextlib.contextmanager
 def _refusals(destination: Path) -> Iterator[None]:
-    """Word what the system says of a place, whatever it is: a name too long, no such device."""
+    """Turn any error of the system about a path into `StorageError`."""
     try:
         yield
     except OSError as error:
-        raise StorageError(destination, f"cannot be written ({_words(error)})") from error
+        raise StorageError(destination, f"cannot be written ({_reason(error)})") from error
 
 
 def _check_free(destination: Path, *, force: bool) -> None:
@@ -86,10 +86,10 @@ def _check_free(destination: Path, *, force: bool) -> None:
     if not force:
         raise OutputExistsError(destination)
     real = destination.resolve()
-    if real.is_dir() and any(place.is_relative_to(real) for place in (Path.cwd(), Path.home())):
+    if real.is_dir() and any(used.is_relative_to(real) for used in (Path.cwd(), Path.home())):
         raise UsageError(
             f"{destination}: --force would delete the working or home folder; "
-            "choose another place with -o"
+            "choose another path with -o"
         )
 
 
@@ -99,17 +99,17 @@ def _staged(destination: Path, *, force: bool) -> Iterator[Path]:
     with _refusals(destination):
         _check_free(destination, force=force)
     staging = _hidden(destination, "partial")
-    made = [folder for folder in destination.parents if not folder.exists()]
+    missing = [folder for folder in destination.parents if not folder.exists()]
     try:
         with _storage_errors(destination, staging), _termination_raises():
             with _refusals(destination):
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 _try(staging)
             yield staging
-            _put_in_place(staging, destination, force=force)
-    except BaseException:  # interrupted too: nothing half-written stays
+            _replace(staging, destination, force=force)
+    except BaseException:  # interrupts too: nothing half-written may stay
         _remove(staging)
-        _remove_empty(made)
+        _remove_empty(missing)
         raise
 
 
@@ -117,8 +117,8 @@ def _hidden(destination: Path, what: str) -> Path:
     return destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.{what}")
 
 
-def _put_in_place(staging: Path, destination: Path, *, force: bool) -> None:
-    _check_free(destination, force=force)  # someone may have put something there meanwhile
+def _replace(staging: Path, destination: Path, *, force: bool) -> None:
+    _check_free(destination, force=force)  # another process may have created it meanwhile
     if not (destination.exists() or destination.is_symlink()):
         staging.rename(destination)
         return
@@ -126,7 +126,7 @@ def _put_in_place(staging: Path, destination: Path, *, force: bool) -> None:
     destination.rename(old)
     try:
         staging.rename(destination)
-    except BaseException:  # interrupted too: what was there comes back
+    except BaseException:  # interrupts too: the old one is restored
         old.rename(destination)
         raise
     _remove(old)
@@ -153,7 +153,7 @@ def _storage_errors(destination: Path, staging: Path) -> Iterator[None]:
     except OSError as error:
         if not _is_about_output(error, destination, staging):
             raise
-        raise StorageError(destination, f"cannot be written ({_words(error)})") from error
+        raise StorageError(destination, f"cannot be written ({_reason(error)})") from error
 
 
 def _is_about_output(error: OSError, destination: Path, staging: Path) -> bool:
@@ -171,9 +171,9 @@ def _is_short_write(error: OSError) -> bool:
     return error.errno is None and "requested and" in str(error)
 
 
-def _words(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     if error.errno == errno.ENOENT:
-        return "its folder takes no files"  # /proc says that there is no such file
+        return "its folder is not writable"  # /proc reports ENOENT
     return "no space left on device" if _is_short_write(error) else error.strerror or str(error)
 
 

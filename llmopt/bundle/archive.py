@@ -1,13 +1,12 @@
-"""The archive that a bundle is: tar in one zstd frame, in one form only, and its own digest.
+"""The archive of a bundle: a canonical tar in one zstd frame, followed by its digest.
 
-The same members are the same bytes: they have the order they are given in, one owner, one mode,
-one time. At the end stands a zstd frame of the kind that decompressors skip, with the sha256 of
-all before it; ``tar --zstd -x`` reads the archive as it is.
+The same members give the same bytes: they keep their order, and have one owner, one mode and one
+time. The last zstd frame is one that decompressors skip, with the sha256 of everything before it;
+``tar --zstd -x`` extracts the archive.
 
-A reader knows from the first member, the manifest, what every byte of tar that follows must be but
-the contents themselves. It compares, and so needs no rules about links, devices, paths or names
-that come twice: none of them is what is expected. Nothing is decompressed past the sizes that the
-manifest states.
+The first member, the manifest, determines every following byte of the tar except the contents of
+files. A reader compares, and so needs no rules about links, devices, paths or duplicate names: any
+of them differs from the expected header. Nothing is decompressed beyond the sizes in the manifest.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from llmopt.errors import BundleError
 
 CHUNK: Final = 1 << 20
 LONGEST_NAME: Final = 100
-"""Bytes of a name in a header of tar."""
+"""Longest name in a tar header, in bytes."""
 
 _BLOCK: Final = 512
 _MODE: Final = 0o644
 _END: Final = bytes(2 * _BLOCK)
-_LEVEL: Final = 3  # weights gain a tenth at any
-_WINDOW: Final = 22  # log2 of the bytes that decompressing keeps
+_LEVEL: Final = 3  # weights shrink by a tenth at any level
+_WINDOW: Final = 22  # log2 of the bytes that decompression keeps
 _TRAILER: Final = struct.Struct("<II16s32s")
 _SKIPPABLE: Final = 0x184D2A5C  # RFC 8878, section 3.1.2
 _TAG: Final = b"llmopt bundle 1\n"
@@ -56,11 +55,11 @@ _KINDS: Final = {
 
 @dataclass(frozen=True)
 class ArchiveMember:
-    """A member to be written.
+    """A member to write.
 
     Args:
-        record: Name, size and digest of the file.
-        source: The file that holds it, or the bytes themselves.
+        record: Name, size and digest.
+        source: File with the content, or the content itself.
     """
 
     record: FileRecord
@@ -68,15 +67,15 @@ class ArchiveMember:
 
     @classmethod
     def of(cls, name: str, content: bytes) -> ArchiveMember:
-        """Return the entry of some bytes."""
+        """Return the member with this content."""
         digest = hashlib.sha256(content).hexdigest()
         return cls(FileRecord(name, len(content), digest), content)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield its content.
+        """Yield the content.
 
         Raises:
-            BundleError: It is no longer what the record says.
+            BundleError: The content no longer matches the record.
         """
         digest, size = hashlib.sha256(), 0
         for chunk in [self.source] if isinstance(self.source, bytes) else _read(self.source):
@@ -88,7 +87,7 @@ class ArchiveMember:
 
 
 def write_archive(stream: BinaryIO, entries: Iterable[ArchiveMember]) -> str:
-    """Write an archive and return the digest that its trailer holds, in hex."""
+    """Write an archive and return the digest in its trailer, in hex."""
     parameters = CompressionParameter
     options: dict[int, int] = {
         parameters.compression_level: _LEVEL,
@@ -112,11 +111,11 @@ def write_archive(stream: BinaryIO, entries: Iterable[ArchiveMember]) -> str:
 
 @dataclass(frozen=True)
 class Seal:
-    """What the end of an archive says of the rest.
+    """The trailer of an archive.
 
     Args:
-        body_bytes: Number of bytes that the digest covers.
-        sha256: The digest, in hex.
+        body_bytes: Number of bytes before the trailer.
+        sha256: Digest of those bytes, in hex.
     """
 
     body_bytes: int
@@ -124,24 +123,24 @@ class Seal:
 
     @classmethod
     def read(cls, stream: BinaryIO, path: Path) -> Seal:
-        """Return the seal of an archive, without a look at the rest.
+        """Return the seal of an archive; nothing else is read.
 
         Raises:
-            BundleError: There is none: it is cut short, or no bundle.
+            BundleError: The file is truncated, or not a bundle.
         """
         stream.seek(0, 2)
         body = stream.tell() - _TRAILER.size
         if body < 0:
-            raise BundleError(path, "not a bundle: it is too short")
+            raise BundleError(path, "not a bundle: the file is too short")
         stream.seek(body)
         magic, size, tag, digest = _TRAILER.unpack(stream.read(_TRAILER.size))
         if (magic, size, tag) != (_SKIPPABLE, _SIZE, _TAG):
-            raise BundleError(path, "not a bundle, or one that is damaged: its end is not a seal")
+            raise BundleError(path, "not a bundle, or a damaged one: it has no seal at its end")
         return cls(body, digest.hex())
 
 
 def digests(stream: BinaryIO, body_bytes: int) -> tuple[str, str]:
-    """Return the sha256 of the first ``body_bytes`` of a file and that of all of it, in hex."""
+    """Return the sha256 of the first ``body_bytes`` of a file and of the entire file, in hex."""
     stream.seek(0)
     digest = hashlib.sha256()
     for chunk in _limited(stream, body_bytes):
@@ -152,12 +151,12 @@ def digests(stream: BinaryIO, body_bytes: int) -> tuple[str, str]:
 
 
 class Archive:
-    """An archive that is being read, from its first member to its last.
+    """A reader of an archive, from its first member to its last.
 
     Args:
-        stream: The file.
-        seal: Seal at the end of the archive.
-        path: Path of the archive, for messages.
+        stream: Open file.
+        seal: Seal of the file.
+        path: Path of the file, for messages.
     """
 
     def __init__(self, stream: BinaryIO, seal: Seal, path: Path) -> None:
@@ -170,25 +169,27 @@ class Archive:
         stream.seek(0)
 
     def first(self, name: str, most: int) -> bytes:
-        """Return the first member, which must have this name and at most ``most`` bytes.
+        """Return the content of the first member, checked for its name and size.
 
         Raises:
-            BundleError: It is another one, or damaged.
+            BundleError: The member is another one, too large or damaged.
         """
         block = self._exactly(_BLOCK)
         size = _parsed(block, self.path).size
         if size > most:
-            raise BundleError(self.path, f"its first member has {size} bytes; {most} are allowed")
+            raise BundleError(
+                self.path, f"its first member has {size} bytes; at most {most} allowed"
+            )
         self._expect(block, name, size)
         content = self._exactly(size)
         self._pad(name, size)
         return content
 
     def chunks(self, record: FileRecord) -> Iterator[bytes]:
-        """Yield the content of the next member, which has to be the recorded one.
+        """Yield the content of the next member, which must match the record.
 
         Raises:
-            BundleError: It is another one, or damaged. What was yielded is then worth nothing.
+            BundleError: The member is another one, or damaged; discard the content then.
         """
         self._expect(self._exactly(_BLOCK), record.path, record.size_bytes)
         digest, left = hashlib.sha256(), record.size_bytes
@@ -199,38 +200,38 @@ class Archive:
             yield chunk
         self._pad(record.path, record.size_bytes)
         if digest.hexdigest() != record.sha256:
-            raise BundleError(self.path, f"{record.path!r} does not have the digest it should")
+            raise BundleError(self.path, f"{record.path!r} does not match its digest")
 
     def finish(self) -> None:
-        """Read the end.
+        """Read the end of the archive.
 
         Raises:
-            BundleError: More follows, or the whole is not what the seal says.
+            BundleError: More data follows, or the digest does not match the seal.
         """
         ended = self._exactly(len(_END)) == _END and not self._more(1)
         if not ended or self._zstd.unused_data or next(self._compressed, b""):
-            raise BundleError(self.path, "more follows its last member")
+            raise BundleError(self.path, "data follows its last member")
         if self._digest.hexdigest() != self._seal.sha256:
             raise BundleError(self.path, "its sha256 is not the one at its end")
 
     def _expect(self, block: bytes, name: str, size: int) -> None:
         if block == _header(name, size):
             return
-        found = _parsed(block, self.path)
-        kind = _KINDS.get(found.type, "a member of another kind")
-        if found.name != name or found.type != tarfile.REGTYPE:
-            problem = f"{found.name!r}, {kind}, stands where {name!r} should"
-        elif found.size != size:
-            problem = f"{name!r} has {found.size} bytes, its manifest says {size}"
+        actual = _parsed(block, self.path)
+        kind = _KINDS.get(actual.type, "a member of another kind")
+        if actual.name != name or actual.type != tarfile.REGTYPE:
+            problem = f"expected {name!r}, not {kind} {actual.name!r}"
+        elif actual.size != size:
+            problem = f"{name!r} has {actual.size} bytes, not {size} as in the manifest"
         else:
-            problem = f"{name!r} has an owner, a mode or a time"
+            problem = f"the header of {name!r} has an unexpected owner, mode or time"
         raise BundleError(self.path, problem)
 
     def _pad(self, name: str, size: int) -> None:
-        """Read what fills up the last block of a member."""
+        """Read the padding after a member."""
         padding = _padding(size)
         if self._exactly(len(padding)) != padding:
-            raise BundleError(self.path, f"something is hidden behind {name!r}")
+            raise BundleError(self.path, f"unexpected data in the padding after {name!r}")
 
     def _exactly(self, count: int) -> bytes:
         pieces = []
@@ -242,19 +243,19 @@ class Archive:
     def _some(self, most: int) -> bytes:
         data = self._more(most)
         if not data:
-            raise BundleError(self.path, "it ends in the middle")
+            raise BundleError(self.path, "truncated: the archive ends early")
         return data
 
     def _more(self, most: int) -> bytes:
-        """Return up to ``most`` decompressed bytes; none at the end."""
+        """Return up to ``most`` decompressed bytes, empty at the end."""
         try:
             while not self._zstd.eof:
                 compressed = b""
                 if self._zstd.needs_input and not (compressed := next(self._compressed, b"")):
                     break
                 self._digest.update(compressed)
-                if found := self._zstd.decompress(compressed, most):
-                    return found
+                if data := self._zstd.decompress(compressed, most):
+                    return data
         except ZstdError as error:
             raise BundleError(self.path, f"cannot be decompressed ({error})") from error
         return b""
@@ -274,7 +275,7 @@ def _parsed(block: bytes, path: Path) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except tarfile.HeaderError as error:
-        raise BundleError(path, f"not the archive of a bundle ({error})") from error
+        raise BundleError(path, f"damaged: a header is not a tar header ({error})") from error
 
 
 def _read(path: Path) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
-"""The bill of materials of a bundle, in CycloneDX 1.6: models with their cards, what runs them.
+"""The bill of materials of a bundle, in CycloneDX 1.6: models with model cards, and libraries.
 
-https://cyclonedx.org/docs/1.6/json/. It has no time, and its serial number follows from what it
-lists: the same bundle is the same bytes.
+https://cyclonedx.org/docs/1.6/json/. It has no timestamp, and its serial number is a hash of its
+contents: the same bundle gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LICENSES: Final = {
     "onnxruntime-gpu": "MIT",
     "tokenizers": "Apache-2.0",
 }
-"""Of what runs artifacts, where it is free software."""
+"""SPDX licenses of the libraries that run artifacts, for open-source ones."""
 
 _ALWAYS: Final = ("numpy", "tokenizers")
 Json = dict[str, Any]
@@ -38,18 +38,18 @@ def bill_of_materials(
 
     Args:
         name: Name of the model.
-        parts: The variants, each with its artifact's manifest.
-        licenses: Licenses of the model, as SPDX names them.
+        parts: Variants, each with its artifact's manifest.
+        licenses: SPDX names of the model's licenses.
         version: Version of llmopt.
     """
     models = [_model(variant, manifest, licenses) for variant, manifest in parts]
     libraries = {each["bom-ref"]: each for variant, _ in parts for each in _libraries(variant)}
     tool = {"type": "application", "name": "llmopt", "version": version}
-    whole: Json = {"type": "machine-learning-model", "bom-ref": "bundle", "name": name}
+    bundle: Json = {"type": "machine-learning-model", "bom-ref": "bundle", "name": name}
     if licenses:
-        whole["licenses"] = _licenses(licenses)
+        bundle["licenses"] = _licenses(licenses)
     bom: Json = {
-        "metadata": {"tools": {"components": [tool]}, "component": whole},
+        "metadata": {"tools": {"components": [tool]}, "component": bundle},
         "components": [*models, *(libraries[ref] for ref in sorted(libraries))],
         "dependencies": [
             {"ref": "bundle", "dependsOn": sorted(model["bom-ref"] for model in models)},
@@ -81,7 +81,7 @@ def _model(variant: Variant, manifest: Manifest, licenses: Sequence[str]) -> Jso
         "llmopt:target": manifest.target,
         "llmopt:weights": manifest.precision.get("weights", "float32"),
         "llmopt:runtime": str(variant.needs.runtime),
-        **_asked(variant.needs),
+        **_requirements(variant.needs),
     }
     component: Json = {
         "type": "machine-learning-model",
@@ -104,14 +104,14 @@ def _model(variant: Variant, manifest: Manifest, licenses: Sequence[str]) -> Jso
 
 
 def _card(manifest: Manifest) -> Json:
-    """Return the model card: what it computes, and how exactly that was found to hold."""
-    found = {
+    """Return the model card: task, ports, quality and verification."""
+    results = {
         **{f"quality:{key}": value for key, value in manifest.quality.items()},
         **{f"verification:{key}": value for key, value in manifest.verification.items()},
     }
     metrics = [
         {"type": key, "value": f"{value:.6g}"}
-        for key, value in sorted(found.items())
+        for key, value in sorted(results.items())
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     signature = manifest.signature
@@ -134,27 +134,27 @@ def _file(variant: Variant, path: str, digest: str) -> Json:
 
 
 def _libraries(variant: Variant) -> list[Json]:
-    """Return the components of what runs a variant."""
+    """Return the components of the libraries that run a variant."""
     runtime = variant.needs.runtime
-    found = []
+    components = []
     for name in filter(None, (runtime.package, *_ALWAYS)):
         ref = f"library:{name}"
         component: Json = {"type": "library", "bom-ref": ref, "name": name}
         component["purl"] = f"pkg:pypi/{name}"
         if name in _LICENSES:
             component["licenses"] = _licenses([_LICENSES[name]])
-        found.append(component)
-    return found
+        components.append(component)
+    return components
 
 
 def _licenses(names: Sequence[str]) -> list[Json]:
-    """Return licences as CycloneDX has them: names, or one expression alone."""
+    """Return licenses in the form of CycloneDX: names, or a single expression."""
     if len(names) == 1:
         return [{"expression": names[0]}]
     return [{"license": {"name": name}} for name in names]
 
 
-def _asked(needs: Needs) -> Mapping[str, str]:
+def _requirements(needs: Needs) -> Mapping[str, str]:
     return {
         "llmopt:machines": " ".join(needs.machines),
         "llmopt:cpu_features": " ".join(needs.cpu_features),

@@ -1,7 +1,7 @@
-"""``bundle.json``, the first member of a bundle: its variants, what each needs, every digest.
+"""``bundle.json``, the first member of a bundle: variants, their requirements, every digest.
 
-As in an artifact's manifest, keys that are not known are ignored and a schema that is not known is
-refused; the same manifest is the same bytes.
+As in an artifact's manifest, unknown keys are ignored and an unknown schema is refused; the same
+manifest gives the same bytes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Runtime:
     """The package that runs a variant.
 
     Args:
-        package: Name of the package for pip; empty if unknown.
-        at_least: The oldest version that may, inclusive.
-        below: The first version that may not; empty where there is none.
+        package: Name on PyPI; empty if unknown.
+        at_least: Oldest version that runs it, inclusive.
+        below: First version that does not; empty without a bound.
     """
 
     package: str = ""
@@ -47,7 +47,7 @@ class Runtime:
         return cls(data.text("package", ""), data.text("at_least", ""), data.text("below", ""))
 
     def __str__(self) -> str:
-        """Return it as pip takes it.
+        """Return a requirement for pip.
 
         >>> str(Runtime("apache-tvm", "0.27", "0.28"))
         'apache-tvm>=0.27,<0.28'
@@ -58,16 +58,16 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a machine must have to run a variant.
+    """Requirements of a variant.
 
     Args:
-        runtime: The package that runs it.
-        plugins: Packages that the runtime needs beside it.
-        machines: Processors it runs on, the one it was made for first; empty for any.
-        cpu_features: CPU features that the variant uses, in Linux's names.
+        runtime: Package that runs the variant.
+        plugins: Further packages that the runtime needs.
+        machines: Architectures that it runs on, the target's first; empty for any.
+        cpu_features: CPU features that it uses, by their Linux names.
         device: ``"cuda"``, or empty.
-        memory_bytes: Memory it takes at most, estimated: weights as often as the runtime may
-            hold them, and what the runtime takes itself.
+        memory_bytes: Estimated peak memory: each copy of the weights in the runtime, and the
+            runtime itself.
     """
 
     runtime: Runtime = Runtime()
@@ -92,15 +92,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the artifacts.
+    """One artifact of a bundle.
 
     Args:
         name: Name in the bundle, and of the folder it is unpacked to.
-        target: Target, options included.
-        task: Task of the artifact.
-        needs: Requirements on the machine.
-        files: The member that holds each of its files.
-        recipe: Source and command that make it again.
+        target: Target with its options.
+        task: Task of the model.
+        needs: Requirements of the variant.
+        files: Member with the content of each file.
+        recipe: Source, command, pipeline and versions to build it again.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Variant:
         """Return the variant written as ``data``.
 
         Raises:
-            ArtifactError: A name or a path is not one.
+            ArtifactError: A name or a path is invalid.
         """
         name = data.text("name")
         if _NAME.fullmatch(name) is None:
@@ -134,14 +134,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a bundle says of itself.
+    """The manifest of a bundle.
 
     Args:
         name: Name of the model.
-        variants: Variants in the order of preference.
+        variants: Variants in order of preference.
         members: Every member that follows, in the archive's order.
-        licenses: Licences of the model, as SPDX names them.
-        versions: Versions of llmopt and zstd that made it.
+        licenses: SPDX names of the model's licenses.
+        versions: Versions of llmopt and zstd that wrote the bundle.
         schema: Version of this format.
     """
 
@@ -154,10 +154,10 @@ class Contents:
 
     @classmethod
     def from_json(cls, content: bytes, where: Path) -> Self:
-        """Return what the bytes of a ``bundle.json`` say.
+        """Return the contents of a ``bundle.json``.
 
         Raises:
-            BundleError: It cannot be read, names files that cannot be, or is of a later schema.
+            BundleError: The JSON is damaged, has invalid paths, or has a later schema.
         """
         try:
             return cls._read(Fields(parsed(content.decode("utf-8"), where), where))
@@ -170,7 +170,7 @@ class Contents:
     def _read(cls, data: Fields) -> Self:
         schema = data.number("schema")
         if schema != SCHEMA:
-            raise data.bad("schema", f"{SCHEMA}, which this llmopt reads, not {schema}")
+            raise data.bad("schema", f"{SCHEMA}, the one this llmopt reads, not {schema}")
         members = tuple(map(FileRecord.read, data.items("members")))
         for record in members:
             _require_plain(data, record.path)
@@ -180,10 +180,10 @@ class Contents:
         variants = tuple(map(Variant.read, data.items("variants")))
         names = [variant.name for variant in variants]
         if not names or len(set(names)) != len(names):
-            raise data.bad("variants", "one or more of different names")
+            raise data.bad("variants", "one or more, with different names")
         known = {record.path for record in members}
         if missing := {path for each in variants for path in each.files.values()} - known:
-            raise data.bad("variants", f"made of members; {min(missing)!r} is none")
+            raise data.bad("variants", f"made of members; {min(missing)!r} is not a member")
         return cls(
             name=data.text("name"),
             variants=variants,
@@ -199,34 +199,34 @@ class Contents:
         return f"{text}\n".encode()
 
     def variant(self, name: str) -> Variant | None:
-        """Return the variant of this name, if there is one."""
+        """Return the variant of this name, or None."""
         return next((each for each in self.variants if each.name == name), None)
 
     def size_bytes(self, variant: Variant) -> int:
-        """Return the size of a variant once it is unpacked."""
+        """Return the unpacked size of a variant."""
         sizes = {record.path: record.size_bytes for record in self.members}
         return sum(sizes[member] for member in variant.files.values())
 
     @property
     def total_bytes(self) -> int:
-        """All members together; what several variants share counts once."""
+        """Size of all members; one that several variants share counts once."""
         return sum(record.size_bytes for record in self.members)
 
 
 def too_long(path: str) -> bool:
-    """Tell whether a path does not fit the header of a member."""
+    """Return whether a path does not fit a tar header."""
     return len(path.encode()) > LONGEST_NAME
 
 
 def _require_plain(data: Fields, path: str) -> None:
-    """Raise unless a path is written in the one way, inside, and short enough."""
+    """Raise unless a path is relative, normalized and short enough."""
     if inside(Fields({"path": path}, Path(), "files"), "path") != path or too_long(path):
-        raise data.bad("files", f"short paths written plainly, not {path!r}")
+        raise data.bad("files", f"short, normalized, relative paths, not {path!r}")
 
 
 def _require_distinct(data: Fields, key: str, paths: Any) -> None:
-    """Raise if a path comes twice, or is a file and a folder."""
+    """Raise if a path is duplicate, or both a file and a folder."""
     names = list(paths)
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     if len(set(names)) != len(names) or folders & set(names):
-        raise data.bad(key, "paths of which none comes twice")
+        raise data.bad(key, "paths without duplicates")

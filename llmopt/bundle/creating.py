@@ -1,4 +1,4 @@
-"""Making a bundle of artifacts."""
+"""Creation of bundles from artifacts."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _VARIANT: Final = 40
 
 @dataclass(frozen=True)
 class Licensing:
-    """Under what a model may be used.
+    """Licenses of a model.
 
     Args:
-        names: Licenses as SPDX names them, or expressions of them: ``"Apache-2.0"``.
-        files: Their texts, and notices.
+        names: SPDX names or expressions: ``"Apache-2.0"``.
+        files: License texts, and notices.
     """
 
     names: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that names are names and files are there, under different names."""
+        """Check that names are valid, and that files exist and have different names."""
         for name in self.names:
             if _SPDX.fullmatch(name) is None:
-                raise UsageError(f"license {name!r}: give its name in SPDX, as Apache-2.0")
+                raise UsageError(f"license {name!r}: give an SPDX name such as Apache-2.0")
         for path in self.files:
             if not path.is_file():
-                raise UsageError(f"{path}: no such file; give the text of a licence")
+                raise UsageError(f"{path}: file not found; give the text of a license")
         if len({path.name for path in self.files}) != len(self.files):
-            raise UsageError("two texts of licences have the same file name; rename one")
+            raise UsageError("two license texts have the same file name; rename one")
 
 
 def create(
@@ -55,26 +55,26 @@ def create(
     version: str,
     force: bool = False,
 ) -> Contents:
-    """Write a bundle of artifacts and return what it holds.
+    """Write a bundle of artifacts and return its contents.
 
-    The same artifacts in the same order are the same bytes, if zstd is the same. Files that several
-    artifacts have are stored once. Files that an artifact's manifest does not list are left out.
+    The same artifacts in the same order give the same bytes, with the same zstd. Files that several
+    artifacts share are stored once. Files that an artifact's manifest does not list are omitted.
 
     Args:
-        artifacts: Artifacts in the order of preference, where several suit a machine.
+        artifacts: Folders in order of preference, for a machine that several suit.
         output: Path of the bundle.
-        licensing: License of the model.
+        licensing: Licenses of the model.
         version: Version of llmopt.
-        force: Replace what is there.
+        force: Whether to replace an existing file.
 
     Raises:
-        ArtifactError: One is not an artifact, or damaged.
-        OutputExistsError: Something is at ``output``, and ``force`` is off.
-        StorageError: It could not be written.
-        UsageError: There is no artifact, or one whose paths are too long.
+        ArtifactError: A folder is not an artifact, or is damaged.
+        OutputExistsError: ``output`` exists, and ``force`` is off.
+        StorageError: The bundle cannot be written.
+        UsageError: There is no artifact, or a path is too long.
     """
     if not artifacts:
-        raise UsageError("no artifact to bundle")
+        raise UsageError("no artifact to bundle; name at least one")
     check_destination(output, force=force)
     licensing = licensing or Licensing()
     manifests = [Manifest.read(folder) for folder in artifacts]
@@ -104,7 +104,7 @@ def create(
 def _variants(
     artifacts: Sequence[Path], manifests: Sequence[Manifest]
 ) -> tuple[list[ArchiveMember], tuple[Variant, ...]]:
-    """Return every file once, and the variants that are made of them."""
+    """Return every distinct file once, and the variants that consist of them."""
     stored: dict[str, ArchiveMember] = {}
     variants: list[Variant] = []
     for folder, manifest in zip(artifacts, manifests, strict=True):
@@ -128,7 +128,7 @@ def _own_record(folder: Path) -> FileRecord:
 
 
 def _name(manifest: Manifest, taken: Sequence[str]) -> str:
-    """Return a name for a variant: its target, spelled as a folder's name.
+    """Return a name for a variant: its target and scheme, as a folder name.
 
     >>> _name(Manifest(target="tvm-cpu{mcpu=znver4}", entry="", task=""), [])
     'tvm-cpu-mcpu-znver4'
@@ -144,7 +144,7 @@ def _name(manifest: Manifest, taken: Sequence[str]) -> str:
 
 
 def _recipe(manifest: Manifest) -> Mapping[str, Any]:
-    """Return what an artifact was made from and how."""
+    """Return the command, source, pipeline and versions of an artifact."""
     source = manifest.source
     return {
         "command": manifest.recipe,

@@ -1,4 +1,4 @@
-"""What a machine must have to run an artifact, found in the artifact's manifest."""
+"""Requirements of an artifact, from its manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmopt.spelling import name_of
 X86: Final = "x86_64"
 ARM: Final = "aarch64"
 RUNTIME_BYTES: Final = 120_000_000
-"""What Python, numpy and a runtime take, model apart; the tests hold them to it."""
+"""Memory of Python, numpy and a runtime without a model; the tests check it."""
 
 _OPENVINO: Final = "onnxruntime-ep-openvino"
 _TEXT: Final = frozenset({".json", ".txt", ".jinja"})
@@ -23,13 +23,13 @@ _TEXT: Final = frozenset({".json", ".txt", ".jinja"})
 
 @dataclass(frozen=True)
 class _Kind:
-    """What all artifacts of a target need.
+    """Requirements that all artifacts of a target share.
 
     Args:
-        package: Package of the runtime, for pip.
-        version: Key of its version in the manifest's versions.
-        compatible: Versions that run what one of them was made with.
-        machines: Processors they run on, the intended one first; empty where the artifact says.
+        package: Name of the runtime on PyPI.
+        version: Key of the runtime among the manifest's versions.
+        compatible: Range of versions that run artifacts of one version.
+        machines: Architectures, the target's first; empty where the manifest names one.
         copies: Number of copies of the weights in memory: 2 where the runtime repacks them.
         device: ``"cuda"``, or empty.
     """
@@ -56,9 +56,9 @@ _KINDS: Final[Mapping[str, _Kind]] = {
 
 
 def needs_of(manifest: Manifest) -> Needs:
-    """Return what a machine must have to run the artifact of a manifest.
+    """Return the requirements of an artifact.
 
-    Of a target that is not known here, only what its manifest requires is known.
+    For an unknown target they are those in the manifest alone.
     """
     requires = manifest.requires
     kind = _KINDS.get(name_of(manifest.target), _Kind("", "", "newer"))
@@ -80,19 +80,19 @@ def needs_of(manifest: Manifest) -> Needs:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the numbers that a version begins with.
+    """Return the leading numbers of a version.
 
     >>> numbers("1.32.0"), numbers("0.27.0.post1"), numbers("2.1rc1"), numbers("absent")
     ((1, 32, 0), (0, 27, 0), (2, 1), ())
     """
-    found = re.match(r"\d+(\.\d+)*", version)
-    return () if found is None else tuple(map(int, found[0].split(".")))
+    match = re.match(r"\d+(\.\d+)*", version)
+    return () if match is None else tuple(map(int, match[0].split(".")))
 
 
-def _runtime(kind: _Kind, built_with: str) -> Runtime:
-    """Return the versions of a runtime that run an artifact of one version."""
-    version = numbers(built_with)
-    if len(version) < 2:  # it was made where the runtime was not installed
+def _runtime(kind: _Kind, built: str) -> Runtime:
+    """Return the versions that run an artifact of version ``built``."""
+    version = numbers(built)
+    if len(version) < 2:  # built where the runtime was not installed
         return Runtime(kind.package)
     if kind.compatible == "same":
         return Runtime(kind.package, _text(version), _text((*version[:-1], version[-1] + 1)))

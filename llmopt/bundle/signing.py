@@ -1,7 +1,7 @@
-"""Signatures of bundles: detached, in the format of OpenSSF's model-signing, made and read offline.
+"""Detached signatures of bundles, in the format of OpenSSF's model-signing, without a network.
 
-The signature of ``x.llmopt`` is ``x.llmopt.sig`` beside it: a Sigstore bundle whose in-toto
-statement names the sha256 of the whole file. ``model_signing verify key x.llmopt`` reads it too.
+The signature of ``x.llmopt`` is ``x.llmopt.sig`` next to it: a Sigstore bundle whose in-toto
+statement has the sha256 of the entire file. ``model_signing verify key x.llmopt`` reads it too.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ AnyPath = str | os.PathLike[str]
 SUFFIX: Final = ".sig"
 _INSTALL: Final = "it is not installed; pip install 'llmopt[sign]'"
 _BAD_FILE: Final = (ValueError, TypeError, KeyError, IndexError, AttributeError)
-"""What the library raises for a key, a certificate or a signature that is none."""
+"""Exceptions of the library for an invalid key, certificate or signature."""
 
 _LONGEST: Final = 160
 
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signature a bundle has to have.
+    """The signer that a bundle must have.
 
     Args:
-        key: A public key, PEM, of one of the curves P-256, P-384 and P-521.
-        certificate_chain: Certificates, PEM, that the signer's own has to lead to; or a key.
-        signature: The signature; beside the bundle if not given.
+        key: Public key, PEM, on the curve P-256, P-384 or P-521.
+        certificate_chain: Certificates, PEM, that the signer's must chain to; excludes ``key``.
+        signature: Path of the signature; next to the bundle by default.
 
     Raises:
-        UsageError: Neither or both are given, or a file is not there.
+        UsageError: There are both or neither, or a file does not exist.
     """
 
     key: Path | None = None
@@ -45,9 +45,9 @@ class Trust:
     signature: Path | None = None
 
     def __post_init__(self) -> None:
-        """Check that it says one thing."""
+        """Check that there is a key or a chain, and that their files exist."""
         if (self.key is None) == (not self.certificate_chain):
-            raise UsageError("a signature is verified with a key, or else with a certificate chain")
+            raise UsageError("verify a signature with either a key or a certificate chain")
         require_files(*filter(None, [self.key]), *self.certificate_chain)
 
 
@@ -56,10 +56,10 @@ def trust_of(
     certificate_chain: Sequence[AnyPath] = (),
     signature: AnyPath | None = None,
 ) -> Trust | None:
-    """Return whose signature is asked for; None if nobody's.
+    """Return the required signer; None if no signature is required.
 
     Raises:
-        UsageError: A signature is given and nothing to verify it with, or a file is not there.
+        UsageError: A signature has no key or chain to verify it, or a file does not exist.
     """
     if key is None and not certificate_chain and signature is None:
         return None
@@ -71,7 +71,7 @@ def trust_of(
 
 
 def signature_of(bundle: Path) -> Path:
-    """Return where the signature of a bundle is, if nobody says otherwise.
+    """Return the default path of the signature of a bundle.
 
     >>> signature_of(Path("model.llmopt")).name
     'model.llmopt.sig'
@@ -80,30 +80,30 @@ def signature_of(bundle: Path) -> Path:
 
 
 def require_signed(bundle: Path, sha256: str, trust: Trust) -> None:
-    """Raise unless a bundle with this digest is signed by whom it should be.
+    """Raise unless the required signer has signed a bundle with this digest.
 
-    Nothing of the bundle is read: what has this digest is what is verified.
+    The bundle is not read: the digest is what is verified.
 
     Args:
-        bundle: The file.
-        sha256: The digest of all of it, in hex.
+        bundle: Path of the bundle.
+        sha256: Digest of the entire file, in hex.
         trust: Required signer.
 
     Raises:
-        SignatureError: It has no signature, another one, or that of something else.
-        UsageError: The key or the certificates cannot be used.
-        BackendUnavailableError: What verifies signatures is not installed.
+        SignatureError: The signature is missing, by another signer, or of another file.
+        UsageError: The key or the certificates are unusable.
+        BackendUnavailableError: The library for signatures is not installed.
     """
     signature = trust.signature or signature_of(bundle)
     if not signature.is_file():
-        raise SignatureError(bundle, f"not signed: there is no {signature}")
+        raise SignatureError(bundle, f"not signed: {signature} does not exist")
     verifying = _library().verifying.Config()
     with _usage(trust.key or trust.certificate_chain[0]):
         if trust.key is not None:
             verifying.use_elliptic_key_verifier(public_key=trust.key)
         else:
             verifying.use_certificate_verifier(certificate_chain=trust.certificate_chain)
-    verifying.set_hashing_config(_Digested(sha256))
+    verifying.set_hashing_config(_KnownDigest(sha256))
     from cryptography.exceptions import InvalidSignature
     from OpenSSL.crypto import Error, X509StoreContextError
 
@@ -111,10 +111,12 @@ def require_signed(bundle: Path, sha256: str, trust: Trust) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # the library prints warnings
             verifying.verify(bundle, signature)
     except (InvalidSignature, X509StoreContextError, Error) as error:
-        why = str(error) or "the signature is wrong"
-        raise SignatureError(bundle, f"{signature} is not by whom it should be ({why})") from error
+        why = str(error) or "wrong signature"
+        raise SignatureError(
+            bundle, f"{signature} is not by the expected signer ({why})"
+        ) from error
     except (*_BAD_FILE, OSError, RecursionError) as error:
-        raise SignatureError(bundle, f"{signature} {_why(error)}") from error
+        raise SignatureError(bundle, f"{signature} {_problem(error)}") from error
 
 
 def sign(
@@ -128,18 +130,18 @@ def sign(
     """Write the signature of a bundle.
 
     Args:
-        bundle: The file.
+        bundle: Path of the bundle.
         signature: Path of the signature.
-        private_key: Private key on one of the curves P-256, P-384 and P-521, PEM, not encrypted.
-        certificates: The signer's own and those that lead from it to the root; none to sign with
-            the key alone.
-        force: Replace a signature that is there.
+        private_key: Private key on the curve P-256, P-384 or P-521, PEM, not encrypted.
+        certificates: Certificate chain from the signer's to the root; none to sign with the key
+            alone.
+        force: Whether to replace an existing signature.
 
     Raises:
-        UsageError: The key or a certificate is not one, or they do not belong together.
-        OutputExistsError: A signature is there, and ``force`` is off.
-        StorageError: It could not be written.
-        BackendUnavailableError: What signs is not installed.
+        UsageError: The key or a certificate is invalid, or they do not belong together.
+        OutputExistsError: The signature exists, and ``force`` is off.
+        StorageError: The signature cannot be written.
+        BackendUnavailableError: The library for signatures is not installed.
     """
     check_destination(signature, force=force)
     require_files(private_key, *certificates)
@@ -157,18 +159,18 @@ def sign(
 
 
 def require_files(*paths: Path) -> None:
-    """Raise unless each is a file.
+    """Raise unless each path is a file.
 
     Raises:
-        UsageError: One is not.
+        UsageError: A path is not a file.
     """
     for path in paths:
         if not path.is_file():
-            raise UsageError(f"{path}: no such file; give a key or certificate in PEM")
+            raise UsageError(f"{path}: file not found; give a key or certificate in PEM")
 
 
-class _Digested:
-    """Stands for the library's hashing of files: the digest is known, of the bytes to be read."""
+class _KnownDigest:
+    """Replacement for the library's hashing of files, with a known digest."""
 
     def __init__(self, sha256: str) -> None:
         self._sha256 = sha256
@@ -177,14 +179,14 @@ class _Digested:
         """Return the library's manifest of one file with this digest."""
         del files_to_hash
         library = _library()
-        made = library.manifest.SerializationType.from_args(
+        kind = library.manifest.SerializationType.from_args(
             {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
         )
         digest = library.digest("sha256", bytes.fromhex(self._sha256))
-        return library.manifest.Manifest(model_path.name, [made.new_item(".", digest)], made)
+        return library.manifest.Manifest(model_path.name, [kind.new_item(".", digest)], kind)
 
     def add_ignored_paths(self, *, model_path: Path, paths: object) -> None:
-        """Do nothing: one file has nothing in it to be ignored."""
+        """Do nothing: there is only one file."""
 
 
 @dataclass(frozen=True)
@@ -210,26 +212,26 @@ def _library() -> _ModelSigning:
 
 @contextlib.contextmanager
 def _usage(path: Path) -> Iterator[None]:
-    """Turn what the library says of keys and certificates into an error of the request."""
+    """Turn the library's errors about keys and certificates into `UsageError`."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
         yield
     except (*_BAD_FILE, UnsupportedAlgorithm) as error:
         raise UsageError(
-            f"{path}: cannot be used ({_line(error)}); give keys of the curves P-256, P-384 or "
-            "P-521, not encrypted, and certificates, all in PEM"
+            f"{path}: unusable ({_line(error)}); give an unencrypted key on P-256, P-384 or P-521, "
+            "or certificates, in PEM"
         ) from error
 
 
-def _why(error: BaseException) -> str:
-    """Return what is wrong with a signature; the library says it at length."""
-    said = _line(error)
-    if said.startswith("Signature mismatch"):
-        return "is the signature of another file, or of this one before it was changed"
-    if said.startswith("Key mismatch"):
+def _problem(error: BaseException) -> str:
+    """Return the problem of a signature, shorter than the library words it."""
+    text = _line(error)
+    if text.startswith("Signature mismatch"):
+        return "is the signature of another file, or of this one before a change"
+    if text.startswith("Key mismatch"):
         return "was made with another key"
-    return f"cannot be used ({said[:_LONGEST]})"
+    return f"is unusable ({text[:_LONGEST]})"
 
 
 def _line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ KINDS: Final = ("attention", "norm")
 
 
 def census(module: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
-    """Return how often ``run`` calls modules of each of ``KINDS``, told by their class names.
+    """Return how often ``run`` calls modules of each of ``KINDS``, recognized by their class names.
 
     A module inside another of its kind does not count: ``BertAttention`` holds a
     ``BertSelfAttention``. A module that several layers share counts once for each call.

@@ -48,4 +48,4 @@ def open_source(source: str | Path | torch.nn.Module, options: SourceOptions) ->
     if path.suffix == ".safetensors":
         hint = "compile the folder that has it and its config.json"
         raise SourceError(path, "weights alone do not describe a model", hint)
-    raise SourceError(path, f"unknown kind of source (suffix {path.suffix!r})", KINDS)
+    raise SourceError(path, f"unknown kind of source ({path.suffix or 'no suffix'})", KINDS)

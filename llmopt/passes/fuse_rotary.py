@@ -198,9 +198,9 @@ def _checked(bound: Bound, x: ir.Value, pairing: Pairing) -> RotaryMatch | str:
     if pairing is Pairing.APART and (lower, upper) == twins:  # they leave as halves
         return RotaryMatch(x, bound["cos"], bound[_SIN], layout, pairing, apart)
     if (lower, upper) != (twins if pairing is Pairing.TWINS else halves):
-        return "what it turns are not the halves of x, nor every other number"
+        return "the rotated values are neither the halves of x nor its even and odd elements"
     if pairing is Pairing.TWINS and g.shape(bound["root"].outputs[0]) != g.shape(x):
-        return "the turned numbers are not put back in pairs"
+        return "the rotated elements are not interleaved again"
     return RotaryMatch(x, bound["cos"], bound[_SIN], layout, pairing)
 
 

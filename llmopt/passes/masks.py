@@ -150,7 +150,7 @@ def _explain(samples: list[tuple[Case, Bools]], *, padded: bool) -> Meaning | st
     for case, allowed in samples:
         expected, rows = predict(meaning, case)
         if np.any((allowed != expected)[rows]):
-            return f"it is no combination of causal, window and padding (at {case.label})"
+            return f"it is not a combination of causal, window and padding masks (at {case.label})"
     return meaning
 
 

@@ -50,7 +50,7 @@ def projection(value: ir.Value) -> Projection | str:
         return f"{value.name!r} is made by {node.op_type if node else 'an input'}, not by MatMul"
     weight = g.weight(node.inputs[1])
     if weight is None or len(weight.shape) != 2:
-        return f"{node.name!r} multiplies by no matrix of weights"
+        return f"{node.name!r} does not multiply by a weight matrix"
     if bias is not None and g.sole_user(node.outputs[0]) is None:
         return f"{node.name!r} is read before its bias is added"
     if bias is not None and bias.shape[0] != weight.shape[1]:

@@ -54,7 +54,7 @@ class OrderColumns(Pass):
     Scope: projections that are reshaped and then cut by Split, Slice and Gather of known places, or
     whose columns are transposed.
     Leaves: parts that overlap or leave columns out, weights that something else reads, and a
-    projection that is read whole too.
+    projection that is also read as a whole.
     """
 
     name: ClassVar[str] = "order-columns"
@@ -111,7 +111,7 @@ def _order(node: ir.Node, projection: Projection) -> str | None:
 def _all_parts(node: ir.Node, projection: Projection) -> list[_ColumnRange] | str:
     """Return what is read of a projection, in the order of its columns, or why that is not all."""
     if g.sole_user(projection.result) is not node or node.outputs[0].is_graph_output():
-        return "it is read whole, too"
+        return "the whole projection is read, too"
     outer = (g.rank(projection.result) or 1) - 1
     columns = np.arange(g.static(projection.result, -1) or 0, dtype=np.int64)
     (parted,) = _reshaped(node, columns, outer) or [columns]

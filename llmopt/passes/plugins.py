@@ -97,7 +97,7 @@ def checked(cls: Any) -> type[Pass]:
     """
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise PluginError(
-            repr(cls), "it is no subclass of llmopt.Pass", "derive it from llmopt.Pass"
+            repr(cls), "it is not a subclass of llmopt.Pass", "derive it from llmopt.Pass"
         )
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not _NAME.match(name) or name == "default":
@@ -142,7 +142,7 @@ def _entries(group: str, path: tuple[str, ...]) -> EntryPoints:  # noqa: ARG001 
 
 def _unusable(cls: Any, name: str, base: type[Any], taken: set[str]) -> str:
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        return f"is no subclass of llmopt's {base.__name__}"
+        return f"is not a subclass of llmopt's {base.__name__}"
     if getattr(cls, "name", None) != name:
         return f"calls itself {getattr(cls, 'name', None)!r}"
     if name in taken:

@@ -49,7 +49,7 @@ class PushTransposes(Pass):
         while before < outcome.applied:
             before, declined = outcome.applied, _sweep(program.graph, outcome)
         for node, met in declined.items():
-            outcome.miss(node, f"to meet {met!r}, as many bytes would be turned elsewhere")
+            outcome.miss(node, f"to meet {met!r}, as many bytes would be transposed elsewhere")
         if outcome.modified:
             g.remove_dead(program.model)
         return outcome

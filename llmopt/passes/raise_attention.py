@@ -88,7 +88,7 @@ def _obstacle(op: AttentionOp) -> str | None:
     if op.nonpad_kv_seqlen is not None:
         return "it takes the lengths of padded keys"
     if op.qk is not None and (op.qk.uses() or op.qk.is_graph_output()):
-        return "its scores are read"
+        return "its scores have a reader"
     heads, groups = g.static(op.q, 1), g.static(op.k, 1)
     if heads is None or not groups or heads % groups:
         return f"{heads} query heads cannot share {groups} key heads"

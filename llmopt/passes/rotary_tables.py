@@ -61,10 +61,10 @@ def table(
         if case.past and not program.signature.has_cache:
             continue
         if not _same(_angles(program, probe, case, layout), angles[_positions(program, case)]):
-            return f"it is no function of the position alone (at {case.label})"
+            return f"its angles depend on more than the position (at {case.label})"
     single = _once(angles[:limit], pairing)
     if single is None:
-        return f"its {pairing.value} differ: two numbers that turn together need one angle"
+        return f"its {pairing.value} differ: both numbers of a rotated pair need one angle"
     return _shared(program, name, np.ascontiguousarray(single))
 
 

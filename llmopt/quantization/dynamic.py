@@ -1,6 +1,6 @@
 """Dynamic int8: weights scaled per output channel, activations per row, at run time.
 
-How ``w8a8-dynamic`` computes ``y = x @ w`` for x [M, K] and w [K, N]::
+``w8a8-dynamic`` computes ``y = x @ w`` for x [M, K] and w [K, N] as::
 
     largest[m] = max over k of |x[m, k]|                         a scale per token, from it alone
     xq[m, k]   = round(x[m, k] / largest[m] * 127) + 128         uint8, 1 … 255, zero is 128
@@ -14,9 +14,9 @@ by the maximum. In onnxruntime 1.32 on a Zen 4 core that is 2.0 to 2.9 times as 
 MatMul (M 128 and 1024, K and N 384 and 1536); int8 x int8 is 8 to 9 times slower than uint8 x
 int8, uint8 x uint8 twice.
 
-The integer sum is exact where the processor has VNNI (or arm's dot products). AVX2 without VNNI
-adds pairs of products in 16 bits and saturates: there 255 * 127 * 2 > 32767, so weights for such
-machines have to keep to -64 … 64, `quantize_columns` with ``limit=64``.
+The integer sum is exact on CPUs with VNNI (or Arm's dot products). AVX2 without VNNI adds pairs of
+products in 16 bits and saturates: there 255 * 127 * 2 > 32767, so weights for such CPUs are limited
+to -64 … 64, `quantize_columns` with ``limit=64``.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def quantize_columns(weight: Floats, limit: int = 127) -> Columns:
 
     Args:
         weight: [K, N], any float type.
-        limit: The largest code: 127, or 64 for CPUs that sum in 16 bits.
+        limit: Largest code: 127, or 64 for CPUs that sum in 16 bits.
 
     Raises:
-        UnsupportedModelError: a value is NaN or infinite.
+        UnsupportedModelError: A value is NaN or infinite.
     """
     largest = np.zeros(weight.shape[1], np.float32)
     for part in row_chunks(*weight.shape):
@@ -80,7 +80,7 @@ def quantize_columns(weight: Floats, limit: int = 127) -> Columns:
     if not np.isfinite(largest).all():
         column = int(np.argmin(np.isfinite(largest)))
         problem = f"column {column} holds NaN or infinity"
-        raise UnsupportedModelError("weight", [problem], "leave it in float, or repair the source")
+        raise UnsupportedModelError("weight", [problem], "keep it in float, or repair the source")
     scale = _scale(largest, limit)
     codes = np.empty(weight.shape, np.int8)
     for part in row_chunks(*weight.shape):
@@ -89,7 +89,7 @@ def quantize_columns(weight: Floats, limit: int = 127) -> Columns:
 
 
 def quantize_rows(activations: Floats) -> Rows:
-    """Return activations [M, K] in uint8, as the artifact does it at run time.
+    """Return activations [M, K] in uint8, as the artifact quantizes them at run time.
 
     >>> one = quantize_rows(np.array([[2.0, -1.0, 0.0], [0.0, 0.0, 0.0]], np.float32))
     >>> one.codes.tolist(), (one.scale * 127).tolist()
@@ -112,7 +112,7 @@ def dequantize_rows(rows: Rows) -> NDArray[np.float32]:
 
 
 def matmul(activations: Floats, columns: Columns) -> NDArray[np.float32]:
-    """Return ``activations @ weight`` as the artifact computes it: the oracle of its kernels.
+    """Return ``activations @ weight`` as the artifact computes it: the reference for kernels.
 
     The sums are exact: at most 127 * 127 * K, in int32 for K < 133144.
 
@@ -128,10 +128,10 @@ def matmul(activations: Floats, columns: Columns) -> NDArray[np.float32]:
 
 
 def _scale(largest: NDArray[np.float32], limit: int) -> NDArray[np.float32]:
-    """Return scales; 1 where all is zero, so that nothing divides by zero."""
+    """Return scales; 1 for all zeros, so that nothing divides by zero."""
     return np.where(largest / limit > 0, largest / limit, 1).astype(np.float32)
 
 
 def _float32(values: Floats) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # what does not fit turns infinite, and is refused
+    with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
         return values.astype(np.float32)

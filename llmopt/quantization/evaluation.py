@@ -1,13 +1,13 @@
-"""How far a candidate's logits are from a reference's: streaming, arrays only.
+"""Quality of a candidate's logits against a reference's: streaming, arrays only.
 
-Positions arrive in chunks of any size and are forgotten; what stays is a handful of float64 sums
-and one float64 per position, for the percentile. Over positions i with next token t_i::
+Positions arrive in chunks of any size and are not kept, except a few float64 sums and one float64
+per position, for the percentile. Over positions i with next token t_i::
 
     KL_i        = sum over v of p_i[v] * (ln p_i[v] - ln q_i[v])      nats; p reference, q candidate
     top-1       = share of positions with argmax p_i = argmax q_i
     perplexity  = exp(mean of -ln p_i[t_i])
 
-A standard error takes positions as independent: it is a little too small for running text.
+Standard errors assume independent positions: they are a little too small for running text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from llmopt.errors import AccuracyError
 from llmopt.quantization.numerics import Floats
 
-P99_SAMPLES: Final = 662  # fewer leave the 99th percentile without a 95 % interval inside them
-_OVERFLOWS: Final = "a logit is not a number: keep more of the model in float, or use bf16"
-_WORKING: Final = 1 << 20  # logits worked on at once: 8 MB of float64
+P99_SAMPLES: Final = 662  # fewer have no 95 % confidence interval of the 99th percentile
+_OVERFLOWS: Final = "logits overflowed: keep more of the model in float, or use bf16"
+_WORKING: Final = 1 << 20  # logits processed at once: 8 MB of float64
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Estimate:
     """A number measured on a sample.
 
     Args:
-        value: The number.
+        value: Estimate.
         error: Standard error; None from one sample.
     """
 
@@ -42,15 +42,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quality:
-    """How far a candidate is from its reference.
+    """Quality of a candidate against its reference.
 
     Args:
-        samples: Positions compared.
+        samples: Number of positions compared.
         kl_mean: Mean KL(reference || candidate), nats, ≥ 0.
-        kl_p99: 99th percentile of the KL divergence; None from fewer than 662 positions.
+        kl_p99: 99th percentile of the KL; None from fewer than 662 positions.
         top1: Share of positions where both have the same most likely token, 0 … 1.
-        perplexity: Perplexity of the candidate on the next tokens; None without them, or on
-            overflow.
+        perplexity: Perplexity of the candidate; None without next tokens, or if it overflows.
         perplexity_reference: Perplexity of the reference on the same tokens.
     """
 
@@ -62,7 +61,7 @@ class Quality:
     perplexity_reference: Estimate | None
 
     def to_json(self) -> str:
-        """Return one JSON object; what could not be measured is null."""
+        """Return one JSON object; null for values that could not be measured."""
         return json.dumps(asdict(self))
 
 
@@ -78,10 +77,10 @@ class _Moments:
         if not len(values):
             return
         mean, total = float(values.mean()), self.count + len(values)
-        apart = mean - self.mean
+        shift = mean - self.mean
         self.squares += float(np.square(values - mean).sum())
-        self.squares += apart * apart * self.count * len(values) / total
-        self.mean += apart * len(values) / total
+        self.squares += shift * shift * self.count * len(values) / total
+        self.mean += shift * len(values) / total
         self.count = total
 
     @property
@@ -92,7 +91,7 @@ class _Moments:
 
 
 class QualityMeter:
-    """Collects positions, then tells the quality.
+    """Accumulates positions and computes the quality.
 
     >>> meter = QualityMeter()
     >>> logits = np.array([[2.0, 1.0, 0.0]], np.float32)
@@ -114,17 +113,17 @@ class QualityMeter:
     def add(
         self, reference: Floats, candidate: Floats, next_tokens: NDArray[np.integer] | None = None
     ) -> None:
-        """Take in some positions.
+        """Add positions.
 
         Args:
             reference: Logits [N, V], any float type.
             candidate: Logits [N, V].
-            next_tokens: [N] what followed in the text; negative where nothing did.
+            next_tokens: [N] next tokens of the text; negative where there is none.
 
         Raises:
-            AccuracyError: logits are NaN or +infinity, or the candidate rules out a token
-                that the reference does not: no mean would be left.
-            ValueError: the shapes do not go together.
+            AccuracyError: Logits are NaN or +infinity, or the candidate rules out a token that
+                the reference does not: the mean would be infinite.
+            ValueError: The shapes do not match.
         """
         tokens = np.full(len(reference), -1) if next_tokens is None else np.asarray(next_tokens)
         if reference.ndim != 2 or reference.shape != candidate.shape or not reference.shape[1]:
@@ -150,10 +149,10 @@ class QualityMeter:
         self._surprise.add(-q[known, tokens[known]])
 
     def result(self) -> Quality:
-        """Return what was measured so far.
+        """Return the quality so far.
 
         Raises:
-            ValueError: nothing was added.
+            ValueError: No positions were added.
         """
         if not self._divergence.count:
             raise ValueError("no positions were compared")
@@ -183,8 +182,8 @@ def log_softmax(logits: Floats) -> NDArray[np.float64]:
 def kl_divergence(reference: Floats, candidate: Floats) -> NDArray[np.float64]:
     """Return KL(reference || candidate) of each row in nats, from log-probabilities [N, V].
 
-    A token that both rule out (-infinity) counts nothing. Rounding can leave -1e-17 for equal
-    rows: that is 0.
+    A token that both rule out (-infinity) contributes 0. A -1e-17 from rounding, for equal rows, is
+    returned as 0.
 
     >>> p = np.log(np.array([[0.5, 0.5]]))
     >>> kl_divergence(p, np.log(np.array([[0.25, 0.75]]))).round(6).tolist()
@@ -198,7 +197,7 @@ def kl_divergence(reference: Floats, candidate: Floats) -> NDArray[np.float64]:
 
 
 def _p99(values: NDArray[np.float64]) -> Estimate | None:
-    """Return the 99th percentile; its error from the order statistics one deviation away."""
+    """Return the 99th percentile, with an error from order statistics one deviation away."""
     count = len(values)
     if count < P99_SAMPLES:
         return None
@@ -208,7 +207,7 @@ def _p99(values: NDArray[np.float64]) -> Estimate | None:
 
 
 def _perplexity(surprise: _Moments) -> Estimate | None:
-    """Return exp of the mean, None beyond float64; its error by the delta method."""
+    """Return exp of the mean, None on overflow, with an error by the delta method."""
     if not surprise.count:
         return None
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Quantized weights that are computed when a writer reads them, once for all of their parts."""
+"""Quantized weights, computed when a writer reads them, once for all of their parts."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from llmopt.quantization.schemes import Blockwise
 _CODES: Final = {
     2: ir.DataType.UINT2,
     4: ir.DataType.UINT4,
-    6: ir.DataType.UINT8,  # the narrowest that ONNX has
+    6: ir.DataType.UINT8,  # the narrowest type in ONNX
     8: ir.DataType.UINT8,
 }
 _UNPACKED: Final = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 6: np.uint8, 8: np.uint8}
 
 
 class QuantizedWeight:
-    """A weight [N, K] and how it is quantized; nothing is read before a part is.
+    """A weight [N, K] and its scheme; quantized when a part is first read.
 
     Args:
-        base: The weight, rows are outputs.
+        base: Weight whose rows are outputs.
         scheme: Bits, block and symmetry.
-        importance: [K] float32: how much each column matters; None for all the same.
+        importance: [K] float32, importance of each column; None for equal importance.
     """
 
-    _latest: QuantizedWeight | None = None  # only the weight being written is held in memory
+    _latest: QuantizedWeight | None = None  # only the weight being written is in memory
 
     def __init__(
         self, base: ir.TensorProtocol, scheme: Blockwise, importance: Importance | None = None
@@ -44,7 +44,7 @@ class QuantizedWeight:
         self._packed: Packed | None = None
 
     def packed(self) -> Packed:
-        """Return codes, scales and zero points; kept until another weight is asked for."""
+        """Return codes, scales and zero points; cached until another weight is read."""
         if self._packed is None:
             if QuantizedWeight._latest is not None:
                 QuantizedWeight._latest._packed = None  # noqa: SLF001 - one class
@@ -53,7 +53,7 @@ class QuantizedWeight:
         return self._packed
 
     def codes(self) -> QuantizedPart:
-        """Return the codes [N, K'] in their own bits, for DequantizeLinear."""
+        """Return the codes [N, K'] in the scheme's bits, for DequantizeLinear."""
         shape = (self.rows, self.scheme.padded(self.columns))
         return QuantizedPart(self, "codes", self._unpacked_codes, _CODES[self.scheme.bits], shape)
 
@@ -70,17 +70,17 @@ class QuantizedWeight:
         )
 
     def bytes(self) -> QuantizedPart:
-        """Return the codes as MatMulNBits reads them: [N, K'/block, block*bits/8] uint8."""
+        """Return the codes in the layout of MatMulNBits: [N, K'/block, block*bits/8] uint8."""
         shape = (*self._blocks(), self.scheme.block * self.scheme.bits // 8)
         return QuantizedPart(self, "bytes", lambda: self.packed().data, ir.DataType.UINT8, shape)
 
     def table(self) -> QuantizedPart:
-        """Return the same bytes as GatherBlockQuantized reads them: [N, K'*bits/8] uint8."""
+        """Return the codes in the layout of GatherBlockQuantized: [N, K'*bits/8] uint8."""
         shape = (self.rows, self.scheme.padded(self.columns) * self.scheme.bits // 8)
         return QuantizedPart(self, "table", lambda: self.packed().table, ir.DataType.UINT8, shape)
 
     def zero_bytes(self) -> QuantizedPart:
-        """Return the zero points as MatMulNBits reads them: [N, ceil(K'/block*bits/8)] uint8."""
+        """Return the zero points in the layout of MatMulNBits: [N, ceil(K'/block*bits/8)] uint8."""
         shape = (self.rows, -(-self._blocks()[1] * self.scheme.bits // 8))
 
         def read() -> Array:
@@ -112,11 +112,11 @@ class QuantizedPart(ir.LazyTensor):
     """One tensor of a quantized weight.
 
     Args:
-        of: The weight.
-        which: Name of the tensor: codes, scale or zero point.
-        read: Computes it.
+        of: Weight that the tensor is a part of.
+        which: Name of the part.
+        read: Function that computes the part.
         dtype: Element type.
-        shape: Sizes.
+        shape: Shape.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Quantization in blocks: arrays in, arrays out.
+"""Blockwise quantization: arrays in, arrays out.
 
-Codes are the nearest for the scale as stored, found in float32; rounding is half to even, and a
-value outside the range takes the code at its end. The usual scale is found in float64 from the
-extremes of its block and rounded *away from zero* to the type it is stored in: the block's
-largest value is then inside the range whatever the type. In 6 bits and fewer, symmetric, a better
-one is searched from there (`scale_search`).
+Codes are the nearest for the scale as stored, computed in float32; rounding is half to even, and
+values outside the range saturate. The usual scale is computed in float64 from the extremes of its
+block and rounded *away from zero* to its storage type: the block's largest value is then inside the
+range whatever the type. In 6 bits and fewer, symmetric, a better one is searched from there
+(`scale_search`).
 
-Work goes by chunks of rows that stay in a core's cache, so no temporary exceeds a few MB: a
+Rows are processed in chunks that stay in a core's cache, so no temporary exceeds a few MB: a
 weight of 128256 x 2048 takes about a second on one core in 8 bits, three in 4 or 6, packed or not.
 """
 
@@ -36,10 +36,10 @@ _CHUNK: Final = 1 << 17  # elements: 0.5 MB of float32, so that a chunk and its 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A weight in blocks, codes unpacked.
+    """A blockwise quantized weight, codes unpacked.
 
     Args:
-        codes: [N, K'] uint8, K' = K rounded up to whole blocks; padding holds the zero point.
+        codes: [N, K'] uint8, K' = K rounded up to full blocks; padding is the zero point.
         scale: [N, K'/block] float32 or float16; not 0; negative where that fits a block better.
         zero_point: [N, K'/block] uint8, or None where it is ``scheme.middle`` everywhere.
         scheme: Quantization scheme.
@@ -53,7 +53,7 @@ class Quantized:
     columns: int
 
     def rows(self, part: slice) -> Quantized:
-        """Return the same for some rows, sharing memory."""
+        """Return a view of some rows."""
         points = None if self.zero_point is None else self.zero_point[part]
         return Quantized(self.codes[part], self.scale[part], points, self.scheme, self.columns)
 
@@ -71,7 +71,7 @@ def empty(rows: int, columns: int, scheme: Blockwise, scale_dtype: type = np.flo
     return Quantized(codes, np.empty((rows, blocks), scale_dtype), points, scheme, columns)
 
 
-def quantize_blockwise(  # noqa: PLR0913 - what goes in, and where it goes
+def quantize_blockwise(  # noqa: PLR0913 - inputs and outputs
     weight: Floats,
     scheme: Blockwise,
     importance: Importance | None = None,
@@ -80,13 +80,13 @@ def quantize_blockwise(  # noqa: PLR0913 - what goes in, and where it goes
     out: Quantized | None = None,
     first_row: int = 0,
 ) -> Quantized:
-    """Return ``weight`` in codes, the nearest for the scale of their block.
+    """Return ``weight`` quantized to the nearest codes for the scale of each block.
 
     Symmetric: the usual scale is ``-extreme / 2**(bits - 1)``, where ``extreme`` is the value of
     largest magnitude with its sign. It gets code 0, the one code whose magnitude has no opposite,
-    and is exact (as in ggml's Q4_0); a value opposite to it and nearly as large saturates at 7/8
-    of it. 8 bits keep that scale; 4 and 6 begin a search from it, which may let the extreme
-    saturate for the good of the others. The more usual ``max|x| / 7`` leaves code 0 unused.
+    and is exact (as in ggml's Q4_0); a value of opposite sign and nearly equal magnitude saturates
+    at 7/8 of it. 8 bits keep that scale; 4 and 6 begin a search from it, which may let the extreme
+    saturate to improve the others. The more usual ``max|x| / 7`` leaves code 0 unused.
     Measured on 10**6 values and every block (``test_negative_scales_beat_the_usual_ones`` does it
     again), its mean squared error in 4 bits is 1.39 to 1.46 times this one's for normal values,
     1.37 to 1.43 times for Laplace's, 1.16 to 1.42 times for uniform ones; in 8 bits 1.003 to 1.02
@@ -114,19 +114,19 @@ def quantize_blockwise(  # noqa: PLR0913 - what goes in, and where it goes
     A block of zeros has scale 1.
 
     Args:
-        weight: [N, K] float32, float16, bfloat16 or float64; K need not be whole blocks.
+        weight: [N, K] float32, float16, bfloat16 or float64; K need not be a multiple of the block.
         scheme: Bits, block, symmetry.
-        importance: [K] float32, > 0: how much errors in a column matter; None for all the same.
-        scale_dtype: ``np.float32`` or ``np.float16``; unused when ``out`` is given.
-        out: Arrays to write into, as `empty` makes them.
-        first_row: Number of the first row for errors, when ``weight`` is a part of a larger one.
+        importance: [K] float32, > 0: weight of each column's error; None for equal weights.
+        scale_dtype: ``np.float32`` or ``np.float16``; ignored if ``out`` is passed.
+        out: Arrays from `empty` to write into.
+        first_row: Number of the first row in errors, if ``weight`` is a part of a larger one.
 
     Raises:
-        UnsupportedModelError: a value is NaN or infinite, or too large for a float16 scale.
-        ValueError: the weight is not a matrix, or ``out`` was made for another one.
+        UnsupportedModelError: A value is NaN or infinite, or too large for a float16 scale.
+        ValueError: The weight is not a matrix, or ``out`` has another shape or scheme.
     """
     if weight.ndim != 2 or weight.shape[1] == 0:
-        raise ValueError(f"weight {weight.shape}: a matrix [N, K], K > 0, was expected")
+        raise ValueError(f"weight {weight.shape}: expected a matrix [N, K], K > 0")
     rows, columns = weight.shape
     like = empty(rows, columns, scheme, scale_dtype) if out is None else out
     _check_fits(like, weight, scheme)
@@ -143,7 +143,7 @@ def dequantize(quantized: Quantized, out: Floats | None = None) -> Floats:
     """Return ``(codes - zero_point) * scale`` as [N, K] float32, without the padding.
 
     Args:
-        quantized: A weight in codes.
+        quantized: Quantized weight.
         out: An array [N, K] of any float type to write into.
     """
     rows, columns = quantized.codes.shape[0], quantized.columns
@@ -161,7 +161,7 @@ def fake_quantize(
     scale_dtype: type = np.float32,
     out: Floats | None = None,
 ) -> Floats:
-    """Return ``dequantize(quantize_blockwise(weight))`` with no full copy of the codes.
+    """Return ``dequantize(quantize_blockwise(weight))`` without a full copy of the codes.
 
     >>> fake_quantize(np.array([[0.8, 0.12, -0.31]]), Blockwise(block=16)).round(4).tolist()
     [[0.802299976348877, 0.10029999911785126, -0.30090001225471497]]
@@ -183,7 +183,7 @@ def fake_quantize(
 def each_chunk(work: Callable[[slice], None], rows: int, columns: int) -> None:
     """Call ``work`` with every slice of `row_chunks`, on as many threads as there are cores.
 
-    numpy lets threads compute side by side. The error that is raised is the first chunk's.
+    numpy releases the GIL. If several chunks fail, the first one's error is raised.
     """
     parts = list(row_chunks(rows, columns))
     threads = min(len(parts) or 1, len(os.sched_getaffinity(0)))
@@ -193,7 +193,7 @@ def each_chunk(work: Callable[[slice], None], rows: int, columns: int) -> None:
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of rows that together are all of them, each small enough for the cache.
+    """Yield slices that cover all rows, each small enough for the cache.
 
     >>> [part.stop for part in row_chunks(100, 4096)]
     [32, 64, 96, 100]
@@ -213,7 +213,7 @@ def _quantize_chunk(weight: Floats, out: Quantized, first_row: int) -> NDArray[n
     """Write usual scales and zero points; return the values [rows, K'] float32, padded."""
     dtype = _narrower(out.scheme, out.scale.dtype)
     values = np.zeros(out.codes.shape, np.float32)
-    with np.errstate(over="ignore"):  # a float64 beyond float32 turns infinite and is refused
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused
         values[:, : out.columns] = weight
     low, high = (part.reshape(out.scale.shape) for part in _extremes(values, out.scheme.block))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -230,7 +230,7 @@ def _quantize_chunk(weight: Floats, out: Quantized, first_row: int) -> NDArray[n
 def _usual(
     low: NDArray[np.float64], high: NDArray[np.float64], scheme: Blockwise
 ) -> NDArray[np.float64]:
-    """Return the scale that a block's extremes ask for."""
+    """Return the usual scale of a block from its extremes."""
     if not scheme.symmetric:
         return (np.maximum(high, 0) - np.minimum(low, 0)) / (scheme.levels - 1)
     if scheme.positive:
@@ -239,20 +239,20 @@ def _usual(
 
 
 def _search(values: NDArray[np.float32], out: Quantized, importance: Importance | None) -> None:
-    """Write better scales where there are any."""
+    """Replace scales by better ones where the search has any."""
     block = out.scheme.block
-    weighed = None
+    weights = None
     if importance is not None:
         row = np.ones(values.shape[1], np.float32)
         row[: out.columns] = importance
-        weighed = np.broadcast_to(row, values.shape).reshape(-1, block)
+        weights = np.broadcast_to(row, values.shape).reshape(-1, block)
     near = out.scale.astype(_narrower(out.scheme, out.scale.dtype)).reshape(-1)
-    found = search_scales(values.reshape(-1, block), near, out.scheme, weighed)
-    out.scale[:] = found.reshape(out.scale.shape)
+    scales = search_scales(values.reshape(-1, block), near, out.scheme, weights)
+    out.scale[:] = scales.reshape(out.scale.shape)
 
 
 def _encode(values: NDArray[np.float32], out: Quantized) -> None:
-    """Write the codes of ``values``, which are lost: every step is done in place."""
+    """Write the codes of ``values``, which are overwritten: every step is in place."""
     blocks = values.reshape(*out.scale.shape, out.scheme.block)
     np.divide(blocks, out.scale.astype(np.float32)[..., None], out=blocks)
     np.rint(blocks, out=blocks)
@@ -262,7 +262,7 @@ def _encode(values: NDArray[np.float32], out: Quantized) -> None:
 
 
 def _zero(quantized: Quantized) -> NDArray[np.float32]:
-    """Return the code that means 0 in each block, to be broadcast over its columns."""
+    """Return the zero point of each block, to be broadcast over its columns."""
     points = quantized.zero_point
     if points is None:
         return np.array(quantized.scheme.middle, np.float32)
@@ -272,23 +272,23 @@ def _zero(quantized: Quantized) -> NDArray[np.float32]:
 def _extremes(
     values: NDArray[np.float32], block: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the least and the largest value of each block; NaN where one is NaN.
+    """Return the minimum and maximum of each block; NaN where a value is NaN.
 
     The transpose lets numpy compare whole rows of blocks at once: twice as fast as reducing
     along 32 columns, and the time no longer depends on the block.
     """
-    turned = np.ascontiguousarray(values.reshape(-1, block).T)
-    return turned.min(axis=0).astype(np.float64), turned.max(axis=0).astype(np.float64)
+    transposed = np.ascontiguousarray(values.reshape(-1, block).T)
+    return transposed.min(axis=0).astype(np.float64), transposed.max(axis=0).astype(np.float64)
 
 
 def _narrower(scheme: Blockwise, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the type that scales are rounded to: the scheme's where it is not the widest."""
+    """Return the type that scales are rounded to: the scheme's, unless it is float32."""
     return dtype if scheme.scale == "float32" else np.dtype(_SCALES[scheme.scale])
 
 
 def _stored(scale: NDArray[np.float64], dtype: np.dtype[Any]) -> Floats:
-    """Return scales as they are stored: rounded away from zero, and 1 for a block of zeros."""
-    with np.errstate(over="ignore"):  # the caller refuses what turns infinite
+    """Return scales as stored: rounded away from zero, and 1 for a block of zeros."""
+    with np.errstate(over="ignore"):  # the caller refuses infinite scales
         near = scale.astype(dtype)
     away = np.nextafter(near, np.copysign(np.array(np.inf, dtype), near), dtype=dtype)
     rounded = np.where(np.abs(near.astype(np.float64)) < np.abs(scale), away, near)
@@ -310,8 +310,8 @@ def _unusable(
     row, problem = (
         (int(bad[0, 0]), f"column {int(bad[0, 1])} is {values[tuple(bad[0])]}")
         if len(bad)
-        else (int(np.abs(values).max(axis=1).argmax()), f"its scale does not fit into {dtype}")
+        else (int(np.abs(values).max(axis=1).argmax()), f"its scale overflows {dtype}")
     )
     return UnsupportedModelError(
-        "weight", [f"row {first_row + row}: {problem}"], "leave it in float, or repair the source"
+        "weight", [f"row {first_row + row}: {problem}"], "keep it in float, or repair the source"
     )

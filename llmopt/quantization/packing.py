@@ -1,4 +1,4 @@
-"""Weights in blocks as onnxruntime's MatMulNBits and GatherBlockQuantized store them.
+"""Blockwise quantized weights in the layout of MatMulNBits and GatherBlockQuantized.
 
 One row of a weight [N, K] in 4 bits, blocks of 16, K = 40, so 3 blocks, the last one padded::
 
@@ -18,12 +18,12 @@ scale      [N, K/block]                   float32 or float16
 zero_point [N, ceil(K/block * bits / 8)]  uint8, or absent: the middle
 ========== ============================== ==========================
 
-The same bytes serve a gather of rows, so that an embedding and a head tied to it are stored
-once. Stored is `Packed.table`, data as [N, K'*bits/8], which GatherBlockQuantized takes as it is
+The same bytes serve a gather of rows, so that an embedding and a tied head are stored once. Stored
+is `Packed.table`, data as [N, K'*bits/8], which GatherBlockQuantized takes directly
 (uint8, ``gather_axis=0``, ``quantize_axis=1``, the same ``bits`` and ``block_size``, the same
-scale and zero point); MatMulNBits takes a Reshape of it. The other way round, with the Reshape
-before the gather, onnxruntime 1.32 holds the bytes once more in memory. The gather returns rows
-of K' values, K' = K padded; a Slice removes the rest.
+scale and zero point); MatMulNBits takes a Reshape of it. With the Reshape before
+the gather instead, onnxruntime 1.32 keeps a second copy of the bytes. The gather returns rows of K'
+values, K' = K padded; a Slice removes the rest.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from llmopt.quantization.schemes import Blockwise
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight in blocks, codes packed into bytes.
+    """A blockwise quantized weight, codes packed into bytes.
 
     Args:
-        data: [N, K'/block, block*bits/8] uint8, K' = K rounded up to whole blocks.
+        data: [N, K'/block, block*bits/8] uint8, K' = K rounded up to full blocks.
         scale: [N, K'/block] float32 or float16.
         zero_point: [N, ceil(K'/block * bits / 8)] uint8, or None where it is the middle code.
         scheme: Quantization scheme.
@@ -64,11 +64,11 @@ class Packed:
 
     @property
     def table(self) -> Codes:
-        """The same bytes as [N, K'*bits/8], for a gather of rows."""
+        """Codes as [N, K'*bits/8], for a gather of rows."""
         return self.data.reshape(len(self.data), -1)
 
     def rows(self, part: slice) -> Packed:
-        """Return the same for some rows, sharing memory."""
+        """Return a view of some rows."""
         points = None if self.zero_point is None else self.zero_point[part]
         return Packed(self.data[part], self.scale[part], points, self.scheme, self.columns)
 
@@ -94,21 +94,21 @@ def quantize_packed(
     scale_dtype: type = np.float32,
     out: Packed | None = None,
 ) -> Packed:
-    """Return ``pack(quantize_blockwise(weight))`` with no full copy of the codes.
+    """Return ``pack(quantize_blockwise(weight))`` without a full copy of the codes.
 
     Args:
         weight: [N, K] of any float type; a memory map is read chunk by chunk.
         scheme: Bits, block, symmetry.
-        importance: [K] float32, > 0: how much errors in a column matter; None for all the same.
-        scale_dtype: ``np.float32`` or ``np.float16``; unused when ``out`` is given.
-        out: Arrays to write into, as `empty` makes them.
+        importance: [K] float32, > 0: weight of each column's error; None for equal weights.
+        scale_dtype: ``np.float32`` or ``np.float16``; ignored if ``out`` is passed.
+        out: Arrays from `empty` to write into.
 
     Raises:
-        UnsupportedModelError: a value is NaN or infinite, or too large for a float16 scale.
-        ValueError: the weight is not a matrix, or ``out`` was made for another one.
+        UnsupportedModelError: A value is NaN or infinite, or too large for a float16 scale.
+        ValueError: The weight is not a matrix, or ``out`` has another shape or scheme.
     """
     if weight.ndim != 2 or weight.shape[1] == 0:
-        raise ValueError(f"weight {weight.shape}: a matrix [N, K], K > 0, was expected")
+        raise ValueError(f"weight {weight.shape}: expected a matrix [N, K], K > 0")
     rows, columns = weight.shape
     like = empty(rows, columns, scheme, scale_dtype) if out is None else out
     if like.scheme != scheme or (len(like.data), like.columns) != weight.shape:
@@ -126,7 +126,7 @@ def quantize_packed(
 
 
 def pack(quantized: Quantized) -> Packed:
-    """Return the same weight with its codes packed.
+    """Return a weight with its codes packed.
 
     >>> codes = np.array([[1, 2, 3, 4] + [8] * 12], np.uint8)
     >>> one = np.ones((1, 1), np.float32)
@@ -141,7 +141,7 @@ def pack(quantized: Quantized) -> Packed:
 
 
 def unpack(packed: Packed) -> Quantized:
-    """Return the same weight with a byte for each code: the inverse of `pack`.
+    """Return a weight with one byte per code: the inverse of `pack`.
 
     Scales are shared with ``packed``, and so are codes of 8 bits.
     """
@@ -192,8 +192,8 @@ def _squeeze_six(codes: Codes) -> Codes:
     padded = np.pad(codes, ((0, 0), (0, -width % 4)))
     fours = np.ascontiguousarray(padded).view("<u4")  # four codes at once, 8 bits apart
     close = np.zeros_like(fours)
-    for place in range(4):
-        close |= (fours >> (2 * place)) & np.uint32(63 << (6 * place))
+    for index in range(4):
+        close |= (fours >> (2 * index)) & np.uint32(63 << (6 * index))
     threes = close.view(np.uint8).reshape(rows, -1, 4)[..., :3]
     return threes.reshape(rows, -1)[:, : -(-width * 6 // 8)]
 
@@ -206,6 +206,6 @@ def _spread_six(data: Codes, width: int) -> Codes:
     fours[..., :3] = padded.reshape(rows, -1, 3)
     close = fours.reshape(rows, -1).view("<u4")
     apart = np.zeros_like(close)
-    for place in range(4):
-        apart |= (close & np.uint32(63 << (6 * place))) << (2 * place)
+    for index in range(4):
+        apart |= (close & np.uint32(63 << (6 * index))) << (2 * index)
     return apart.view(np.uint8)[:, :width]

@@ -1,4 +1,4 @@
-"""A precision plan: which tensor gets which scheme. A value, written in manifests as JSON."""
+"""Precision plans: the scheme of each tensor, written in manifests as JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llmopt.quantization.schemes import Scheme, parse_scheme
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """The scheme of each tensor that is quantized; what is not named keeps its type.
+    """The scheme of each quantized tensor; other tensors keep their type.
 
-    Two plans are equal when they name the same schemes, in whatever order or spelling:
+    Two plans are equal if they have the same schemes, in any order or spelling:
 
     >>> plan = PrecisionPlan.uniform(["b", "a"], "w4{block=32}")
     >>> plan.to_json()
@@ -28,16 +28,16 @@ class PrecisionPlan:
         schemes: Tensor name → scheme text, for example ``"w4{block=64}"``.
 
     Raises:
-        UnknownNameError: a text names no scheme, or no option of it.
-        UsageError: a text is not of that form.
+        UnknownNameError: A scheme or an option of it is unknown.
+        UsageError: A text is malformed.
     """
 
     schemes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Spell every scheme one way, in the order of the names, and freeze them."""
-        spelt = {name: str(parse_scheme(self.schemes[name])) for name in sorted(self.schemes)}
-        object.__setattr__(self, "schemes", MappingProxyType(spelt))
+        """Normalize every scheme, sort by name and freeze."""
+        normalized = {name: str(parse_scheme(self.schemes[name])) for name in sorted(self.schemes)}
+        object.__setattr__(self, "schemes", MappingProxyType(normalized))
 
     @classmethod
     def uniform(
@@ -54,9 +54,9 @@ class PrecisionPlan:
         '{"lm_head.weight": "w8", "q": "w4"}'
 
         Args:
-            names: The tensors to quantize: which ones may be is the caller's knowledge.
-            scheme: Scheme of all tensors.
-            overrides: Other schemes of some tensors; names beyond ``names`` are ignored.
+            names: Names of the tensors to quantize.
+            scheme: Scheme of all of them.
+            overrides: Other schemes by name; names beyond ``names`` are ignored.
         """
         other = overrides or {}
         return cls({name: str(other.get(name, scheme)) for name in names})
@@ -74,22 +74,22 @@ class PrecisionPlan:
         """Return the plan that `to_json` wrote.
 
         Raises:
-            UsageError: the text is not a JSON object of texts, or a text is no scheme.
+            UsageError: The text is not a JSON object of strings, or a string is not a scheme.
         """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UsageError(f"precision plan: not JSON: {error}; write name: scheme") from error
+            raise UsageError(f"precision plan: not JSON ({error}); write name: scheme") from error
         if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
-            raise UsageError("precision plan: a JSON object of tensor name: scheme was expected")
+            raise UsageError("precision plan: expected a JSON object of tensor name: scheme")
         return cls(data)
 
     def __len__(self) -> int:
-        """Return how many tensors are quantized."""
+        """Return the number of quantized tensors."""
         return len(self.schemes)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names of the tensors that are quantized, sorted."""
+        """Yield the names of the quantized tensors, sorted."""
         return iter(self.schemes)
 
     def __hash__(self) -> int:

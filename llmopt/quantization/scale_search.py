@@ -1,15 +1,14 @@
-"""Scales that fit their blocks better than the one which makes the extreme exact.
+"""Search for scales with less error than the one that makes the extreme exact.
 
-For a block x, a scale d and codes q, the nearest to x / d in the range, what is minimized is::
+For a block x, a scale d and codes q, the nearest to x / d in the range, the search minimizes::
 
     E(d) = sum over k of w[k] * (x[k] - d * q[k])**2
     w[k] = v[k] * sqrt(mean(x**2) + x[k]**2)
 
-``v`` is how much a column matters: the mean square of the activations that meet it, or 1 where
-nobody measured. The root is a guess at it from the weight alone: columns that large activations
-meet tend to hold large weights.
+``v`` is the importance of a column: the mean square of its activations, or 1 if not measured. The
+root estimates it from the weight alone: columns with large activations tend to have large weights.
 
-A trial scale chooses codes; the scale that fits those codes best follows in closed form::
+A trial scale determines codes; the best scale for those codes follows in closed form::
 
     d = sum of w * x * q  /  sum of w * q**2
 
@@ -27,14 +26,14 @@ from numpy.typing import NDArray
 from llmopt.quantization.schemes import Blockwise
 
 Scales = NDArray[np.floating[Any]]
-Turned = NDArray[np.float32]
+BlockColumns = NDArray[np.float32]
 """Values [block, n]: a column is a block, so that sums over blocks are sums of rows."""
 
 TRIALS: Final = (17 / 16, 15 / 16, 7 / 8)
-"""How much of the range of codes a trial lets the extreme take: 7/8 is code 7 of 8; beyond 1 it
+"""Share of the range of codes that the extreme takes in a trial: 7/8 is code 7 of 8; beyond 1 it
 saturates. On normal values these leave 1.3 % more error than 34 trials do, of which scales of the
 other sign save 0.2 %."""
-_CERTAIN: Final = 1e-5  # relative: errors in float32 are no more certain
+_CERTAIN: Final = 1e-5  # relative: precision of errors in float32
 
 
 def search_scales(
@@ -45,35 +44,35 @@ def search_scales(
 ) -> Scales:
     """Return the scale of each block, of the type of ``near``.
 
-    It depends on its block alone, whatever else is searched with it.
+    A scale depends on its block alone, not on the other blocks in the call.
 
     Args:
         values: [n, block] float32, finite.
-        near: [n], none of them 0: the scales that make the extremes exact, as stored.
-        scheme: Symmetric.
-        importance: [n, block] float32, > 0: how much each column matters; None for all the same.
+        near: [n], not 0: scales that make the extremes exact, as stored.
+        scheme: Symmetric scheme.
+        importance: [n, block] float32, > 0: importance of each column; None for equal ones.
     """
     blocks = _Blocks(values, near.astype(np.float32), scheme, importance)
     saved, ratio = blocks.fit(np.float32(1))
     for trial in TRIALS:
-        more, fitting = blocks.fit(np.float32(trial))
-        np.copyto(ratio, fitting, where=more > saved)
-        np.maximum(saved, more, out=saved)
-    with np.errstate(over="ignore"):  # what turns infinite is not taken
-        wanted = (near.astype(np.float64) * ratio[: len(near)]).astype(near.dtype)
-    usable = np.isfinite(wanted) & (wanted != 0)
-    wanted = np.where(usable, wanted, near)
-    better = blocks.error(wanted) < blocks.error(near) * (1 - _CERTAIN)
-    return np.where(better, wanted, near)
+        gain, fitting = blocks.fit(np.float32(trial))
+        np.copyto(ratio, fitting, where=gain > saved)
+        np.maximum(saved, gain, out=saved)
+    with np.errstate(over="ignore"):  # infinite scales are discarded
+        candidates = (near.astype(np.float64) * ratio[: len(near)]).astype(near.dtype)
+    usable = np.isfinite(candidates) & (candidates != 0)
+    candidates = np.where(usable, candidates, near)
+    better = blocks.error(candidates) < blocks.error(near) * (1 - _CERTAIN)
+    return np.where(better, candidates, near)
 
 
 class _Blocks:
-    """Blocks in units of their usual scales, and memory to work in.
+    """Blocks in units of their usual scales, and scratch memory.
 
     Args:
         values: [n, block] float32.
         near: [n] float32, not 0.
-        scheme: Scheme that defines the codes.
+        scheme: Scheme that defines the range of codes.
         importance: [n, block] float32, or None.
     """
 
@@ -86,7 +85,7 @@ class _Blocks:
     ) -> None:
         self.low, self.high = -scheme.middle, scheme.middle - 1
         count = len(values)
-        # numpy sums a column that is alone in another order than columns side by side
+        # numpy sums a single column in another order than several columns
         shape = (scheme.block, max(2, count))
         self.near = near
         self.units = np.zeros(shape, np.float32)
@@ -100,8 +99,8 @@ class _Blocks:
         self.codes = np.empty(shape, np.float32)
         self.work = np.empty(shape, np.float32)
 
-    def fit(self, trial: np.float32) -> tuple[Turned, Turned]:
-        """Return what the codes of a trial save of the error [n], and the scale that does it [n].
+    def fit(self, trial: np.float32) -> tuple[BlockColumns, BlockColumns]:
+        """Return the error [n] that the codes of a trial save, and the scale for them [n].
 
         The scale is a multiple of the usual one.
         """
@@ -109,11 +108,11 @@ class _Blocks:
         first = np.multiply(self.weighted, self.codes, out=self.work).sum(axis=0)
         np.multiply(self.codes, self.codes, out=self.codes)
         second = np.multiply(self.weights, self.codes, out=self.work).sum(axis=0)
-        np.maximum(second, np.finfo(np.float32).tiny, out=second)  # all codes 0 save nothing
+        np.maximum(second, np.finfo(np.float32).tiny, out=second)  # all codes may be 0
         ratio = first / second
         return first * ratio, ratio
 
-    def error(self, scale: Scales) -> Turned:
+    def error(self, scale: Scales) -> BlockColumns:
         """Return the error of each block [n], for scales [n] as stored."""
         ratio = np.ones(self.units.shape[1], np.float32)
         ratio[: len(scale)] = scale.astype(np.float32) / self.near
@@ -121,10 +120,10 @@ class _Blocks:
         np.multiply(self.codes, ratio, out=self.codes)
         np.subtract(self.codes, self.units, out=self.codes)
         np.multiply(self.codes, self.codes, out=self.codes)
-        error: Turned = np.multiply(self.codes, self.weights, out=self.codes).sum(axis=0)
+        error: BlockColumns = np.multiply(self.codes, self.weights, out=self.codes).sum(axis=0)
         return error[: len(scale)]
 
-    def _choose(self, units: Turned) -> None:
+    def _choose(self, units: BlockColumns) -> None:
         """Round values to codes, in place."""
         np.rint(units, out=units)
         np.clip(units, self.low, self.high, out=units)

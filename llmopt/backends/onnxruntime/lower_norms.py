@@ -67,7 +67,7 @@ def _unfit(norm: ir.Node) -> str | None:
     if any(value is not None and value.producer() for value in norm.inputs[1:]):
         return "its scale or shift is computed"
     if any(out.uses() or out.is_graph_output() for out in norm.outputs[1:]):
-        return "its mean or deviation is read"
+        return "its mean or deviation has a reader"
     return None
 
 

@@ -96,7 +96,7 @@ def _partial(file: GgufFile, width: int) -> dict[str, Any]:
     if rotated == width:
         return {}
     if file.architecture != "phi3":
-        raise file.unsupported(f"rotary over {rotated} of {width} channels")
+        raise file.unsupported(f"partial rotary embeddings ({rotated} of {width} channels)")
     return {"partial_rotary_factor": rotated / width}
 
 

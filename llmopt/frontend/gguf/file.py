@@ -241,7 +241,9 @@ class _Parser:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         width = shape[-1] if shape else 1
         if width % block:
-            raise self.problem(f"tensor {name!r}: rows of {width} are not whole {kind.name} blocks")
+            raise self.problem(
+                f"tensor {name!r}: rows of {width} are not a multiple of a {kind.name} block"
+            )
         return GgufTensor(shape or (1,), kind.name, base + offset, width // block * block_bytes)
 
     def check_layout(self, tensors: Mapping[str, GgufTensor]) -> None:

@@ -151,8 +151,8 @@ def _example(name: str, dims: Dims) -> Tensor:
         return torch.arange(SIZES["P"], SIZES["T"]).repeat(shape[0], 1)
     if name == _KEEP:
         return torch.arange(shape[0])
-    whole = name in _INPUTS
-    return torch.ones(shape, dtype=torch.int64 if whole else torch.float32)
+    integer = name in _INPUTS
+    return torch.ones(shape, dtype=torch.int64 if integer else torch.float32)
 
 
 def _signature(
@@ -173,9 +173,9 @@ def _signature(
     outputs = [Port("logits", Role.LOGITS, "float32", ("B", "K", width))]
     for number, (name, shape) in enumerate(zip(caches.presents, caches.shapes, strict=True)):
         role = Role.PRESENT_VALUE if number % 2 else Role.PRESENT_KEY
-        whole = (shape[0], shape[1], "T", shape[3])
-        graph.outputs[number + 1].shape = ir.Shape(whole)
-        outputs.append(Port(name, role, "float32", whole, number // 2))
+        dims = (shape[0], shape[1], "T", shape[3])
+        graph.outputs[number + 1].shape = ir.Shape(dims)
+        outputs.append(Port(name, role, "float32", dims, number // 2))
     for value, port in zip(graph.outputs, outputs, strict=True):
         value.name = port.name
     return Signature(tuple(ports), tuple(outputs))

@@ -113,11 +113,11 @@ def _weights_in(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     for pattern in ("*.safetensors", "*.gguf"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found
-        if found:
-            problem = f"holds {len(found)} {pattern[1:]} files and no index"
+        matches = sorted(folder.glob(pattern))
+        if len(matches) == 1:
+            return matches
+        if matches:
+            problem = f"holds {len(matches)} {pattern[1:]} files and no index"
             raise SourceError(folder, problem, "name one of them, or add the missing index .json")
     raise SourceNotFoundError(folder / _SAFETENSORS[-1], f"the folder has no weights; {SOURCES}")
 

@@ -118,8 +118,8 @@ def _parsed(path: Path) -> ir.Model:
         onnx.checker.check_model(_without_data(proto))
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True, strict_mode=True)
     except _UNREADABLE as error:
-        said = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
-        problem = " ".join(said.replace("b'", "").split())[:300]
+        message = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
+        problem = " ".join(message.replace("b'", "").split())[:300]
         raise SourceError(path, f"not the text of a model ({problem})", "correct the text") from (
             error
         )

@@ -27,7 +27,7 @@ Axis = tuple[Atom, ...]
 _SIZES: Final = {BATCH: "B", TOKENS: "S", KEYS: "S"}
 _MIXED: Final = {
     BATCH: "mixes the sequences of a batch",
-    TOKENS: "mixes tokens, later ones too",
+    TOKENS: "mixes tokens, including later ones",
     KEYS: "mixes keys other than by a softmax and a product with values",
 }
 

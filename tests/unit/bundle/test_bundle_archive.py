@@ -118,42 +118,48 @@ def a_lie(name: str) -> Forge:
 @pytest.mark.parametrize(
     ("forge", "problem"),
     [
-        (instead("../out"), "'../out', a file, stands where 'onnxruntime-cpu/tokens.bin' should"),
-        (instead("/etc/passwd"), "'/etc/passwd', a file, stands where"),
+        (instead("../out"), "expected 'onnxruntime-cpu/tokens.bin', not a file '../out'"),
+        (instead("/etc/passwd"), "not a file '/etc/passwd'"),
         (instead("onnxruntime-cpu/tokens.bin", tarfile.SYMTYPE, "/etc/passwd"), "a symbolic link"),
         (instead("onnxruntime-cpu/tokens.bin", tarfile.LNKTYPE, "bundle.json"), "a link"),
         (instead("onnxruntime-cpu/tokens.bin", tarfile.CHRTYPE), "a device"),
         (instead("onnxruntime-cpu/tokens.bin", tarfile.FIFOTYPE), "a pipe"),
         (instead("onnxruntime-cpu/tokens.bin", tarfile.DIRTYPE), "a folder"),
         (instead("onnxruntime-cpu/tokens.bin", tarfile.XHDTYPE), "a member of another kind"),
-        (lambda m: [*m[:-2], m[-1], m[-2]], "stands where"),
-        (lambda m: [*m[:-1], m[-2]], "'onnxruntime-cpu/model.bin', a file, stands where"),
-        (lambda m: [*m, m[-1]], "more follows its last member"),
-        (lambda m: m[:-1], "not the archive of a bundle"),
-        (lambda m: m[1:], "'bundle.cdx.json', a file, stands where 'bundle.json' should"),
-        (lambda m: [*m[:-1], replace(m[-1], content=b"[]")], "does not have the digest it should"),
-        (lambda m: [*m[:-1], replace(m[-1], content=b"[,]")], "has 3 bytes, its manifest says 2"),
-        (lambda m: [*m[:-1], replace(m[-1], mode=0o4755)], "has an owner, a mode or a time"),
+        (lambda m: [*m[:-2], m[-1], m[-2]], "expected 'onnxruntime-cpu/model.bin', not"),
+        (lambda m: [*m[:-1], m[-2]], "not a file 'onnxruntime-cpu/model.bin'"),
+        (lambda m: [*m, m[-1]], "data follows its last member"),
+        (lambda m: m[:-1], "a header is not a tar header"),
+        (lambda m: m[1:], "expected 'bundle.json', not a file 'bundle.cdx.json'"),
+        (lambda m: [*m[:-1], replace(m[-1], content=b"[]")], "does not match its digest"),
+        (
+            lambda m: [*m[:-1], replace(m[-1], content=b"[,]")],
+            "has 3 bytes, not 2 as in the manifest",
+        ),
+        (lambda m: [*m[:-1], replace(m[-1], mode=0o4755)], "has an unexpected owner, mode or time"),
         (a_lie("../tokens.bin"), "bundle.json: members[3].path should be a path inside"),
         (a_lie("/root/tokens.bin"), "].path should be a path inside the artifact"),
-        (a_lie("onnxruntime-cpu/./tokens.bin"), "tokens.bin' is none"),
-        (a_lie("onnxruntime-cpu/model.bin"), "none comes twice"),
-        (a_lie("onnxruntime-cpu/model.bin/x"), "none comes twice"),
-        (a_lie("x" * 101), "short paths written plainly"),
+        (a_lie("onnxruntime-cpu/./tokens.bin"), "tokens.bin' is not a member"),
+        (a_lie("onnxruntime-cpu/model.bin"), "paths without duplicates"),
+        (a_lie("onnxruntime-cpu/model.bin/x"), "paths without duplicates"),
+        (a_lie("x" * 101), "short, normalized, relative paths"),
         (a_lie("a\x00b"), "a path inside the artifact"),
         (a_lie(""), "a path inside the artifact"),
         (
             lambda m: with_contents(m, members=[{"path": "a", "size_bytes": -1, "sha256": ""}]),
             "sizes and digests",
         ),
-        (lambda m: with_contents(m, schema=2), "schema should be 1, which this llmopt reads"),
-        (lambda m: with_contents(m, variants=[]), "one or more of different names"),
+        (lambda m: with_contents(m, schema=2), "schema should be 1, the one this llmopt reads"),
+        (lambda m: with_contents(m, variants=[]), "one or more, with different names"),
         (lambda m: with_contents(m, members=[]), "made of members"),
         (lambda m: [replace(m[0], content=b"[" * 100_000), *m[1:]], "not JSON"),
         (lambda m: [replace(m[0], content=b"\xff"), *m[1:]], "not UTF-8"),
-        (lambda m: [*m[:-1], replace(m[-1], content=b"{}x", claimed=2)], "something is hidden"),
+        (
+            lambda m: [*m[:-1], replace(m[-1], content=b"{}x", claimed=2)],
+            "unexpected data in the padding",
+        ),
         (only(Member("bundle.json", claimed=1 << 40)), "has 1099511627776 bytes"),
-        (only(Member("bundle.json", claimed=1 << 20)), "it ends in the middle"),
+        (only(Member("bundle.json", claimed=1 << 20)), "the archive ends early"),
     ],
 )
 def test_nothing_but_what_the_manifest_says_is_accepted(
@@ -184,8 +190,8 @@ def test_a_variant_has_a_name_that_a_folder_can_have(
     [
         ({}, "the files of an artifact, with manifest.json"),
         ({"../../x": "onnxruntime-cpu/model.bin"}, "a path inside the artifact"),
-        ({"a": "onnxruntime-cpu/model.bin", "a/b": "bundle.cdx.json"}, "none comes twice"),
-        ({"model.bin": "bundle.cdx.json"}, "'model.bin' is not what its manifest says"),
+        ({"a": "onnxruntime-cpu/model.bin", "a/b": "bundle.cdx.json"}, "paths without duplicates"),
+        ({"model.bin": "bundle.cdx.json"}, "'model.bin' does not match its manifest"),
         ({"manifest.json": "bundle.cdx.json"}, "schema is missing"),
         ({"manifest.json": 3}, "should be a string"),
     ],
@@ -202,12 +208,12 @@ def test_a_variant_is_made_of_what_its_own_manifest_lists(
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda _: b"", "it ends in the middle"),
+        (lambda _: b"", "the archive ends early"),
         (lambda _: b"no zstd at all", "cannot be decompressed"),
-        (lambda body: body[:-3], "it ends in the middle"),
-        (lambda body: body + body, "more follows"),
-        (lambda body: body + b"\0", "more follows"),
-        (lambda _: compress(bytes(4096)), "not the archive of a bundle"),
+        (lambda body: body[:-3], "the archive ends early"),
+        (lambda body: body + body, "data follows its last member"),
+        (lambda body: body + b"\0", "data follows its last member"),
+        (lambda _: compress(bytes(4096)), "a header is not a tar header"),
     ],
 )
 def test_a_body_that_is_no_archive_is_refused(
@@ -230,14 +236,14 @@ def test_sizes_that_would_fill_a_disk_are_refused(members: list[Member], tmp_pat
     data["members"][-1]["size_bytes"] = 1 << 50
     path = forged(tmp_path / "x.llmopt", with_contents(members, **data))
 
-    assert "in so few are no model" in refusal(path, tmp_path / "out")
+    assert "bytes claim to expand to" in refusal(path, tmp_path / "out")
 
 
 def test_a_disk_without_room_is_found_out_before_anything_is_written(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(StorageError, match="are to be written and 0 are free"):
+    with pytest.raises(StorageError, match="bytes needed, 0 free"):
         read(bundle, tmp_path / "out")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 

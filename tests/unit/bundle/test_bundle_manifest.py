@@ -97,8 +97,8 @@ def test_an_untouched_artifact_verifies(folder: Path) -> None:
     ("contents", "problem"),
     [
         (None, "model.onnx is missing"),
-        (b"ab", "model.onnx has 2 bytes, the manifest says 3"),
-        (b"abd", "model.onnx has sha256 a52d159f262b…, the manifest says ba7816bf8f01…"),
+        (b"ab", "model.onnx has 2 bytes, not 3 as in the manifest"),
+        (b"abd", "model.onnx has sha256 a52d159f262b…, not ba7816bf8f01… as in the manifest"),
     ],
 )
 def test_a_changed_file_is_found(folder: Path, contents: bytes | None, problem: str) -> None:
@@ -114,9 +114,9 @@ def test_a_changed_file_is_found(folder: Path, contents: bytes | None, problem: 
     [
         ("{", "not JSON"),
         ("[]", "the top level is not a JSON object"),
-        (changed(schema=2), "schema 2, and this llmopt reads 1.*update llmopt"),
-        (changed(schema="1"), "schema should be a whole number"),
-        (changed(schema=True), "schema should be a whole number"),
+        (changed(schema=2), "schema 2 is unknown; this llmopt reads 1.*update llmopt"),
+        (changed(schema="1"), "schema should be an integer"),
+        (changed(schema=True), "schema should be an integer"),
         ("{}", "schema is missing"),
         ('{"schema": 1}', "target is missing"),
         (changed(target=3), "target should be a string"),
@@ -125,18 +125,18 @@ def test_a_changed_file_is_found(folder: Path, contents: bytes | None, problem: 
         (changed(files=["a"]), r"files\[0\] is not a JSON object"),
         (changed(files=[{"path": "a"}]), r"files\[0\]\.size_bytes is missing"),
         (changed(model={"cache": "ring"}), "model.cache should be 'shared', 'concat' or 'none'"),
-        (changed(model={"eos": ["a"]}), "model.eos should be a list of whole numbers"),
-        (changed(model={"bos": "a"}), "model.bos should be a whole number"),
+        (changed(model={"eos": ["a"]}), "model.eos should be a list of integers"),
+        (changed(model={"bos": "a"}), "model.bos should be an integer"),
         (changed(model={"pooling": 1}), "model.pooling should be a string"),
         (
             changed(
                 signature={"inputs": [{"name": "x", "role": "other", "dtype": "", "shape": [1.5]}]}
             ),
-            r"signature\.inputs\[0\]\.shape should be a list of whole numbers and names",
+            r"signature\.inputs\[0\]\.shape should be a list of integers and names",
         ),
         (
             changed(signature={"inputs": [PORT | {"role": "soul"}]}),
-            "role should be a role that this llmopt knows, not 'soul'",
+            "role should be a known role, not 'soul'",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_another_key_is_refused(bundle: Path, mallory: Signer) -> None:
 @pytest.mark.usefixtures("sealed_lips")
 def test_a_stripped_signature_is_refused(bundle: Path, alice: Signer) -> None:
     signature_of(bundle).unlink()
-    with pytest.raises(SignatureError, match=r"not signed: there is no .*small\.llmopt\.sig"):
+    with pytest.raises(SignatureError, match=r"not signed: .*small\.llmopt\.sig does not exist"):
         verify(bundle, Trust(alice.public))
 
 
@@ -102,7 +102,7 @@ def test_one_s_own_signature_with_another_s_name_on_it_is_refused(
     sign(bundle, signature, mallory.private, force=True)
     data = json.loads(signature.read_text()) | {"verificationMaterial": hint}
     signature.write_text(json.dumps(data))
-    with pytest.raises(SignatureError, match="not by whom it should be"):
+    with pytest.raises(SignatureError, match="not by the expected signer"):
         verify(bundle, Trust(alice.public))
 
 
@@ -114,7 +114,7 @@ def test_an_edited_statement_is_refused(bundle: Path, alice: Signer) -> None:
     payload = base64.b64encode(json.dumps(statement).encode()).decode()
     data["dsseEnvelope"]["payload"] = payload
     signature_of(bundle).write_text(json.dumps(data))
-    with pytest.raises(SignatureError, match="not by whom it should be"):
+    with pytest.raises(SignatureError, match="not by the expected signer"):
         verify(bundle, Trust(alice.public))
 
 
@@ -165,7 +165,7 @@ def test_a_certificate_of_another_root_is_refused(
 ) -> None:
     chain = [mallory.certificate, mallory.root]
     sign(bundle, signature_of(bundle), mallory.private, chain, force=True)
-    with pytest.raises(SignatureError, match="not by whom it should be"):
+    with pytest.raises(SignatureError, match="not by the expected signer"):
         verify(bundle, Trust(certificate_chain=(alice.root,)))
 
 
@@ -188,7 +188,7 @@ def test_keys_that_cannot_be_used_are_errors_of_the_request(
         rsa_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
     ):
         bad.write_bytes(content)
-        with pytest.raises(UsageError, match=r"bad\.pub: cannot be used"):
+        with pytest.raises(UsageError, match=r"bad\.pub: unusable"):
             verify(bundle, Trust(bad))
     place = tmp_path / "new.sig"
     for key, chain in (
@@ -196,7 +196,7 @@ def test_keys_that_cannot_be_used_are_errors_of_the_request(
         (alice.private, [mallory.certificate]),
         (alice.private, [alice.private]),
     ):
-        with pytest.raises(UsageError, match="cannot be used"):
+        with pytest.raises(UsageError, match="unusable"):
             sign(bundle, place, key, chain)
     assert not place.exists()
 

@@ -182,11 +182,11 @@ def test_what_cannot_be_done_is_said(llmopt: Any, bundle: Path, tmp_path: Path) 
     for line, code, words in (
         (["create", bundle, "-o", "x.zip"], 2, "a bundle's name ends in .llmopt"),
         (["create", tmp_path / "none", "-o", "x.llmopt"], 2, "not found"),
-        (["create", bundle, "-o", "x.llmopt"], 1, "not an artifact"),
+        (["create", bundle, "-o", "x.llmopt"], 1, "neither an artifact"),
         (["verify", tmp_path / "none.llmopt"], 2, "not found"),
         (["verify", tmp_path], 1, "Is a directory"),
-        (["verify", bundle, "--signature", bundle], 2, "verified with a key, or else"),
-        (["sign", bundle, "--private-key", tmp_path / "none"], 2, "no such file"),
+        (["verify", bundle, "--signature", bundle], 2, "with either a key or a certificate chain"),
+        (["sign", bundle, "--private-key", tmp_path / "none"], 2, "file not found"),
         (
             ["sign", bundle, "--private-key", bundle, "--certificate-chain", bundle],
             2,
@@ -223,7 +223,7 @@ def test_a_selftest_that_cannot_be_carried_out_says_so_in_every_form(
     for line, code, words in (
         ([bundle], 1, "carries no example"),
         ([bundle, "--key", alice.public], 1, "not signed"),
-        ([bundle, "--key", bundle.with_name("none")], 2, "no such file"),
+        ([bundle, "--key", bundle.with_name("none")], 2, "file not found"),
         ([bundle.with_name("none.llmopt")], 2, "not found"),
     ):
         result = llmopt("bundle", "selftest", *line)

@@ -37,7 +37,7 @@ def test_a_place_that_takes_no_files_is_an_error_of_one_line(
         assert result.exit_code == 1, result.stderr
         assert result.stdout == ""
         assert result.stderr.splitlines()[-1] == (
-            f"Error: {place}: cannot be written (its folder takes no files); "
+            f"Error: {place}: cannot be written (its folder is not writable); "
             "free space or choose another place with -o"
         )
         assert "Traceback" not in result.stderr

@@ -187,7 +187,7 @@ def info(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
         ((HIDDEN,), 0, 0, "overlaps"),
         ((HIDDEN,), 99, VOCABULARY * HIDDEN * 4, "unknown ggml type 99"),
         ((1 << 40,), 0, VOCABULARY * HIDDEN * 4, "overlaps|truncated"),
-        ((HIDDEN,), 12, VOCABULARY * HIDDEN * 4, "not whole Q4_K blocks"),
+        ((HIDDEN,), 12, VOCABULARY * HIDDEN * 4, "not a multiple of a Q4_K block"),
     ],
 )
 def test_a_damaged_tensor_table_is_refused(
@@ -269,7 +269,7 @@ def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path) -> None:
     [
         ({"attention.head_count_kv": [2, 4]}, "attention.head_count_kv differs from layer"),
         ({"attention.value_length": 8}, "values of width 8 with keys of width 16"),
-        ({"rope.dimension_count": 4}, "rotary over 4 of 16 channels"),
+        ({"rope.dimension_count": 4}, r"partial rotary embeddings \(4 of 16 channels\)"),
         ({"rope.scaling.type": "spiral"}, "rope scaling 'spiral'"),
         (
             {

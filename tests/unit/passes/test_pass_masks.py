@@ -214,13 +214,13 @@ def test_a_causal_buffer_is_causal_and_a_band_in_it_is_seen() -> None:
         pytest.param(
             f"{SQUARE} m = Less (j, i)\n mask = Unsqueeze (m, i01)",
             "bool",
-            "no combination",
+            "not a combination",
             id="strictly before",
         ),
         pytest.param(
             f"{PADDED} u = Not (real)\n mask = Identity (u)",
             "bool",
-            "no combination",
+            "not a combination",
             id="inverted",
         ),
         pytest.param(

@@ -306,7 +306,7 @@ def test_passes_and_backends_of_installed_packages_are_known_and_broken_ones_tol
         "dead": "calls itself 'remove-dead'",
         "fuse-norms": "has a name that is taken",
         "a b": "cannot be used",
-        "number": "no subclass of llmopt's Pass",
+        "number": "not a subclass of llmopt's Pass",
         "cpu": "calls itself 'theirs'",
     }.items():
         assert f"theirs:{name}: its {name!r}" in caplog.text

@@ -168,7 +168,7 @@ def test_keys_repeated_for_each_head_but_not_values_stay_repeated() -> None:
             id="lengths",
         ),
         pytest.param(
-            EDGE, "y, a, b, z = Attention (q, k, v)", "its scores are read", id="scores read"
+            EDGE, "y, a, b, z = Attention (q, k, v)", "its scores have a reader", id="scores read"
         ),
         pytest.param(
             "float[B,H,S,8] q, float[B,H,S,8] k, float[B,H,S,8] v",

@@ -167,7 +167,7 @@ def test_huge_values_do_not_overflow_on_the_way() -> None:
 def test_a_scale_beyond_float16_is_refused() -> None:
     weight = np.ones((3, 16), np.float32)
     weight[1, 2] = 65504 * 8 * 1.01
-    with pytest.raises(UnsupportedModelError, match="row 1: its scale does not fit into float16"):
+    with pytest.raises(UnsupportedModelError, match="row 1: its scale overflows float16"):
         quantize_blockwise(weight, Blockwise(4, 16), scale_dtype=np.float16)
     assert quantize_blockwise(weight, Blockwise(8, 16), scale_dtype=np.float16) is not None
 

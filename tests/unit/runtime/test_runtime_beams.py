@@ -111,7 +111,7 @@ def test_a_folder_without_settings_has_no_rules(tmp_path: Path) -> None:
         ({"early_stopping": "soon"}, "early_stopping should be true, false or 'never'"),
         ({"length_penalty": "2"}, "length_penalty should be a number"),
         ({"bad_words_ids": [3]}, "bad_words_ids should be lists of tokens"),
-        ({"num_beams": 1.5}, "num_beams should be a whole number"),
+        ({"num_beams": 1.5}, "num_beams should be an integer"),
     ],
 )
 def test_a_setting_of_another_type_is_named(
