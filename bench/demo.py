@@ -47,7 +47,7 @@ def main() -> None:
     source = checkpoint()
     for number, (scheme, title) in enumerate(
         {
-            "w8": f"{source.stem} in 8 bits for ONNX Runtime on this processor",
+            "w8": f"{source.stem} in 8 bits for ONNX Runtime on this CPU",
             "w4": "The same in 4 bits: smaller, faster, and what it costs",
         }.items()
     ):
